@@ -1,0 +1,199 @@
+"""Step 2: m gradients become one large step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ranger import _numerics
+from optax_ranger import _tree
+from optax_ranger import _types
+from optax_ranger import _validate
+
+
+class AccumulateState(NamedTuple):
+  """The state of ``accumulate``.
+
+  Attributes:
+    mini_step: ``int32``, micro-batches seen in the open window.
+    gradient_step: ``int32``, optimizer steps taken so far.
+    weight_sum: ``float32``, the weight of the open window.
+    num_skipped: ``int32``, micro-batches left out so far because their
+      gradient or weight was not finite.
+    accumulated: the weighted sum of the open window's gradients.
+    inner_state: the state of the inner transformation.
+  """
+
+  mini_step: _types.Array
+  gradient_step: _types.Array
+  weight_sum: _types.Array
+  num_skipped: _types.Array
+  accumulated: _types.PyTree
+  inner_state: _types.PyTree
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every: int | Callable[[Any], Any],
+    *,
+    reduce: str = "mean",
+    accumulator_dtype: str | None = "float32",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Accumulates gradients, and lets `inner` take one step for `every` of them.
+
+  Other calls return zeros. Use it where a batch does not fit; a drop-in for
+  ``optax.MultiSteps`` that runs `inner` on emission only, weighs micro-batches
+  exactly, passes every extra argument on, and cannot be poisoned by a NaN.
+
+  .. math::
+    G = \sum_j w_j g_j \, / \, \sum_j w_j \quad (\text{"mean"}), \qquad
+    G = \sum_j w_j g_j \quad (\text{"sum"})
+
+  Put everything that counts optimizer steps *inside*: schedules, weight decay,
+  ``scale_by_ngs``, ``smooth_by_ema``. A smoothing step after ``accumulate`` in
+  a chain would tick on zeros.
+
+  Args:
+    inner: the transformation of the large step; any optimizer.
+    every: micro-batches in a window; 1 is `inner` itself. Or a function of the
+      number of optimizer steps taken, to a number of at least 1.
+    reduce: ``"mean"`` or ``"sum"`` over the window.
+    accumulator_dtype: the least precise type to accumulate in; None to use the
+      gradients'. Wider gradients (float64, complex) keep their type.
+
+  Extra args of ``update``:
+    weight: the micro-batch's weight (tokens, examples, a mask's sum), not
+      negative; 1 when missing. A negative or non-finite one skips the
+      micro-batch.
+    last: True (it may be traced) closes the window now, at full magnitude.
+
+  Shapes:
+    Any tree to the same tree; updates have the gradients' types. The state
+    holds one accumulator of the parameters' size beside `inner`'s state.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``.
+
+  Guarantees:
+    * ``every=1`` is `inner` (``test_every_one_is_the_inner_optimizer``).
+    * With weights, the emission is the gradient of the sum of losses over the
+      sum of weights, for any partition (``test_exact_for_any_partition``).
+    * A micro-batch that is not finite counts as weight zero and fills its
+      place (``test_left_out_is_weight_zero``).
+    * A window of zero weight gives zeros and leaves `inner`'s state alone
+      (``test_window_of_zero_weight``).
+    * `inner` runs on emission only (``test_inner_runs_on_emission_only``).
+
+  Raises:
+    ValueError: for ``every`` below 1 and another ``reduce``.
+    TypeError: for parameters that hold integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> step = ranger.accumulate(optax.sgd(1.0), every=2)
+    >>> state = step.init(jnp.array(0.0))
+    >>> update, state = step.update(jnp.array(1.0), state, weight=3)
+    >>> print(update)
+    0.0
+    >>> update, state = step.update(jnp.array(5.0), state, weight=1)
+    >>> print(update)  # -(3 * 1 + 1 * 5) / 4
+    -2.0
+  """
+  if not callable(every):
+    _validate.count("every", every)
+  _validate.choice("reduce", reduce, ("mean", "sum"))
+  inner = optax.with_extra_args_support(inner)
+
+  def accumulator_type(leaf: _types.Array) -> jnp.dtype:
+    if accumulator_dtype is None:
+      return leaf.dtype
+    return jnp.promote_types(leaf.dtype, accumulator_dtype)
+
+  def init(params: _types.PyTree) -> AccumulateState:
+    _validate.inexact_leaves("params", params, "accumulate")
+    return AccumulateState(
+        mini_step=_numerics.zero_count(),
+        gradient_step=_numerics.zero_count(),
+        weight_sum=jnp.zeros([], jnp.float32),
+        num_skipped=_numerics.zero_count(),
+        accumulated=jax.tree.map(
+            lambda p: jnp.zeros_like(p, dtype=accumulator_type(p)), params
+        ),
+        inner_state=inner.init(params),
+    )
+
+  def update(
+      updates: _types.PyTree,
+      state: AccumulateState,
+      params: _types.PyTree = None,
+      *,
+      weight: Any = None,
+      last: Any = False,
+      **extra_args: Any,
+  ) -> tuple[_types.PyTree, AccumulateState]:
+    weight = _numerics.scalar(1 if weight is None else weight)
+    good = jnp.logical_and(weight >= 0, weight < jnp.inf)
+    good = jnp.logical_and(good, _tree.all_finite(updates))
+    weight = jnp.where(good, weight, jnp.zeros_like(weight))
+    weight_sum = state.weight_sum + weight
+    window = every(state.gradient_step) if callable(every) else every
+    full = state.mini_step + 1 >= _numerics.scalar(window, jnp.int32)
+    emit = jnp.logical_or(full, jnp.asarray(last).astype(bool))
+    step_now = jnp.logical_and(emit, weight_sum > 0)
+
+    # Weight, guard and divisor go into the one pass that adds: inside the
+    # branch, a traced divisor would cost a buffer of the parameters' size.
+    factor = jnp.ones_like(weight_sum)
+    if reduce == "mean":
+      mean = _numerics.divide(factor, weight_sum)
+      factor = jnp.where(emit, mean, factor)
+
+    def add(total: _types.Array, leaf: _types.Array) -> _types.Array:
+      new = total + weight.astype(total.dtype) * leaf.astype(total.dtype)
+      return jnp.where(good, new, total) * factor.astype(total.dtype)
+
+    accumulated = jax.tree.map(add, state.accumulated, updates)
+
+    # The inner update comes back in the accumulator's place, so that the
+    # branches carry nothing else of the parameters' size.
+    def run_inner(carry):
+      total, inner_state = carry
+      gradient = jax.tree.map(
+          lambda a, u: a.astype(u.dtype), total, updates
+      )
+      result, inner_state = inner.update(
+          gradient, inner_state, params, **extra_args
+      )
+      result = jax.tree.map(lambda r, a: r.astype(a.dtype), result, total)
+      return result, inner_state
+
+    carried, inner_state = jax.lax.cond(
+        step_now,
+        run_inner,
+        lambda carry: carry,
+        (accumulated, state.inner_state),
+    )
+    emitted = jax.tree.map(
+        lambda c, u: jnp.where(emit, c, jnp.zeros_like(c)).astype(u.dtype),
+        carried,
+        updates,
+    )
+    kept = jax.tree.map(
+        lambda c: jnp.where(emit, jnp.zeros_like(c), c), carried
+    )
+    return emitted, AccumulateState(
+        mini_step=jnp.where(
+            emit, jnp.zeros_like(state.mini_step), state.mini_step + 1
+        ),
+        gradient_step=_numerics.increment(state.gradient_step, step_now),
+        weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),
+        num_skipped=_numerics.increment(
+            state.num_skipped, jnp.logical_not(good)
+        ),
+        accumulated=kept,
+        inner_state=inner_state,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)

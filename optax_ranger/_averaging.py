@@ -1,0 +1,176 @@
+"""Step 1: an example's gradient is averaged with those of its neighbors."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ranger import _members
+from optax_ranger import _numerics
+from optax_ranger import _types
+from optax_ranger import _validate
+
+
+def average_neighbors(
+    *, include_self: bool = True, normalize: str | None = "batch"
+) -> optax.GradientTransformationExtraArgs:
+  r"""Averages each example's gradient with those of its nearest neighbors.
+
+  It helps where labels are wrong: with weights that drop where labels disagree
+  (``weigh_neighbors``), an example that its neighborhood does not back loses
+  its weight. With plain uniform weights it is nearly a plain mean and gains
+  nothing. It hurts where look-alikes rightly have different labels.
+
+  .. math::
+    g'_i = \gamma \, \big( s_i g_i + \textstyle\sum_j w_{ij} g_{N(i, j)} \big),
+    \qquad s_i = \textstyle\sum_j w_{ij}
+
+  Linear in the gradients, so ``value_and_grad`` fuses it into one ordinary
+  backward pass.
+
+  Args:
+    include_self: False sets :math:`s_i = 0`: neighbors only.
+    normalize: how :math:`\gamma` is chosen. ``"batch"``: the weights that the
+      examples have in the sum of the results add up to the number of examples
+      (to the sum of ``member_weights=``, when given), so that the learning rate
+      keeps its meaning. ``"graph"``: a constant, one over the mean total weight
+      of an example in the whole graph, which ``graph_weight=`` gives as the
+      mean of ``weights.sum(axis=1)``. None: :math:`\gamma = 1`, as printed in
+      the sources.
+
+  Extra args of ``update``:
+    neighbors: ``Neighbors`` with positions in this batch, ``[n, k]``. Negative
+      indices are empty places. Those that are n or more are refused when they
+      can be seen, and are empty places when they are traced.
+    member_weights: ``float [n]`` or None. An example of weight zero is absent.
+    graph_weight: a number, for ``normalize="graph"``.
+    num_dropped: how many examples the caller has found not finite and given
+      weight zero; without it, this step looks for itself.
+
+  Shapes:
+    ``[n, *shape]`` to ``[n, *shape]``, types kept, computed in float32 or
+    better. The state is one counter; temporaries are one copy of the updates.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``.
+
+  Guarantees:
+    * All other examples as neighbors with one weight, and ``"batch"``, give the
+      plain mean in the mean (``test_complete_uniform_neighbors_are_the_mean``).
+    * Permuting the examples permutes the result
+      (``test_average_neighbors_permutes``).
+    * An example that is not finite, or whose weight is zero, is nobody's
+      neighbor, and its row is zero (``test_absent_examples_average_nothing``).
+    * A total weight of zero gives zeros (``test_zero_total_weight_is_zero``).
+
+  Raises:
+    ValueError: for another ``normalize``, for missing ``neighbors=``, and for
+      neighbors of another number of examples.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> step = ranger.average_neighbors(normalize=None)
+    >>> gradients = jnp.array([1.0, 2.0, 6.0])
+    >>> neighbors = ranger.Neighbors(
+    ...     indices=jnp.array([[1], [0], [1]]),
+    ...     distances=jnp.ones([3, 1]),
+    ...     weights=jnp.array([[1.0], [1.0], [0.5]]),
+    ... )
+    >>> averaged, _ = step.update(
+    ...     gradients, step.init(gradients), neighbors=neighbors)
+    >>> print(averaged)  # 1 + 2, 2 + 1, (6 + 2) / 2
+    [3. 3. 4.]
+
+  References:
+    The pair form and the neighbor-only form of the sources; design page,
+    section 2, step 1.
+  """
+  _validate.choice("normalize", normalize, ("batch", "graph", None))
+
+  def update(
+      updates: _types.PyTree,
+      state: _members.MemberState,
+      params: _types.PyTree = None,
+      *,
+      neighbors: _types.Neighbors | None = None,
+      member_weights: Any = None,
+      graph_weight: Any = None,
+      num_dropped: Any = None,
+      **extra_args: Any,
+  ) -> tuple[_types.PyTree, _members.MemberState]:
+    del params, extra_args
+    if neighbors is None:
+      raise ValueError(
+          "average_neighbors needs neighbors=: call update(updates, state,"
+          " params, neighbors=...), for example with nearest_neighbors(...)."
+      )
+    if normalize == "graph":
+      _validate.given("graph_weight", graph_weight, "average_neighbors")
+    members = _members.present(updates, state, member_weights, num_dropped)
+    if members is None:
+      return updates, state
+    indices, weights = _usable(neighbors, members.weights)
+    own = weights.sum(axis=1)
+    if not include_self:
+      own = jnp.zeros_like(own)
+
+    if normalize == "batch":
+      rows = members.weights * (own + weights.sum(axis=1))
+      scale = _numerics.divide(members.declared, rows.sum())
+    elif normalize == "graph":
+      mean = _numerics.scalar(graph_weight, own.dtype)
+      scale = _numerics.divide(jnp.ones_like(mean), mean * (1 + include_self))
+    else:
+      scale = jnp.ones([], own.dtype)
+
+    def average(leaf: _types.Array) -> _types.Array:
+      rows = leaf.astype(_numerics.wide(leaf.dtype))
+      start = _numerics.per_row(own * scale, rows).astype(rows.dtype) * rows
+
+      def add_neighbor(total, column):
+        index, weight = column
+        weight = _numerics.per_row(weight * scale, rows).astype(rows.dtype)
+        return total + weight * _gather(rows, index), None
+
+      # One neighbor at a time, so that memory does not grow with k.
+      total, _ = jax.lax.scan(add_neighbor, start, (indices.T, weights.T))
+      return total.astype(leaf.dtype)
+
+    return jax.tree.map(average, members.updates), members.state
+
+  return optax.GradientTransformationExtraArgs(_members.init, update)
+
+
+def _usable(
+    neighbors: _types.Neighbors, member_weights: _types.Array
+) -> tuple[_types.Array, _types.Array]:
+  """Indices within range, and weights that are zero wherever one is absent."""
+  n = member_weights.shape[0]
+  indices, weights = jnp.asarray(neighbors.indices), jnp.asarray(
+      neighbors.weights
+  )
+  _validate.integers("neighbors.indices", indices)
+  if indices.ndim != 2 or indices.shape[0] != n:
+    raise ValueError(
+        f"neighbors.indices must have shape [{n}, k], one row for each of the"
+        f" {n} examples, got {list(indices.shape)}."
+    )
+  _validate.shape("neighbors.weights", weights, indices.shape)
+  _validate.positions("neighbors.indices", neighbors.indices, n)
+  inside = jnp.logical_and(indices >= 0, indices < n)
+  indices = jnp.where(inside, indices, jnp.zeros_like(indices))
+  weights = weights.astype(member_weights.dtype)
+  usable = jnp.logical_and(weights > 0, weights < jnp.inf)
+  usable = jnp.logical_and(usable, inside)
+  alive = member_weights > 0
+  usable = jnp.logical_and(usable, alive[indices])
+  usable = jnp.logical_and(usable, alive[:, None])
+  return indices, jnp.where(usable, weights, jnp.zeros_like(weights))
+
+
+def _gather(rows: _types.Array, index: _types.Array) -> _types.Array:
+  sharding = jax.typeof(rows).sharding
+  if sharding.mesh.are_all_axes_explicit and not sharding.mesh.empty:
+    return rows.at[index].get(out_sharding=sharding)
+  return rows[index]

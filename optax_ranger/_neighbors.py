@@ -1,0 +1,368 @@
+"""Nearest neighbors, what they weigh, and how far they back a label: arrays only."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger import _numerics
+from optax_ranger import _types
+from optax_ranger import _validate
+
+_METRICS = ("euclidean", "cosine")
+_KERNELS = ("uniform", "inverse_distance", "gaussian")
+# Candidates kept beside the k best: rounding can swap near ties in the tiles,
+# and exact distances of a few more put them right.
+_SPARE = 8
+
+
+def nearest_neighbors(
+    features: _types.ArrayLike,
+    k: int,
+    *,
+    metric: str = "euclidean",
+    block_size: int = 1024,
+) -> _types.Neighbors:
+  r"""Finds the k nearest other examples of each example, exactly.
+
+  Distances are computed tile by tile and the best k kept, nearest first; ties
+  go to the lower index. An example whose features are not finite has no
+  neighbors and is nobody's neighbor.
+
+  .. math::
+    d_{ij} = \lVert x_i - x_j \rVert_2 \quad (\text{"euclidean"}), \qquad
+    d_{ij} = 1 - \frac{\langle x_i, x_j \rangle}{\lVert x_i \rVert \lVert x_j \rVert}
+    \quad (\text{"cosine"})
+
+  Args:
+    features: ``[n, d]``, of any real type; computed in float32 or better.
+    k: how many, in [1, n - 1]; a static Python integer.
+    metric: ``"euclidean"``: distances, not their squares. ``"cosine"``: an
+      all-zero row is at distance 1 from every other.
+    block_size: rows and columns of a tile. Memory is O(n k + n d + block^2).
+
+  Returns:
+    ``Neighbors`` with arrays of ``[n, k]``; weights are ``1 / k``, the uniform
+    ones. Places that could not be filled (rows that are not finite) have index
+    -1, distance infinity and weight 0.
+
+  Guarantees:
+    * The same neighbors as a full sort (``test_neighbors_equal_a_full_sort``).
+    * Ties go to the lower index (``test_ties_go_to_the_lower_index``).
+    * Memory does not grow with n squared
+      (``test_neighbor_memory_grows_linearly``).
+
+  Raises:
+    ValueError: for features that are not 2-D, k outside [1, n - 1], another
+      metric.
+    TypeError: for complex features, k that is not a Python integer.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> points = jnp.array([[0.0], [1.0], [3.0]])
+    >>> neighbors = ranger.nearest_neighbors(points, k=1)
+    >>> print(neighbors.indices[:, 0], neighbors.distances[:, 0])
+    [1 0 1] [1. 1. 2.]
+  """
+  if jnp.ndim(features) != 2:
+    raise ValueError(
+        "features must have shape [n, d], got"
+        f" {list(jnp.shape(features))}; flatten each example first."
+    )
+  features = jnp.asarray(features)
+  if jnp.issubdtype(features.dtype, jnp.complexfloating):
+    raise TypeError(f"features must be real, got {features.dtype}.")
+  n = features.shape[0]
+  _validate.static_count("k", k)
+  if k >= n:
+    raise ValueError(
+        f"k must be less than the number of examples, n = {n}, got {k}: an"
+        " example is not its own neighbor."
+    )
+  _validate.choice("metric", metric, _METRICS)
+  _validate.static_count("block_size", block_size)
+  return _search(features, k=k, metric=metric, block_size=min(block_size, n))
+
+
+@functools.partial(jax.jit, static_argnames=("k", "metric", "block_size"))
+def _search(
+    features: _types.Array, *, k: int, metric: str, block_size: int
+) -> _types.Neighbors:
+  n = features.shape[0]
+  dtype = _numerics.wide(features.dtype)
+  rows = features.astype(dtype)
+  finite = jnp.isfinite(rows).all(axis=1)
+  rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))
+  if metric == "cosine":
+    norm = jnp.sqrt((rows * rows).sum(axis=1, keepdims=True))
+    rows = _numerics.divide(rows, norm)
+  else:
+    # Distances do not change, and the squares below cancel less.
+    rows = rows - rows.mean(axis=0, keepdims=True)
+  keep = min(k + _SPARE, n - 1)
+  blocks = -(-n // block_size)
+  padding = blocks * block_size - n
+  padded = jnp.pad(rows, ((0, padding), (0, 0)))
+  tiles = padded.reshape(blocks, block_size, -1)
+  usable = jnp.pad(finite, (0, padding)).reshape(blocks, block_size)
+  starts = jnp.arange(blocks, dtype=jnp.int32) * block_size
+  within = jnp.arange(block_size, dtype=jnp.int32)
+  infinite = jnp.asarray(jnp.inf, dtype)
+
+  def search_tile(tile):
+    queries, alive, start = tile
+    ids = start + within
+
+    def visit(best, other):
+      keys, usable_keys, key_start = other
+      distances = _tile_distances(queries, keys, metric)
+      others = key_start + within
+      valid = usable_keys[None] & alive[:, None] & (ids[:, None] != others[None])
+      distances = jnp.where(valid, distances, infinite)
+      others = jnp.broadcast_to(others[None], distances.shape)
+      distances = jnp.concatenate([best[0], distances], axis=1)
+      others = jnp.concatenate([best[1], others], axis=1)
+      # top_k keeps the first of equals, and tiles come in order of index.
+      closest, place = jax.lax.top_k(-distances, keep)
+      return (-closest, jnp.take_along_axis(others, place, axis=1)), None
+
+    start_best = (
+        jnp.full([block_size, keep], infinite, dtype),
+        jnp.full([block_size, keep], -1, jnp.int32),
+    )
+    (distances, indices), _ = jax.lax.scan(
+        visit, start_best, (tiles, usable, starts)
+    )
+    found = distances < infinite
+    indices = jnp.where(found, indices, n)
+    distances = _exact_distances(queries, padded, indices % n, metric)
+    distances = jnp.where(found, distances, infinite)
+    distances, indices = jax.lax.sort((distances, indices), num_keys=2)
+    return distances[:, :k], jnp.where(indices < n, indices, -1)[:, :k]
+
+  distances, indices = jax.lax.map(search_tile, (tiles, usable, starts))
+  distances = distances.reshape(-1, k)[:n]
+  indices = indices.reshape(-1, k)[:n]
+  uniform = jnp.full([n, k], 1 / k, dtype)
+  weights = jnp.where(indices >= 0, uniform, jnp.zeros_like(uniform))
+  return _types.Neighbors(indices, distances, weights)
+
+
+def _tile_distances(
+    queries: _types.Array, keys: _types.Array, metric: str
+) -> _types.Array:
+  product = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+  if metric == "cosine":
+    return jnp.maximum(1 - product, jnp.zeros_like(product))
+  squares = (queries * queries).sum(axis=1)[:, None]
+  squares = squares + (keys * keys).sum(axis=1)[None]
+  return jnp.maximum(squares - 2 * product, jnp.zeros_like(product))
+
+
+def _exact_distances(
+    queries: _types.Array, rows: _types.Array, indices: _types.Array, metric: str
+) -> _types.Array:
+  """Distances without the cancellation of the tiles, for the few that were kept."""
+  empty = ~queries.any(axis=1)
+
+  def one_place(column):
+    keys = rows[column]
+    difference = queries - keys
+    squares = (difference * difference).sum(axis=1)
+    if metric == "euclidean":
+      return jnp.sqrt(squares)
+    # Of unit vectors: |a - b|^2 / 2 = 1 - <a, b>.
+    return jnp.where(empty | ~keys.any(axis=1), 1, squares / 2)
+
+  return jax.lax.map(one_place, indices.T).T
+
+
+def sample_neighbors(
+    key: _types.Array, neighbors: _types.Neighbors, k: int
+) -> _types.Neighbors:
+  """Draws k of each example's K neighbors at random, without replacement.
+
+  Weights are multiplied by K / k, so that the sum over the drawn ones has the
+  expectation of the sum over all; uniform weights stay uniform.
+
+  Args:
+    key: a key of ``jax.random``; the same key draws the same neighbors.
+    neighbors: ``Neighbors`` with arrays of ``[n, K]``.
+    k: how many, in [1, K]; a static Python integer.
+
+  Returns:
+    ``Neighbors`` with arrays of ``[n, k]``, in the order they had.
+
+  Guarantees:
+    * The expectation of the weights is kept (``test_sampling_keeps_the_sum``).
+
+  Raises:
+    ValueError: for k outside [1, K].
+    TypeError: for k that is not a Python integer.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> neighbors = ranger.nearest_neighbors(jnp.eye(5), k=4)
+    >>> drawn = ranger.sample_neighbors(jax.random.key(0), neighbors, k=2)
+    >>> print(drawn.indices.shape, drawn.weights[0])
+    (5, 2) [0.5 0.5]
+  """
+  indices = jnp.asarray(neighbors.indices)
+  total = indices.shape[1]
+  _validate.static_count("k", k)
+  if k > total:
+    raise ValueError(f"k must be at most the {total} neighbors given, got {k}.")
+  draws = jax.random.uniform(key, indices.shape)
+  _, places = jax.lax.top_k(draws, k)
+  places = jnp.sort(places, axis=1)
+  take = lambda array: jnp.take_along_axis(jnp.asarray(array), places, axis=1)
+  indices, distances, weights = map(take, neighbors)
+  return _types.Neighbors(indices, distances, weights * (total / k))
+
+
+def weigh_neighbors(
+    neighbors: _types.Neighbors,
+    *,
+    kernel: str = "uniform",
+    bandwidth: Any = None,
+    labels: _types.ArrayLike | None = None,
+    beliefs: _types.ArrayLike | None = None,
+) -> _types.Neighbors:
+  r"""Weighs neighbors by their distance and by how far they agree.
+
+  .. math:: w_{ij} = \tfrac1k \, K(d_{ij} / h) \, \mathrm{agreement}_{ij}
+
+  Rows are not normalized: an example that nobody agrees with really loses its
+  weight. That helps against wrong labels and hurts where neighbors rightly
+  differ.
+
+  Args:
+    neighbors: ``Neighbors`` with arrays of ``[n, k]``; its weights are replaced.
+    kernel: ``"uniform"``: 1; ``"inverse_distance"``: 1 / (1 + d / h);
+      ``"gaussian"``: exp(-(d / h)^2 / 2).
+    bandwidth: h, positive, in the unit of the distances; None for the mean
+      distance. It does nothing with ``"uniform"``.
+    labels: ``int [n]``; neighbors agree when their labels are equal.
+    beliefs: ``float [n, C]``, probabilities of each example's class (a row of
+      zeros is no belief). Alone: agreement is :math:`\langle b_i, b_j \rangle`.
+      With labels too: :math:`b_j(y_i) \, b_i(y_j)`, how far each believes in
+      the other's label.
+
+  Returns:
+    ``Neighbors`` with new weights, not negative, at most ``1 / k`` where
+    beliefs are at most 1; empty places keep weight 0.
+
+  Guarantees:
+    * Weights are in [0, 1 / k] (``test_weights_are_bounded``).
+    * An example that nobody agrees with has no weight
+      (``test_disagreement_takes_weight``).
+
+  Raises:
+    ValueError: for another kernel, a bandwidth that is not positive, labels or
+      beliefs of another length.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> points = jnp.array([[0.0], [1.0], [2.0]])
+    >>> neighbors = ranger.nearest_neighbors(points, k=2)
+    >>> weighed = ranger.weigh_neighbors(neighbors, labels=jnp.array([7, 7, 3]))
+    >>> print(weighed.weights)
+    [[0.5 0. ]
+     [0.5 0. ]
+     [0.  0. ]]
+  """
+  _validate.choice("kernel", kernel, _KERNELS)
+  indices, distances = map(jnp.asarray, (neighbors.indices, neighbors.distances))
+  n, k = indices.shape
+  filled = jnp.logical_and(indices >= 0, indices < n)
+  places = jnp.where(filled, indices, jnp.zeros_like(indices))
+  distances = jnp.where(filled, distances, jnp.zeros_like(distances))
+  if bandwidth is None:
+    places_filled = filled.sum().astype(distances.dtype)
+    bandwidth = _numerics.divide(distances.sum(), places_filled)
+  else:
+    _validate.in_range("bandwidth", bandwidth, 0, float("inf"), open_low=True)
+  bandwidth = _numerics.scalar(bandwidth, distances.dtype)
+  scaled = _numerics.divide(distances, bandwidth)
+  if kernel == "inverse_distance":
+    weights = 1 / (1 + scaled)
+  elif kernel == "gaussian":
+    weights = jnp.exp(-scaled * scaled / 2)
+  else:
+    weights = jnp.ones_like(scaled)
+  weights = weights / k * _agreement(places, labels, beliefs, weights.dtype)
+  usable = jnp.logical_and(filled, jnp.isfinite(weights))
+  return neighbors._replace(
+      weights=jnp.where(usable, weights, jnp.zeros_like(weights))
+  )
+
+
+def label_support(
+    neighbors: _types.Neighbors, labels: _types.ArrayLike
+) -> _types.Array:
+  r"""Tells how far each example's neighborhood backs its label.
+
+  .. math::
+    \mathrm{support}_i = \sum_j w_{ij} [y_{N(i, j)} = y_i] \, / \, \sum_j w_{ij}
+
+  Low support marks suspicious labels: sort by it.
+
+  Args:
+    neighbors: ``Neighbors`` with arrays of ``[n, k]``.
+    labels: ``int [n]``.
+
+  Returns:
+    ``float [n]`` in [0, 1]; 0 where an example has no neighbors.
+
+  Raises:
+    ValueError: for labels of another length.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> points = jnp.array([[0.0], [1.0], [2.0]])
+    >>> neighbors = ranger.nearest_neighbors(points, k=2)
+    >>> print(ranger.label_support(neighbors, jnp.array([7, 7, 3])))
+    [0.5 0.5 0. ]
+  """
+  weights = jnp.asarray(neighbors.weights)
+  indices = jnp.asarray(neighbors.indices)
+  filled = jnp.logical_and(indices >= 0, indices < indices.shape[0])
+  weights = jnp.where(filled, weights, jnp.zeros_like(weights))
+  places = jnp.where(filled, indices, jnp.zeros_like(indices))
+  same = _agreement(places, labels, None, weights.dtype)
+  return _numerics.divide((weights * same).sum(axis=1), weights.sum(axis=1))
+
+
+def _agreement(
+    places: _types.Array, labels: Any, beliefs: Any, dtype: Any
+) -> _types.Array:
+  """How far each example and each of its neighbors agree, [n, k]."""
+  n = places.shape[0]
+  if labels is not None:
+    labels = jnp.asarray(labels)
+    _validate.integers("labels", labels)
+    _validate.shape("labels", labels, (n,))
+  if beliefs is not None:
+    beliefs = jnp.asarray(beliefs)
+    if beliefs.ndim != 2 or beliefs.shape[0] != n:
+      raise ValueError(
+          f"beliefs must have shape [{n}, C], got {list(beliefs.shape)}."
+      )
+    beliefs = beliefs.astype(dtype)
+
+  def one_place(column: _types.Array) -> _types.Array:
+    if beliefs is None:
+      return (labels == labels[column]).astype(dtype)
+    if labels is None:
+      return (beliefs * beliefs[column]).sum(axis=1)
+    own = jnp.take_along_axis(beliefs, labels[column][:, None], axis=1)
+    other = jnp.take_along_axis(beliefs[column], labels[:, None], axis=1)
+    return (own * other)[:, 0]
+
+  if labels is None and beliefs is None:
+    return jnp.ones(places.shape, dtype)
+  # One place at a time: [n, k, C] would be k times the table of beliefs.
+  return jax.lax.map(one_place, places.T).T

@@ -1,0 +1,29 @@
+"""Names for the types that every file shares."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array
+ArrayLike = jax.Array | np.ndarray | float | int | bool
+PyTree = Any
+Schedule = Callable[[Any], Any]
+
+
+class Neighbors(NamedTuple):
+  """The k nearest neighbors of n examples, or any other k of their neighbors.
+
+  A negative index is an empty place; its weight is zero and its distance
+  infinite. Weights already contain any 1/k.
+
+  Shapes:
+    indices: ``int32 [n, k]``, positions of the neighbors among the n examples.
+    distances: ``float [n, k]``, in the units of the features.
+    weights: ``float [n, k]``, not negative.
+  """
+
+  indices: Array
+  distances: Array
+  weights: Array
