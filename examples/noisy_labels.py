@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import time
+from typing import Any
 
 from flax import nnx
 import jax
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-import optax_ranger as ranger
 from sklearn import datasets
 from sklearn import model_selection
 import tqdm
+
+import optax_ranger as ranger
 
 BATCH_SIZE = 128
 NUM_CLASSES = 10
@@ -82,10 +84,10 @@ def ranger_step(graphdef, params, images, labels):
     batch = {"image": images[ids], "label": labels[ids]}
     smoothed = ranger.smoothed_predictions(state)[ids]
     (_, probabilities), grads = grad_fn(
-        params, batch, smoothed=smoothed, member_weights=weights[ids]
+      params, batch, smoothed=smoothed, member_weights=weights[ids]
     )
     updates, state = tx.update(
-        grads, state, params, predictions=probabilities, example_ids=ids
+      grads, state, params, predictions=probabilities, example_ids=ids
     )
     return optax.apply_updates(params, updates), state
 
@@ -94,10 +96,10 @@ def ranger_step(graphdef, params, images, labels):
 
 def load_digits(noise: float, seed: int):
   """Returns training images, given labels, true labels, test images and labels."""
-  digits = datasets.load_digits()
-  images = digits.data.astype(np.float32) / 16
+  pixels, labels = datasets.load_digits(return_X_y=True)
+  images = pixels.astype(np.float32) / 16
   train, test, true, test_labels = model_selection.train_test_split(
-      images, digits.target, test_size=360, random_state=0, stratify=digits.target
+    images, labels, test_size=360, random_state=0, stratify=labels
   )
   rng = np.random.default_rng(seed)
   given = true.copy()
@@ -139,7 +141,7 @@ def draw(path, results, noise, data):
   from matplotlib import pyplot as plt
 
   figure = plt.figure(figsize=(13, 5), layout="constrained")
-  left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+  left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1), squeeze=False)[0]
   axis = left.subplots()
   colors = {"plain": "tab:gray", "ranger": "tab:green"}
   for name, result in results.items():
@@ -147,7 +149,7 @@ def draw(path, results, noise, data):
     epochs = np.arange(1, curves.shape[1] + 1)
     axis.plot(epochs, curves.mean(axis=0), color=colors[name], label=result["label"])
     axis.fill_between(
-        epochs, curves.min(axis=0), curves.max(axis=0), color=colors[name], alpha=0.2
+      epochs, curves.min(axis=0), curves.max(axis=0), color=colors[name], alpha=0.2
     )
   axis.set(xlabel="epoch", ylabel="accuracy on clean test images", ylim=(0, 1))
   axis.set_title(f"digits, {noise:.0%} of the training labels wrong")
@@ -158,14 +160,17 @@ def draw(path, results, noise, data):
   neighbors = ranger.nearest_neighbors(images, k=NUM_NEIGHBORS)
   support = np.asarray(ranger.label_support(neighbors, given))
   suspicious = np.argsort(support, kind="stable")[:20]
-  right.suptitle("the twenty most suspicious labels: given \u2192 what neighbors say")
+  right.suptitle(
+    "the twenty most suspicious labels: given \u2192 what neighbors say"
+    " (green where the neighbors are right)"
+  )
   for axis, i in zip(right.subplots(4, 5).flat, suspicious, strict=True):
     votes = np.bincount(given[neighbors.indices[i]], minlength=NUM_CLASSES)
     right_guess = votes.argmax() == true[i]
     axis.imshow(images[i].reshape(8, 8), cmap="gray_r")
     axis.set_title(
-        f"{given[i]} \u2192 {votes.argmax()}",
-        color="tab:green" if right_guess else "tab:red",
+      f"{given[i]} \u2192 {votes.argmax()}",
+      color="tab:green" if right_guess else "tab:red",
     )
     axis.axis("off")
   figure.savefig(path, dpi=120)
@@ -185,23 +190,23 @@ def main():
     parser.error(f"--noise must lie in [0, 1], got {args.noise}")
 
   makers = {"plain": ("AdamW", plain_step), "ranger": ("Ranger", ranger_step)}
-  results = {}
+  results: dict[str, dict[str, Any]] = {}
   total = len(makers) * args.seeds * args.epochs
   with tqdm.tqdm(total=total, unit="epoch") as progress:
     for name, (label, make_step) in makers.items():
       progress.set_description(f"{label:>6}")
       runs = [
-          train(make_step, load_digits(args.noise, seed), args.epochs, seed, progress)
-          for seed in range(args.seeds)
+        train(make_step, load_digits(args.noise, seed), args.epochs, seed, progress)
+        for seed in range(args.seeds)
       ]
       curves = np.array([accuracies for accuracies, _ in runs])
       results[name] = {
-          "label": label,
-          "curves": curves.tolist(),
-          "last_mean": float(curves[:, -1].mean()),
-          "last_std": float(curves[:, -1].std()),
-          "best_mean": float(curves.max(axis=1).mean()),
-          "seconds_per_step": float(np.median([seconds for _, seconds in runs])),
+        "label": label,
+        "curves": curves.tolist(),
+        "last_mean": float(curves[:, -1].mean()),
+        "last_std": float(curves[:, -1].std()),
+        "best_mean": float(curves.max(axis=1).mean()),
+        "seconds_per_step": float(np.median([seconds for _, seconds in runs])),
       }
 
   print(f"digits, {args.noise:.0%} wrong labels, {args.seeds} seeds, test accuracy")
@@ -209,13 +214,13 @@ def main():
   for result in results.values():
     last = f"{result['last_mean']:.3f} \u00b1 {result['last_std']:.3f}"
     print(
-        f"{result['label']:8}{last:>16}{result['best_mean']:>12.3f}"
-        f"{1e3 * result['seconds_per_step']:>13.2f}"
+      f"{result['label']:8}{last:>16}{result['best_mean']:>12.3f}"
+      f"{1e3 * result['seconds_per_step']:>13.2f}"
     )
   if args.json:
     table = {
-        name: {key: value for key, value in result.items() if key != "label"}
-        for name, result in results.items()
+      name: {key: value for key, value in result.items() if key != "label"}
+      for name, result in results.items()
     }
     args.json.write_text(json.dumps({"noise": args.noise, **table}, indent=2))
   if args.out:

@@ -1,7 +1,8 @@
 """Step 2: m gradients become one large step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,11 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(
-    inner: optax.GradientTransformation,
-    every: int | Callable[[Any], Any],
-    *,
-    reduce: str = "mean",
-    accumulator_dtype: str | None = "float32",
+  inner: optax.GradientTransformation,
+  every: int | Callable[[Any], Any],
+  *,
+  reduce: str = "mean",
+  accumulator_dtype: str | None = "float32",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Accumulates gradients, and lets `inner` take one step for `every` of them.
 
@@ -114,24 +115,24 @@ def accumulate(
   def init(params: _types.PyTree) -> AccumulateState:
     _validate.inexact_leaves("params", params, "accumulate")
     return AccumulateState(
-        mini_step=_numerics.zero_count(),
-        gradient_step=_numerics.zero_count(),
-        weight_sum=jnp.zeros([], jnp.float32),
-        num_skipped=_numerics.zero_count(),
-        accumulated=jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=accumulator_type(p)), params
-        ),
-        inner_state=inner.init(params),
+      mini_step=_numerics.zero_count(),
+      gradient_step=_numerics.zero_count(),
+      weight_sum=jnp.zeros([], jnp.float32),
+      num_skipped=_numerics.zero_count(),
+      accumulated=jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=accumulator_type(p)), params
+      ),
+      inner_state=inner.init(params),
     )
 
   def update(
-      updates: _types.PyTree,
-      state: AccumulateState,
-      params: _types.PyTree = None,
-      *,
-      weight: Any = None,
-      last: Any = False,
-      **extra_args: Any,
+    updates: _types.PyTree,
+    state: AccumulateState,
+    params: _types.PyTree = None,
+    *,
+    weight: Any = None,
+    last: Any = False,
+    **extra_args: Any,
   ) -> tuple[_types.PyTree, AccumulateState]:
     weight = _numerics.scalar(1 if weight is None else weight)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
@@ -160,40 +161,30 @@ def accumulate(
     # branches carry nothing else of the parameters' size.
     def run_inner(carry):
       total, inner_state = carry
-      gradient = jax.tree.map(
-          lambda a, u: a.astype(u.dtype), total, updates
-      )
-      result, inner_state = inner.update(
-          gradient, inner_state, params, **extra_args
-      )
+      gradient = jax.tree.map(lambda a, u: a.astype(u.dtype), total, updates)
+      result, inner_state = inner.update(gradient, inner_state, params, **extra_args)
       result = jax.tree.map(lambda r, a: r.astype(a.dtype), result, total)
       return result, inner_state
 
     carried, inner_state = jax.lax.cond(
-        step_now,
-        run_inner,
-        lambda carry: carry,
-        (accumulated, state.inner_state),
+      step_now,
+      run_inner,
+      lambda carry: carry,
+      (accumulated, state.inner_state),
     )
     emitted = jax.tree.map(
-        lambda c, u: jnp.where(emit, c, jnp.zeros_like(c)).astype(u.dtype),
-        carried,
-        updates,
+      lambda c, u: jnp.where(emit, c, jnp.zeros_like(c)).astype(u.dtype),
+      carried,
+      updates,
     )
-    kept = jax.tree.map(
-        lambda c: jnp.where(emit, jnp.zeros_like(c), c), carried
-    )
+    kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), carried)
     return emitted, AccumulateState(
-        mini_step=jnp.where(
-            emit, jnp.zeros_like(state.mini_step), state.mini_step + 1
-        ),
-        gradient_step=_numerics.increment(state.gradient_step, step_now),
-        weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),
-        num_skipped=_numerics.increment(
-            state.num_skipped, jnp.logical_not(good)
-        ),
-        accumulated=kept,
-        inner_state=inner_state,
+      mini_step=jnp.where(emit, jnp.zeros_like(state.mini_step), state.mini_step + 1),
+      gradient_step=_numerics.increment(state.gradient_step, step_now),
+      weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),
+      num_skipped=_numerics.increment(state.num_skipped, jnp.logical_not(good)),
+      accumulated=kept,
+      inner_state=inner_state,
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _types.transformation(init, update)

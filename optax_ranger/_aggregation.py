@@ -121,7 +121,7 @@ def aggregate_by_max() -> optax.GradientTransformationExtraArgs:
 
 
 def aggregate_by_regions(
-    num_regions: int, *, within: str = "mean", across: str = "mean"
+  num_regions: int, *, within: str = "mean", across: str = "mean"
 ) -> optax.GradientTransformationExtraArgs:
   r"""Aggregates within each region of the data, then across the regions.
 
@@ -181,15 +181,15 @@ def aggregate_by_regions(
   _validate.choice("across", across, _WAYS)
 
   def update(
-      updates: _types.PyTree,
-      state: _members.MemberState,
-      params: _types.PyTree = None,
-      *,
-      regions: Any = None,
-      region_weights: Any = None,
-      member_weights: Any = None,
-      num_dropped: Any = None,
-      **extra_args: Any,
+    updates: _types.PyTree,
+    state: _members.MemberState,
+    params: _types.PyTree = None,
+    *,
+    regions: Any = None,
+    region_weights: Any = None,
+    member_weights: Any = None,
+    num_dropped: Any = None,
+    **extra_args: Any,
   ) -> tuple[_types.PyTree, _members.MemberState]:
     del params, extra_args
     _validate.given("regions", regions, "aggregate_by_regions")
@@ -229,26 +229,26 @@ def aggregate_by_regions(
       return _members.weighted_sum(weights, per_region)
 
     reduced = jax.tree.map(
-        lambda leaf: reduce(leaf).astype(leaf.dtype), members.updates
+      lambda leaf: reduce(leaf).astype(leaf.dtype), members.updates
     )
     return reduced, members.state
 
-  return optax.GradientTransformationExtraArgs(_members.init, update)
+  return _types.transformation(_members.init, update)
 
 
 def _aggregator(
-    reduce: Callable[[_members.Members], Callable[[_types.Array], Any]],
+  reduce: Callable[[_members.Members], Callable[[_types.Array], Any]],
 ) -> optax.GradientTransformationExtraArgs:
   """A step that reduces each leaf alike, once absent members are left out."""
 
   def update(
-      updates: _types.PyTree,
-      state: _members.MemberState,
-      params: _types.PyTree = None,
-      *,
-      member_weights: Any = None,
-      num_dropped: Any = None,
-      **extra_args: Any,
+    updates: _types.PyTree,
+    state: _members.MemberState,
+    params: _types.PyTree = None,
+    *,
+    member_weights: Any = None,
+    num_dropped: Any = None,
+    **extra_args: Any,
   ) -> tuple[_types.PyTree, _members.MemberState]:
     del params, extra_args
     members = _members.present(updates, state, member_weights, num_dropped)
@@ -256,11 +256,11 @@ def _aggregator(
       return updates, state
     reduce_leaf = reduce(members)
     reduced = jax.tree.map(
-        lambda leaf: reduce_leaf(leaf).astype(leaf.dtype), members.updates
+      lambda leaf: reduce_leaf(leaf).astype(leaf.dtype), members.updates
     )
     return reduced, members.state
 
-  return optax.GradientTransformationExtraArgs(_members.init, update)
+  return _types.transformation(_members.init, update)
 
 
 def _largest(leaf: _types.Array) -> _types.Array:

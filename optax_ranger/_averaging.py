@@ -13,7 +13,7 @@ from optax_ranger import _validate
 
 
 def average_neighbors(
-    *, include_self: bool = True, normalize: str | None = "batch"
+  *, include_self: bool = True, normalize: str | None = "batch"
 ) -> optax.GradientTransformationExtraArgs:
   r"""Averages each example's gradient with those of its nearest neighbors.
 
@@ -89,21 +89,21 @@ def average_neighbors(
   _validate.choice("normalize", normalize, ("batch", "graph", None))
 
   def update(
-      updates: _types.PyTree,
-      state: _members.MemberState,
-      params: _types.PyTree = None,
-      *,
-      neighbors: _types.Neighbors | None = None,
-      member_weights: Any = None,
-      graph_weight: Any = None,
-      num_dropped: Any = None,
-      **extra_args: Any,
+    updates: _types.PyTree,
+    state: _members.MemberState,
+    params: _types.PyTree = None,
+    *,
+    neighbors: _types.Neighbors | None = None,
+    member_weights: Any = None,
+    graph_weight: Any = None,
+    num_dropped: Any = None,
+    **extra_args: Any,
   ) -> tuple[_types.PyTree, _members.MemberState]:
     del params, extra_args
     if neighbors is None:
       raise ValueError(
-          "average_neighbors needs neighbors=: call update(updates, state,"
-          " params, neighbors=...), for example with nearest_neighbors(...)."
+        "average_neighbors needs neighbors=: call update(updates, state,"
+        " params, neighbors=...), for example with nearest_neighbors(...)."
       )
     if normalize == "graph":
       _validate.given("graph_weight", graph_weight, "average_neighbors")
@@ -139,22 +139,20 @@ def average_neighbors(
 
     return jax.tree.map(average, members.updates), members.state
 
-  return optax.GradientTransformationExtraArgs(_members.init, update)
+  return _types.transformation(_members.init, update)
 
 
 def _usable(
-    neighbors: _types.Neighbors, member_weights: _types.Array
+  neighbors: _types.Neighbors, member_weights: _types.Array
 ) -> tuple[_types.Array, _types.Array]:
   """Indices within range, and weights that are zero wherever one is absent."""
   n = member_weights.shape[0]
-  indices, weights = jnp.asarray(neighbors.indices), jnp.asarray(
-      neighbors.weights
-  )
+  indices, weights = jnp.asarray(neighbors.indices), jnp.asarray(neighbors.weights)
   _validate.integers("neighbors.indices", indices)
   if indices.ndim != 2 or indices.shape[0] != n:
     raise ValueError(
-        f"neighbors.indices must have shape [{n}, k], one row for each of the"
-        f" {n} examples, got {list(indices.shape)}."
+      f"neighbors.indices must have shape [{n}, k], one row for each of the"
+      f" {n} examples, got {list(indices.shape)}."
     )
   _validate.shape("neighbors.weights", weights, indices.shape)
   _validate.positions("neighbors.indices", neighbors.indices, n)

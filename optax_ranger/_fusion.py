@@ -1,4 +1,4 @@
-"""Linear steps in one backward pass: the transpose of a step gives one weight per example."""
+"""Linear steps in one backward pass: a step's transpose is one weight per example."""
 
 from collections.abc import Callable
 import inspect
@@ -16,11 +16,11 @@ from optax_ranger import _types
 from optax_ranger import _validate
 
 _NOT_ONE_WEIGHT = (
-    "the step is linear in the per-example gradients, but it is not one weight"
-    " per example: it treats the parameters of one leaf, or of leaves of"
-    " different shapes, unlike each other (optax.centralize after a mean does)."
-    " Keep only per-example steps and aggregations in it, and chain the rest"
-    " with the optimizer."
+  "the step is linear in the per-example gradients, but it is not one weight"
+  " per example: it treats the parameters of one leaf, or of leaves of"
+  " different shapes, unlike each other (optax.centralize after a mean does)."
+  " Keep only per-example steps and aggregations in it, and chain the rest"
+  " with the optimizer."
 )
 
 
@@ -29,11 +29,11 @@ class NotLinearError(TypeError):
 
 
 def example_weights(
-    step: optax.GradientTransformation,
-    n: int,
-    *,
-    state: _types.PyTree = None,
-    **extra_args: Any,
+  step: optax.GradientTransformation,
+  n: int,
+  *,
+  state: _types.PyTree = None,
+  **extra_args: Any,
 ) -> _types.Array:
   r"""Computes the weight that each of n examples has in the result of a step.
 
@@ -76,18 +76,18 @@ def example_weights(
   if state is None:
     state = step.init(jnp.zeros([], jnp.float32))
   clean, _, num_dropped = _members.clean_weights(
-      extra_args.pop("member_weights", None), n
+    extra_args.pop("member_weights", None), n
   )
   extra_args.update(member_weights=clean, num_dropped=num_dropped)
   return _transpose(step, n, state, extra_args)
 
 
 def value_and_grad(
-    per_example_losses: Callable[..., Any],
-    step: optax.GradientTransformation,
-    *,
-    has_aux: bool = False,
-    micro_batch_size: int = 32,
+  per_example_losses: Callable[..., Any],
+  step: optax.GradientTransformation,
+  *,
+  has_aux: bool = False,
+  micro_batch_size: int = 32,
 ) -> Callable[..., Any]:
   r"""Differentiates the losses of a batch through a step over per-example gradients.
 
@@ -145,11 +145,11 @@ def value_and_grad(
   accepts = _accepted_names(per_example_losses)
 
   def function(
-      params: _types.PyTree,
-      batch: _types.PyTree,
-      *,
-      state: _types.PyTree = None,
-      **extra_args: Any,
+    params: _types.PyTree,
+    batch: _types.PyTree,
+    *,
+    state: _types.PyTree = None,
+    **extra_args: Any,
   ) -> Any:
     n = _validate.leading_axis("batch", batch)
     if n is None:
@@ -164,14 +164,14 @@ def value_and_grad(
       return losses.astype(_numerics.wide(losses.dtype)), aux
 
     losses, pull_back, aux = jax.vjp(
-        lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
+      lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
     )
     _validate.shape("the value of per_example_losses", losses, (n,))
     finite = jnp.logical_and(finite, jnp.isfinite(losses))
 
     def step_args(finite):
       weights, _, num_dropped = _members.clean_weights(
-          extra_args.get("member_weights"), n, finite=finite
+        extra_args.get("member_weights"), n, finite=finite
       )
       own = {"member_weights": weights, "num_dropped": num_dropped}
       return {**extra_args, "losses": losses, **own}
@@ -181,20 +181,20 @@ def value_and_grad(
       weights = _transpose(step, n, step_state, step_args(finite))
     except NotLinearError:
       per_example = _per_example_gradients(
-          lambda params, batch, seen: losses_and_aux(params, batch, seen)[0],
-          params,
-          batch,
-          seen,
-          micro_batch_size,
+        lambda params, batch, seen: losses_and_aux(params, batch, seen)[0],
+        params,
+        batch,
+        seen,
+        micro_batch_size,
       )
       finite = jnp.logical_and(finite, _tree.finite_rows(per_example, n))
       grads, new_state = step.update(
-          _keep_rows(finite, per_example), step_state, params, **step_args(finite)
+        _keep_rows(finite, per_example), step_state, params, **step_args(finite)
       )
     else:
       (grads,) = pull_back(weights.astype(losses.dtype))
       _, new_state = step.update(
-          jnp.zeros([n], jnp.float32), step_state, None, **step_args(finite)
+        jnp.zeros([n], jnp.float32), step_state, None, **step_args(finite)
       )
     value = (losses, aux) if has_aux else losses
     return (value, grads) if state is None else (value, grads, new_state)
@@ -203,10 +203,10 @@ def value_and_grad(
 
 
 def _transpose(
-    step: optax.GradientTransformationExtraArgs,
-    n: int,
-    state: _types.PyTree,
-    extra_args: dict[str, Any],
+  step: optax.GradientTransformationExtraArgs,
+  n: int,
+  state: _types.PyTree,
+  extra_args: dict[str, Any],
 ) -> _types.Array:
   """The transpose of the step applied to one: the weights of the examples, [n]."""
 
@@ -219,22 +219,22 @@ def _transpose(
       if all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(state)):
         raise
       raise ValueError(
-          "the step failed on one leaf of shape [n]; if it keeps state of the"
-          " parameters' shape (momentum, averages), chain that part with the"
-          " optimizer instead."
+        "the step failed on one leaf of shape [n]; if it keeps state of the"
+        " parameters' shape (momentum, averages), chain that part with the"
+        " optimizer instead."
       ) from error
     if getattr(result, "shape", None) != ():
       raise ValueError(
-          "the step must end in an aggregation, such as aggregate_by_mean: it"
-          f" turned a leaf of shape [{n}] into {result}."
+        "the step must end in an aggregation, such as aggregate_by_mean: it"
+        f" turned a leaf of shape [{n}] into {result}."
       )
     try:
       one = jnp.ones([], result.dtype)
       (weights,) = jax.linear_transpose(apply, leaf)(one)
     except Exception as error:  # What is raised depends on the operation.
       raise NotLinearError(
-          "the step is not linear in the per-example gradients, so it has no"
-          " example weights; value_and_grad runs it on per-example gradients."
+        "the step is not linear in the per-example gradients, so it has no"
+        " example weights; value_and_grad runs it on per-example gradients."
       ) from error
     return weights
 
@@ -242,16 +242,16 @@ def _transpose(
   with jax.ensure_compile_time_eval():
     state, extra_args = _stand_in((state, extra_args))
     _refuse_other_than_one_weight(
-        step, state, extra_args, np.asarray(weights_for(state, extra_args))
+      step, state, extra_args, np.asarray(weights_for(state, extra_args))
     )
   return weights
 
 
 def _refuse_other_than_one_weight(
-    step: optax.GradientTransformationExtraArgs,
-    state: _types.PyTree,
-    extra_args: dict[str, Any],
-    weights: np.ndarray,
+  step: optax.GradientTransformationExtraArgs,
+  state: _types.PyTree,
+  extra_args: dict[str, Any],
+  weights: np.ndarray,
 ) -> None:
   """Tries the step on random gradients of two shapes, against the weights.
 
@@ -265,10 +265,10 @@ def _refuse_other_than_one_weight(
     result, _ = step.update(jax.tree.map(jnp.asarray, probe), state, None, **extra_args)
   except (TypeError, ValueError) as error:
     raise ValueError(_NOT_ONE_WEIGHT) from error
-  for leaf, found in zip(probe, result, strict=True):
+  for leaf, found in zip(probe, map(np.asarray, jax.tree.leaves(result)), strict=True):
     expected = np.tensordot(weights, leaf, axes=1)
     room = 1e-4 * np.tensordot(np.abs(weights), np.abs(leaf), axes=1) + 1e-30
-    if np.shape(found) != expected.shape or (np.abs(found - expected) > room).any():
+    if found.shape != expected.shape or (np.abs(found - expected) > room).any():
       raise ValueError(_NOT_ONE_WEIGHT)
 
 
@@ -287,11 +287,11 @@ def _stand_in(tree: _types.PyTree) -> _types.PyTree:
 
 
 def _per_example_gradients(
-    losses_of: Callable[..., Any],
-    params: _types.PyTree,
-    batch: _types.PyTree,
-    seen: dict[str, Any],
-    micro_batch_size: int,
+  losses_of: Callable[..., Any],
+  params: _types.PyTree,
+  batch: _types.PyTree,
+  seen: dict[str, Any],
+  micro_batch_size: int,
 ) -> _types.PyTree:
   """Gradients of each example's loss, leaves [n, *shape], in micro-batches."""
   n = jax.tree.leaves(batch)[0].shape[0]

@@ -4,7 +4,8 @@ A member that is not finite, or whose weight is not positive, is absent. It is
 left out by selection, never by multiplication: 0 * nan is nan.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,10 @@ def init(params: _types.PyTree) -> MemberState:
 
 
 def present(
-    updates: _types.PyTree,
-    state: MemberState,
-    member_weights: Any = None,
-    num_dropped: Any = None,
+  updates: _types.PyTree,
+  state: MemberState,
+  member_weights: Any = None,
+  num_dropped: Any = None,
 ) -> Members | None:
   """Leaves absent members out and counts those that were not finite.
 
@@ -72,18 +73,18 @@ def present(
   if num_dropped is None:
     num_dropped = not_usable
   return Members(
-      updates=jax.tree.map(lambda leaf: keep_rows(weights > 0, leaf), updates),
-      weights=weights,
-      declared=declared,
-      state=MemberState(_numerics.increment(state.num_dropped, num_dropped)),
+    updates=jax.tree.map(lambda leaf: keep_rows(weights > 0, leaf), updates),
+    weights=weights,
+    declared=declared,
+    state=MemberState(_numerics.increment(state.num_dropped, num_dropped)),
   )
 
 
 def clean_weights(
-    member_weights: Any,
-    n: int,
-    dtype: Any = jnp.float32,
-    finite: _types.Array | None = None,
+  member_weights: Any,
+  n: int,
+  dtype: Any = jnp.float32,
+  finite: _types.Array | None = None,
 ) -> tuple[_types.Array, _types.Array, _types.Array]:
   """Gives the absent members weight zero.
 
@@ -121,10 +122,10 @@ def weighted_sum(weights: _types.Array, leaf: _types.Array) -> _types.Array:
   dtype = _numerics.wide(leaf.dtype)
   contract = (((0,), (0,)), ((), ()))
   return jax.lax.dot_general(
-      weights.astype(dtype),
-      leaf.astype(dtype),
-      contract,
-      precision=jax.lax.Precision.HIGHEST,
+    weights.astype(dtype),
+    leaf.astype(dtype),
+    contract,
+    precision=jax.lax.Precision.HIGHEST,
   )
 
 

@@ -18,11 +18,11 @@ _SPARE = 8
 
 
 def nearest_neighbors(
-    features: _types.ArrayLike,
-    k: int,
-    *,
-    metric: str = "euclidean",
-    block_size: int = 1024,
+  features: _types.ArrayLike,
+  k: int,
+  *,
+  metric: str = "euclidean",
+  block_size: int = 1024,
 ) -> _types.Neighbors:
   r"""Finds the k nearest other examples of each example, exactly.
 
@@ -67,8 +67,8 @@ def nearest_neighbors(
   """
   if jnp.ndim(features) != 2:
     raise ValueError(
-        "features must have shape [n, d], got"
-        f" {list(jnp.shape(features))}; flatten each example first."
+      "features must have shape [n, d], got"
+      f" {list(jnp.shape(features))}; flatten each example first."
     )
   features = jnp.asarray(features)
   if jnp.issubdtype(features.dtype, jnp.complexfloating):
@@ -77,8 +77,8 @@ def nearest_neighbors(
   _validate.static_count("k", k)
   if k >= n:
     raise ValueError(
-        f"k must be less than the number of examples, n = {n}, got {k}: an"
-        " example is not its own neighbor."
+      f"k must be less than the number of examples, n = {n}, got {k}: an"
+      " example is not its own neighbor."
     )
   _validate.choice("metric", metric, _METRICS)
   _validate.static_count("block_size", block_size)
@@ -87,7 +87,7 @@ def nearest_neighbors(
 
 @functools.partial(jax.jit, static_argnames=("k", "metric", "block_size"))
 def _search(
-    features: _types.Array, *, k: int, metric: str, block_size: int
+  features: _types.Array, *, k: int, metric: str, block_size: int
 ) -> _types.Neighbors:
   n = features.shape[0]
   dtype = _numerics.wide(features.dtype)
@@ -128,12 +128,10 @@ def _search(
       return (-closest, jnp.take_along_axis(others, place, axis=1)), None
 
     start_best = (
-        jnp.full([block_size, keep], infinite, dtype),
-        jnp.full([block_size, keep], -1, jnp.int32),
+      jnp.full([block_size, keep], infinite, dtype),
+      jnp.full([block_size, keep], -1, jnp.int32),
     )
-    (distances, indices), _ = jax.lax.scan(
-        visit, start_best, (tiles, usable, starts)
-    )
+    (distances, indices), _ = jax.lax.scan(visit, start_best, (tiles, usable, starts))
     found = distances < infinite
     indices = jnp.where(found, indices, n)
     distances = _exact_distances(queries, padded, indices % n, metric)
@@ -150,7 +148,7 @@ def _search(
 
 
 def _tile_distances(
-    queries: _types.Array, keys: _types.Array, metric: str
+  queries: _types.Array, keys: _types.Array, metric: str
 ) -> _types.Array:
   product = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
   if metric == "cosine":
@@ -161,7 +159,7 @@ def _tile_distances(
 
 
 def _exact_distances(
-    queries: _types.Array, rows: _types.Array, indices: _types.Array, metric: str
+  queries: _types.Array, rows: _types.Array, indices: _types.Array, metric: str
 ) -> _types.Array:
   """Distances without the cancellation of the tiles, for the few that were kept."""
   empty = ~queries.any(axis=1)
@@ -179,7 +177,7 @@ def _exact_distances(
 
 
 def sample_neighbors(
-    key: _types.Array, neighbors: _types.Neighbors, k: int
+  key: _types.Array, neighbors: _types.Neighbors, k: int
 ) -> _types.Neighbors:
   """Draws k of each example's K neighbors at random, without replacement.
 
@@ -222,12 +220,12 @@ def sample_neighbors(
 
 
 def weigh_neighbors(
-    neighbors: _types.Neighbors,
-    *,
-    kernel: str = "uniform",
-    bandwidth: Any = None,
-    labels: _types.ArrayLike | None = None,
-    beliefs: _types.ArrayLike | None = None,
+  neighbors: _types.Neighbors,
+  *,
+  kernel: str = "uniform",
+  bandwidth: Any = None,
+  labels: _types.ArrayLike | None = None,
+  beliefs: _types.ArrayLike | None = None,
 ) -> _types.Neighbors:
   r"""Weighs neighbors by their distance and by how far they agree.
 
@@ -294,13 +292,11 @@ def weigh_neighbors(
     weights = jnp.ones_like(scaled)
   weights = weights / k * _agreement(places, labels, beliefs, weights.dtype)
   usable = jnp.logical_and(filled, jnp.isfinite(weights))
-  return neighbors._replace(
-      weights=jnp.where(usable, weights, jnp.zeros_like(weights))
-  )
+  return neighbors._replace(weights=jnp.where(usable, weights, jnp.zeros_like(weights)))
 
 
 def label_support(
-    neighbors: _types.Neighbors, labels: _types.ArrayLike
+  neighbors: _types.Neighbors, labels: _types.ArrayLike
 ) -> _types.Array:
   r"""Tells how far each example's neighborhood backs its label.
 
@@ -337,7 +333,7 @@ def label_support(
 
 
 def _agreement(
-    places: _types.Array, labels: Any, beliefs: Any, dtype: Any
+  places: _types.Array, labels: Any, beliefs: Any, dtype: Any
 ) -> _types.Array:
   """How far each example and each of its neighbors agree, [n, k]."""
   n = places.shape[0]
@@ -348,21 +344,21 @@ def _agreement(
   if beliefs is not None:
     beliefs = jnp.asarray(beliefs)
     if beliefs.ndim != 2 or beliefs.shape[0] != n:
-      raise ValueError(
-          f"beliefs must have shape [{n}, C], got {list(beliefs.shape)}."
-      )
+      raise ValueError(f"beliefs must have shape [{n}, C], got {list(beliefs.shape)}.")
     beliefs = beliefs.astype(dtype)
+
+  if labels is None and beliefs is None:
+    return jnp.ones(places.shape, dtype)
 
   def one_place(column: _types.Array) -> _types.Array:
     if beliefs is None:
-      return (labels == labels[column]).astype(dtype)
+      given = jnp.asarray(labels)
+      return (given == given[column]).astype(dtype)
     if labels is None:
       return (beliefs * beliefs[column]).sum(axis=1)
     own = jnp.take_along_axis(beliefs, labels[column][:, None], axis=1)
     other = jnp.take_along_axis(beliefs[column], labels[:, None], axis=1)
     return (own * other)[:, 0]
 
-  if labels is None and beliefs is None:
-    return jnp.ones(places.shape, dtype)
   # One place at a time: [n, k, C] would be k times the table of beliefs.
   return jax.lax.map(one_place, places.T).T

@@ -12,7 +12,7 @@ from optax_ranger import _smoothing
 
 
 def ranger_head(
-    *, include_self: bool = True, normalize: str | None = "batch"
+  *, include_self: bool = True, normalize: str | None = "batch"
 ) -> optax.GradientTransformationExtraArgs:
   """Turns per-example gradients into one: neighbor averaging, then the mean.
 
@@ -44,29 +44,27 @@ def ranger_head(
     [0.5 0.5 0. ]
   """
   return optax.named_chain(
-      (
-          "average_neighbors",
-          _averaging.average_neighbors(
-              include_self=include_self, normalize=normalize
-          ),
-      ),
-      ("aggregate", _aggregation.aggregate_by_mean()),
+    (
+      "average_neighbors",
+      _averaging.average_neighbors(include_self=include_self, normalize=normalize),
+    ),
+    ("aggregate", _aggregation.aggregate_by_mean()),
   )
 
 
 def ranger(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    momentum: Any = 0.9,
-    acceleration: Any = 1.0,
-    hyper_rate: Any = 0.1,
-    bounds: tuple[Any, Any] = (1e-3, 1e3),
-    weight_decay: Any = 0.0,
-    every: Any = 1,
-    ema_decay: Any = None,
-    num_examples: int | None = None,
-    num_classes: int | None = None,
-    prediction_decay: Any = 0.7,
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  momentum: Any = 0.9,
+  acceleration: Any = 1.0,
+  hyper_rate: Any = 0.1,
+  bounds: tuple[Any, Any] = (1e-3, 1e3),
+  weight_decay: Any = 0.0,
+  every: Any = 1,
+  ema_decay: Any = None,
+  num_examples: int | None = None,
+  num_classes: int | None = None,
+  prediction_decay: Any = 0.7,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Ranger of five steps, from the mean gradient on: steps 2, 3 and 5.
 
@@ -129,31 +127,29 @@ def ranger(
   """
   if (num_examples is None) != (num_classes is None):
     raise ValueError(
-        "smoothed predictions need num_examples and num_classes, got"
-        f" num_examples={num_examples!r} and num_classes={num_classes!r}."
+      "smoothed predictions need num_examples and num_classes, got"
+      f" num_examples={num_examples!r} and num_classes={num_classes!r}."
     )
   inner = [
-      (
-          "ngs",
-          _acceleration.scale_by_ngs(
-              momentum,
-              acceleration=acceleration,
-              hyper_rate=hyper_rate,
-              bounds=bounds,
-          ),
+    (
+      "ngs",
+      _acceleration.scale_by_ngs(
+        momentum,
+        acceleration=acceleration,
+        hyper_rate=hyper_rate,
+        bounds=bounds,
       ),
-      ("weight_decay", optax.add_decayed_weights(weight_decay)),
-      ("learning_rate", optax.scale_by_learning_rate(learning_rate)),
+    ),
+    ("weight_decay", optax.add_decayed_weights(weight_decay)),
+    ("learning_rate", optax.scale_by_learning_rate(learning_rate)),
   ]
   if ema_decay is not None:
     inner.append(("ema", _smoothing.smooth_by_ema(ema_decay)))
   steps = []
   if num_examples is not None and num_classes is not None:
-    table = _smoothing.smooth_predictions(
-        num_examples, num_classes, prediction_decay
-    )
+    table = _smoothing.smooth_predictions(num_examples, num_classes, prediction_decay)
     steps.append(("predictions", table))
   steps.append(
-      ("accumulate", _accumulation.accumulate(optax.named_chain(*inner), every))
+    ("accumulate", _accumulation.accumulate(optax.named_chain(*inner), every))
   )
   return optax.named_chain(*steps)

@@ -1,6 +1,7 @@
 """Step 5: smooth the parameters and the predictions."""
 
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,25 +94,23 @@ def smooth_by_ema(decay: Any) -> optax.GradientTransformationExtraArgs:
   def init(params: _types.PyTree) -> EmaState:
     _validate.inexact_leaves("params", params, "smooth_by_ema")
     copy = lambda p: jnp.array(p, dtype=_numerics.wide(p.dtype), copy=True)
-    return EmaState(
-        count=_numerics.zero_count(), ema=jax.tree.map(copy, params)
-    )
+    return EmaState(count=_numerics.zero_count(), ema=jax.tree.map(copy, params))
 
   def update(
-      updates: _types.PyTree,
-      state: EmaState,
-      params: _types.PyTree = None,
-      **extra_args: Any,
+    updates: _types.PyTree,
+    state: EmaState,
+    params: _types.PyTree = None,
+    **extra_args: Any,
   ) -> tuple[_types.PyTree, EmaState]:
     del extra_args
     if params is None:
       raise ValueError(
-          "smooth_by_ema needs params: call update(updates, state, params)."
+        "smooth_by_ema needs params: call update(updates, state, params)."
       )
     rate = 1 - _numerics.scalar(decay)
 
     def smooth(
-        ema: _types.Array, update: _types.Array, param: _types.Array
+      ema: _types.Array, update: _types.Array, param: _types.Array
     ) -> _types.Array:
       # The parameters as optax.apply_updates makes them, rounding included.
       new = param.astype(ema.dtype) + update.astype(ema.dtype)
@@ -120,11 +119,11 @@ def smooth_by_ema(decay: Any) -> optax.GradientTransformationExtraArgs:
       return jnp.where(jnp.isfinite(moved), moved, ema)
 
     return updates, EmaState(
-        count=_numerics.increment(state.count),
-        ema=jax.tree.map(smooth, state.ema, updates, params),
+      count=_numerics.increment(state.count),
+      ema=jax.tree.map(smooth, state.ema, updates, params),
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _types.transformation(init, update)
 
 
 def eval_params(state: _types.PyTree, params: _types.PyTree) -> _types.PyTree:
@@ -159,15 +158,15 @@ def eval_params(state: _types.PyTree, params: _types.PyTree) -> _types.PyTree:
     copies = [copy for copy in copies if not masked(copy)]
     if len(copies) > 1:
       raise ValueError(
-          f"the state holds {len(copies)} smoothed copies of one parameter of"
-          f" shape {list(leaf.shape)}; keep one smooth_by_ema for each leaf."
+        f"the state holds {len(copies)} smoothed copies of one parameter of"
+        f" shape {list(leaf.shape)}; keep one smooth_by_ema for each leaf."
       )
     chosen.append(copies[0].astype(leaf.dtype) if copies else leaf)
   return jax.tree.unflatten(treedef, chosen)
 
 
 def smooth_predictions(
-    num_examples: int, num_classes: int, decay: Any = 0.7
+  num_examples: int, num_classes: int, decay: Any = 0.7
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps a smoothed prediction of every training example; updates pass through.
 
@@ -234,18 +233,18 @@ def smooth_predictions(
   def init(params: _types.PyTree) -> PredictionState:
     del params
     return PredictionState(
-        num_dropped=_numerics.zero_count(),
-        smoothed=jnp.zeros([num_examples, num_classes], jnp.float32),
+      num_dropped=_numerics.zero_count(),
+      smoothed=jnp.zeros([num_examples, num_classes], jnp.float32),
     )
 
   def update(
-      updates: _types.PyTree,
-      state: PredictionState,
-      params: _types.PyTree = None,
-      *,
-      predictions: Any = None,
-      example_ids: Any = None,
-      **extra_args: Any,
+    updates: _types.PyTree,
+    state: PredictionState,
+    params: _types.PyTree = None,
+    *,
+    predictions: Any = None,
+    example_ids: Any = None,
+    **extra_args: Any,
   ) -> tuple[_types.PyTree, PredictionState]:
     del params, extra_args
     _validate.given("predictions", predictions, "smooth_predictions")
@@ -254,9 +253,7 @@ def smooth_predictions(
     ids = jnp.asarray(example_ids)
     _validate.integers("example_ids", ids)
     if ids.ndim != 1:
-      raise ValueError(
-          f"example_ids must have shape [n], got {list(ids.shape)}."
-      )
+      raise ValueError(f"example_ids must have shape [n], got {list(ids.shape)}.")
     _validate.shape("predictions", new, (ids.shape[0], num_classes))
     good = jnp.logical_and(ids >= 0, ids < num_examples)
     good = jnp.logical_and(good, jnp.isfinite(new).all(axis=1))
@@ -269,11 +266,11 @@ def smooth_predictions(
     smoothed = state.smoothed.at[ids].set(old + rate * (new - old), mode="drop")
     dropped = jnp.logical_not(good).sum()
     return updates, PredictionState(
-        num_dropped=_numerics.increment(state.num_dropped, dropped),
-        smoothed=smoothed,
+      num_dropped=_numerics.increment(state.num_dropped, dropped),
+      smoothed=smoothed,
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return _types.transformation(init, update)
 
 
 def smoothed_predictions(state: _types.PyTree) -> _types.Array:
@@ -294,8 +291,8 @@ def smoothed_predictions(state: _types.PyTree) -> _types.Array:
   found = list(_tree.find_states(state, PredictionState))
   if len(found) != 1:
     raise ValueError(
-        "smoothed_predictions needs a state with exactly one"
-        f" smooth_predictions, got {len(found)}."
+      "smoothed_predictions needs a state with exactly one"
+      f" smooth_predictions, got {len(found)}."
     )
   return found[0].smoothed
 

@@ -11,12 +11,10 @@ from optax_ranger import _types
 
 
 def select(
-    condition: _types.Array, on_true: _types.PyTree, on_false: _types.PyTree
+  condition: _types.Array, on_true: _types.PyTree, on_false: _types.PyTree
 ) -> _types.PyTree:
   """`where` leaf by leaf, on one scalar condition."""
-  return jax.tree.map(
-      lambda a, b: jnp.where(condition, a, b), on_true, on_false
-  )
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
 def zeros_like(tree: _types.PyTree) -> _types.PyTree:

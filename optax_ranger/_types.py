@@ -1,10 +1,12 @@
 """Names for the types that every file shares."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray | float | int | bool
@@ -27,3 +29,10 @@ class Neighbors(NamedTuple):
   indices: Array
   distances: Array
   weights: Array
+
+
+def transformation(
+  init: Callable[..., Any], update: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+  """Makes a transformation of functions that type their state more narrowly."""
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -20,13 +20,13 @@ def is_known(value: Any) -> bool:
 
 
 def in_range(
-    name: str,
-    value: Any,
-    low: float,
-    high: float,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
+  name: str,
+  value: Any,
+  low: float,
+  high: float,
+  *,
+  open_low: bool = False,
+  open_high: bool = False,
 ) -> None:
   """Refuses a number outside of [low, high], or of the half-open range."""
   if not is_known(value):
@@ -37,7 +37,7 @@ def in_range(
   if not (above and below):
     left, right = "(" if open_low else "[", ")" if open_high else "]"
     raise ValueError(
-        f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value!r}."
+      f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value!r}."
     )
 
 
@@ -48,7 +48,7 @@ def count(name: str, value: Any, least: int = 1) -> None:
   number = _number(name, value)
   if number != int(number) or number < least:
     raise ValueError(
-        f"{name} must be a whole number of at least {least}, got {value!r}."
+      f"{name} must be a whole number of at least {least}, got {value!r}."
     )
 
 
@@ -56,8 +56,7 @@ def static_count(name: str, value: Any, least: int = 1) -> None:
   """Refuses what is not a Python integer of at least `least`: it sets a shape."""
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
     raise TypeError(
-        f"{name} sets the shape of an array and must be a Python integer, got"
-        f" {value!r}."
+      f"{name} sets the shape of an array and must be a Python integer, got {value!r}."
     )
   count(name, value, least)
 
@@ -73,8 +72,7 @@ def given(name: str, value: Any, step: str) -> None:
   """Refuses a call of `update` that lacks an extra argument which `step` needs."""
   if value is None:
     raise ValueError(
-        f"{step} needs {name}=: call update(updates, state, params,"
-        f" {name}=...)."
+      f"{step} needs {name}=: call update(updates, state, params, {name}=...)."
     )
 
 
@@ -82,7 +80,7 @@ def shape(name: str, value: Any, expected: tuple[int, ...]) -> None:
   """Refuses an array of another shape."""
   if jnp.shape(value) != expected:
     raise ValueError(
-        f"{name} must have shape {list(expected)}, got {list(jnp.shape(value))}."
+      f"{name} must have shape {list(expected)}, got {list(jnp.shape(value))}."
     )
 
 
@@ -107,9 +105,9 @@ def inexact_leaves(name: str, tree: _types.PyTree, step: str) -> None:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
       raise TypeError(
-          f"{step} needs floating-point {name}, got {jnp.result_type(leaf)} at"
-          f" {name}{jax.tree_util.keystr(path)}; leave such leaves out with"
-          " optax.masked."
+        f"{step} needs floating-point {name}, got {jnp.result_type(leaf)} at"
+        f" {name}{jax.tree_util.keystr(path)}; leave such leaves out with"
+        " optax.masked."
       )
 
 
@@ -120,16 +118,15 @@ def leading_axis(name: str, tree: _types.PyTree) -> int | None:
     where = f"{name}{jax.tree_util.keystr(path)}"
     if jnp.ndim(leaf) < 1:
       raise ValueError(
-          f"{where} is a scalar, but every leaf needs a leading axis over the"
-          " examples."
+        f"{where} is a scalar, but every leaf needs a leading axis over the examples."
       )
     length = jnp.shape(leaf)[0]
     if first is None:
       first = where, length
     elif length != first[1]:
       raise ValueError(
-          f"every leaf needs the same leading axis, but {first[0]} has"
-          f" {first[1]} and {where} has {length}."
+        f"every leaf needs the same leading axis, but {first[0]} has"
+        f" {first[1]} and {where} has {length}."
       )
   return None if first is None else first[1]
 
