@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_ranger import _numerics
@@ -107,10 +108,10 @@ def accumulate(
   _validate.choice("reduce", reduce, ("mean", "sum"))
   inner = optax.with_extra_args_support(inner)
 
-  def accumulator_type(leaf: _types.Array) -> jnp.dtype:
+  def accumulator_type(leaf: _types.Array) -> np.dtype:
     if accumulator_dtype is None:
       return leaf.dtype
-    return jnp.promote_types(leaf.dtype, accumulator_dtype)
+    return _numerics.widest(leaf.dtype, accumulator_dtype)
 
   def init(params: _types.PyTree) -> AccumulateState:
     _validate.inexact_leaves("params", params, "accumulate")

@@ -62,6 +62,8 @@ def average_neighbors(
       (``test_average_neighbors_permutes``).
     * An example that is not finite, or whose weight is zero, is nobody's
       neighbor, and its row is zero (``test_absent_examples_average_nothing``).
+      With ``"batch"`` the others then make up for one that is not finite, so
+      that the mean over all rows stays the weighted mean over those that are.
     * A total weight of zero gives zeros (``test_zero_total_weight_is_zero``).
 
   Raises:
@@ -168,7 +170,6 @@ def _usable(
 
 
 def _gather(rows: _types.Array, index: _types.Array) -> _types.Array:
-  sharding = jax.typeof(rows).sharding
-  if sharding.mesh.are_all_axes_explicit and not sharding.mesh.empty:
-    return rows.at[index].get(out_sharding=sharding)
+  if _numerics.is_sharded(rows):
+    return rows.at[index].get(out_sharding=jax.typeof(rows).sharding)
   return rows[index]

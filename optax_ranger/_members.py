@@ -65,7 +65,9 @@ def present(
   if n is None:
     return None
   _validate.inexact_leaves("updates", updates, "a step over members")
-  dtype = _numerics.real(_widest(updates))
+  leaves = jax.tree.leaves(updates)
+  widest = _numerics.widest(jnp.float32, *(leaf.dtype for leaf in leaves))
+  dtype = _numerics.real(widest)
   finite = None
   if num_dropped is None:
     finite = _tree.finite_rows(updates, n)
@@ -102,7 +104,7 @@ def clean_weights(
     asked = jnp.ones([n], dtype)
   else:
     _validate.shape("member_weights", member_weights, (n,))
-    asked = jnp.asarray(member_weights).astype(dtype)
+    asked = _numerics.replicate(jnp.asarray(member_weights).astype(dtype))
   # Both comparisons are False for NaN: a weight that is none counts as zero.
   usable = jnp.logical_and(asked > 0, asked < jnp.inf)
   declared = jnp.where(usable, asked, jnp.zeros_like(asked)).sum()
@@ -127,10 +129,3 @@ def weighted_sum(weights: _types.Array, leaf: _types.Array) -> _types.Array:
     contract,
     precision=jax.lax.Precision.HIGHEST,
   )
-
-
-def _widest(tree: _types.PyTree) -> jnp.dtype:
-  dtype = jnp.dtype(jnp.float32)
-  for leaf in jax.tree.leaves(tree):
-    dtype = jnp.promote_types(dtype, leaf.dtype)
-  return dtype

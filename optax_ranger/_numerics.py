@@ -1,20 +1,29 @@
 """Scalars and data types that stay what they are, whatever comes in."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
 
 from optax_ranger import _types
 
 
-def wide(dtype: Any) -> jnp.dtype:
+def widest(*dtypes: Any) -> np.dtype:
+  """The type that holds them all, also where strict promotion refuses to choose."""
+  return functools.reduce(np.promote_types, map(np.dtype, dtypes))
+
+
+def wide(dtype: Any) -> np.dtype:
   """The type to compute in: float32 for half precision, else `dtype` itself."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return widest(dtype, np.float32)
 
 
-def real(dtype: Any) -> jnp.dtype:
+def real(dtype: Any) -> np.dtype:
   """The real type of the same precision as `dtype`."""
-  return jnp.finfo(dtype).dtype
+  return np.dtype(jnp.finfo(dtype).dtype)
 
 
 def scalar(value: Any, dtype: Any = jnp.float32) -> _types.Array:
@@ -47,4 +56,19 @@ def divide(numerator: _types.Array, denominator: _types.Array) -> _types.Array:
 
 def per_row(vector: _types.Array, leaf: _types.Array) -> _types.Array:
   """Gives a vector [n] the rank of a leaf [n, ...], to broadcast against it."""
+  rows = jax.typeof(leaf).sharding.spec[:1]
+  if is_sharded(leaf):
+    vector = jax.sharding.reshard(vector, PartitionSpec(*rows))
   return jnp.expand_dims(vector, tuple(range(1, jnp.ndim(leaf))))
+
+
+def is_sharded(array: _types.Array) -> bool:
+  """Whether an array is split over axes of a mesh that are explicit."""
+  return any(axis is not None for axis in jax.typeof(array).sharding.spec)
+
+
+def replicate(array: _types.Array) -> _types.Array:
+  """Gathers a small array that is split over explicit axes; others stay."""
+  if is_sharded(array):
+    return jax.sharding.reshard(array, PartitionSpec())
+  return array

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_ranger import _numerics
 from optax_ranger import _types
@@ -47,7 +48,8 @@ def finite_rows(tree: _types.PyTree, n: int) -> _types.Array:
   for leaf in jax.tree.leaves(tree):
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
       axes = tuple(range(1, leaf.ndim))
-      finite = jnp.logical_and(finite, jnp.isfinite(leaf).all(axis=axes))
+      rows = _numerics.replicate(jnp.isfinite(leaf).all(axis=axes))
+      finite = jnp.logical_and(finite, rows)
   return finite
 
 
@@ -56,7 +58,7 @@ def inner_product(a: _types.PyTree, b: _types.PyTree) -> _types.Array:
   total = jnp.zeros([], jnp.float32)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     for u, v in zip(_real_parts(x), _real_parts(y), strict=True):
-      dtype = jnp.promote_types(_numerics.wide(u.dtype), v.dtype)
+      dtype = _numerics.widest(u.dtype, v.dtype, np.float32)
       part = jnp.sum(u.astype(dtype) * v.astype(dtype))
       total = total + part.astype(jnp.float32)
   return total

@@ -1,0 +1,1 @@
+"""Tests: laws over one registry, oracles in NumPy, refusals, and real loops."""

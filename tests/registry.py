@@ -1,0 +1,217 @@
+"""The one registry of what is under test: every public step, in each of its forms."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+import inspect
+import types
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_ranger as ranger
+
+NUM_MEMBERS = 6
+NUM_EXAMPLES = 10
+NUM_CLASSES = 4
+
+
+class Case(NamedTuple):
+  """One step, and what it takes to call it.
+
+  Attributes:
+    name: what the test shows.
+    factory: the public name.
+    arguments: keyword arguments of the factory.
+    members: whether updates have a leading axis of members.
+    extra: extra args of `update`, by the number of the call.
+    static: arguments that `inject_hyperparams` must leave alone.
+    foreign: whether one of Optax's own optimizers is inside.
+    absorbs: whether updates that are not finite are kept from coming out.
+  """
+
+  name: str
+  factory: str
+  arguments: Mapping[str, Any] = types.MappingProxyType({})
+  members: bool = False
+  extra: Callable[[int], dict[str, Any]] = lambda call: {}
+  static: tuple[str, ...] = ()
+  foreign: bool = False
+  absorbs: bool = True
+
+  def make(self) -> optax.GradientTransformationExtraArgs:
+    return getattr(ranger, self.factory)(**self.arguments)
+
+
+def neighbors(call: int = 0, n: int = NUM_MEMBERS, k: int = 2) -> ranger.Neighbors:
+  rng = np.random.default_rng(100 + call)
+  features = rng.standard_normal([n, 3]).astype(np.float32)
+  found = ranger.nearest_neighbors(jnp.asarray(features), k)
+  return ranger.weigh_neighbors(found, kernel="gaussian")
+
+
+def _with_neighbors(call: int) -> dict[str, Any]:
+  return {"neighbors": neighbors(call), "graph_weight": 0.7}
+
+
+def _with_regions(call: int) -> dict[str, Any]:
+  rng = np.random.default_rng(call)
+  return {"regions": jnp.asarray(rng.integers(0, 3, NUM_MEMBERS))}
+
+
+def _with_predictions(call: int) -> dict[str, Any]:
+  rng = np.random.default_rng(call)
+  return {
+    "predictions": jnp.asarray(rng.dirichlet(np.ones(NUM_CLASSES), 3), jnp.float32),
+    "example_ids": jnp.asarray(rng.integers(0, NUM_EXAMPLES, 3)),
+  }
+
+
+def _with_weight(call: int) -> dict[str, Any]:
+  return {"weight": jnp.float32(1 + call % 3)}
+
+
+def _member_case(factory: str, name: str = "", **arguments: Any) -> Case:
+  static = ("num_regions",) if "num_regions" in arguments else ()
+  return Case(name or factory, factory, arguments, members=True, static=static)
+
+
+_SIZES = {"num_examples": NUM_EXAMPLES, "num_classes": NUM_CLASSES}
+_SIZE_NAMES = ("num_examples", "num_classes")
+
+CASES = (
+  *(
+    _member_case("average_neighbors", f"average_neighbors-{way}", normalize=way)
+    for way in ("batch", "graph", None)
+  ),
+  _member_case("average_neighbors", "average_neighbors-only", include_self=False),
+  _member_case("aggregate_by_mean"),
+  _member_case("aggregate_by_sum"),
+  _member_case("aggregate_by_max"),
+  *(
+    _member_case(
+      "aggregate_by_regions",
+      f"aggregate_by_regions-{within}-{across}",
+      num_regions=4,
+      within=within,
+      across=across,
+    )
+    for within, across in (
+      ("mean", "mean"),
+      ("sum", "sum"),
+      ("mean", "max"),
+      ("max", "mean"),
+    )
+  ),
+  _member_case("ranger_head"),
+  Case(
+    "accumulate-sgd",
+    "accumulate",
+    {"inner": optax.sgd(0.1, momentum=0.9), "every": 3},
+    extra=_with_weight,
+    static=("inner", "every"),
+  ),
+  Case(
+    "accumulate-adam-sum",
+    "accumulate",
+    {
+      "inner": optax.adam(0.1, eps=1e-3),
+      "every": lambda step: 1 + step,
+      "reduce": "sum",
+    },
+    static=("inner", "every"),
+    foreign=True,
+  ),
+  Case("scale_by_ngs", "scale_by_ngs", {"momentum": 0.8}),
+  Case("smooth_by_ema", "smooth_by_ema", {"decay": 0.9}, absorbs=False),
+  Case(
+    "smooth_predictions",
+    "smooth_predictions",
+    _SIZES,
+    extra=_with_predictions,
+    static=_SIZE_NAMES,
+    absorbs=False,
+  ),
+  Case("ranger-plain", "ranger", {"learning_rate": 0.1}, static=("every",)),
+  Case(
+    "ranger-whole",
+    "ranger",
+    {
+      "learning_rate": 0.1,
+      "weight_decay": 1e-2,
+      "every": 2,
+      "ema_decay": 0.9,
+      **_SIZES,
+    },
+    extra=_with_predictions,
+    static=("every", *_SIZE_NAMES),
+  ),
+)
+
+
+def extra_args(case: Case, call: int) -> dict[str, Any]:
+  """What `update` needs at its call of this number."""
+  if not case.members:
+    return case.extra(call)
+  return {**_with_neighbors(call), **_with_regions(call)}
+
+
+def factories() -> set[str]:
+  """The public functions that make a transformation."""
+  made = optax.GradientTransformationExtraArgs
+  names = {name for name in dir(ranger) if not name.startswith("_")}
+  functions = {name: getattr(ranger, name) for name in names}
+  return {
+    name
+    for name, function in functions.items()
+    if inspect.isfunction(function)
+    and inspect.signature(function).return_annotation is made
+  }
+
+
+def params(dtype: Any = jnp.float32) -> dict[str, Any]:
+  rng = np.random.default_rng(7)
+  return {
+    "w": jnp.asarray(rng.standard_normal([8, 16]), dtype),
+    "b": jnp.asarray(rng.standard_normal([5]), dtype),
+  }
+
+
+def gradients(case: Case, call: int, tree: Any) -> Any:
+  """Random gradients for the parameters in `tree`, with members where needed."""
+  rng = np.random.default_rng(1000 + call)
+  lead = (NUM_MEMBERS,) if case.members else ()
+
+  def draw(leaf: jax.Array) -> jax.Array:
+    values = rng.standard_normal((*lead, *leaf.shape))
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+      values = values + 1j * rng.standard_normal((*lead, *leaf.shape))
+    return jnp.asarray(values, leaf.dtype)
+
+  return jax.tree.map(draw, tree)
+
+
+@functools.cache
+def jitted_update(name: str) -> Any:
+  """The jitted update of a case: one for all tests, which saves their compilation."""
+  (case,) = (case for case in CASES if case.name == name)
+  return jax.jit(case.make().update)
+
+
+def run(
+  case: Case, tree: Any, calls: int = 5, update: Any = None, state: Any = None
+) -> tuple[list[Any], Any]:
+  """Calls a step several times in a plain loop; returns all updates and the state."""
+  update = update or jitted_update(case.name)
+  state = case.make().init(tree) if state is None else state
+  results = []
+  for call in range(calls):
+    updates, state = update(
+      gradients(case, call, tree), state, tree, **extra_args(case, call)
+    )
+    results.append(updates)
+  return results, state
