@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_ranger import _numerics
 from optax_ranger import _types
@@ -90,7 +91,9 @@ def _search(
   features: _types.Array, *, k: int, metric: str, block_size: int
 ) -> _types.Neighbors:
   n = features.shape[0]
-  dtype = _numerics.wide(features.dtype)
+  dtype = np.dtype(np.float32)
+  if jnp.issubdtype(features.dtype, jnp.floating):
+    dtype = _numerics.wide(features.dtype)
   rows = features.astype(dtype)
   finite = jnp.isfinite(rows).all(axis=1)
   rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))

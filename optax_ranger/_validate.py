@@ -132,12 +132,10 @@ def leading_axis(name: str, tree: _types.PyTree) -> int | None:
 
 
 def _number(name: str, value: Any) -> float:
-  if isinstance(value, bool) or jnp.ndim(value) != 0:
+  numeric = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+  if not numeric or isinstance(value, bool) or np.ndim(value) != 0:
     raise TypeError(f"{name} must be a number, got {value!r}.")
-  try:
-    number = float(value)
-  except (TypeError, ValueError) as error:
-    raise TypeError(f"{name} must be a number, got {value!r}.") from error
+  number = float(value)
   if math.isnan(number):
     raise ValueError(f"{name} must be a number, got {value!r}.")
   return number

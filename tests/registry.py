@@ -43,7 +43,7 @@ class Case(NamedTuple):
   foreign: bool = False
   absorbs: bool = True
 
-  def make(self) -> optax.GradientTransformationExtraArgs:
+  def make(self) -> Any:
     return getattr(ranger, self.factory)(**self.arguments)
 
 

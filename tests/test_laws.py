@@ -292,7 +292,7 @@ def test_abstract_init(case):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_shardings_are_a_fixed_point(case, axis):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-  spec = [None, None]
+  spec: list[str | None] = [None, None]
   spec[axis] = "data"
   with jax.set_mesh(mesh):
     place = lambda leaf, *spec: jax.device_put(

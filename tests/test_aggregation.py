@@ -1,0 +1,169 @@
+"""Step 4 against oracles in NumPy, and its guarantees."""
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_ranger as ranger
+
+AGGREGATIONS = {
+  "mean": ranger.aggregate_by_mean,
+  "sum": ranger.aggregate_by_sum,
+  "max": ranger.aggregate_by_max,
+  "regions": lambda: ranger.aggregate_by_regions(3),
+}
+each_aggregation = pytest.mark.parametrize("name", sorted(AGGREGATIONS))
+ORACLES = {
+  "mean": lambda rows, weights: np.average(rows, axis=0, weights=weights),
+  "sum": lambda rows, weights: weights @ rows,
+  "max": lambda rows, weights: largest(rows[weights > 0]),
+}
+
+
+def largest(rows):
+  top, bottom = rows.max(axis=0), rows.min(axis=0)
+  return np.where(top >= -bottom, top, bottom)
+
+
+def draw(n=9, seed=0):
+  rng = np.random.default_rng(seed)
+  return (
+    rng.standard_normal([n, 4]).astype(np.float32),
+    rng.integers(0, 3, n),
+    rng.integers(0, 3, n).astype(np.float32),
+  )
+
+
+def aggregate(step, rows, **extra):
+  return step.update(jnp.asarray(rows), step.init({}), **extra)
+
+
+@pytest.mark.parametrize("name", sorted(ORACLES))
+def test_aggregation_equals_numpy(name):
+  rows, _, weights = draw()
+  result, _ = aggregate(AGGREGATIONS[name](), rows, member_weights=jnp.asarray(weights))
+  np.testing.assert_allclose(result, ORACLES[name](rows, weights), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("within", sorted(ORACLES))
+@pytest.mark.parametrize("across", sorted(ORACLES))
+def test_regions_equal_numpy(within, across):
+  rows, regions, weights = draw()
+  region_weights = np.array([1.0, 0.5, 0.0, 3.0], np.float32)
+  step = ranger.aggregate_by_regions(4, within=within, across=across)
+  result, _ = aggregate(
+    step,
+    rows,
+    regions=jnp.asarray(regions),
+    member_weights=jnp.asarray(weights),
+    region_weights=jnp.asarray(region_weights),
+  )
+  alive = [
+    r for r in range(4) if weights[regions == r].sum() > 0 and region_weights[r] > 0
+  ]
+  per_region = np.stack(
+    [ORACLES[within](rows[regions == r], weights[regions == r]) for r in alive]
+  )
+  expected = ORACLES[across](per_region, region_weights[alive])
+  np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
+@each_aggregation
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_absent_members_count_for_nothing(name, value):
+  rows, regions, _ = draw()
+  keep = np.arange(9) != 4
+  expected, _ = aggregate(
+    AGGREGATIONS[name](), rows[keep], regions=jnp.asarray(regions[keep])
+  )
+  bad = rows.copy()
+  bad[4, 2] = value
+  result, state = aggregate(AGGREGATIONS[name](), bad, regions=jnp.asarray(regions))
+  np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+  assert int(state.num_dropped) == 1
+  masked, state = aggregate(
+    AGGREGATIONS[name](),
+    bad,
+    regions=jnp.asarray(regions),
+    member_weights=jnp.asarray(keep),
+  )
+  np.testing.assert_allclose(masked, expected, rtol=1e-5, atol=1e-6)
+  assert int(state.num_dropped) == 0
+
+
+@each_aggregation
+@pytest.mark.parametrize("n", [0, 3])
+def test_no_member_gives_zeros(name, n):
+  extra = {"regions": jnp.zeros([n], jnp.int32), "member_weights": jnp.zeros([n])}
+  result, _ = aggregate(AGGREGATIONS[name](), jnp.ones([n, 4]), **extra)
+  np.testing.assert_array_equal(result, np.zeros(4))
+
+
+@each_aggregation
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_aggregation_permutes(name, seed):
+  rows, regions, weights = draw(seed=seed)
+  order = np.random.default_rng(seed).permutation(9)
+  step = AGGREGATIONS[name]()
+  results = [
+    aggregate(
+      step,
+      rows[o],
+      regions=jnp.asarray(regions[o]),
+      member_weights=jnp.asarray(weights[o]),
+    )[0]
+    for o in (np.arange(9), order)
+  ]
+  np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_empty_regions_count_for_nothing():
+  rows, regions, _ = draw()
+  few, _ = aggregate(ranger.aggregate_by_regions(3), rows, regions=jnp.asarray(regions))
+  many, _ = aggregate(
+    ranger.aggregate_by_regions(50), rows, regions=jnp.asarray(regions)
+  )
+  np.testing.assert_allclose(many, few, rtol=1e-6)
+
+
+def test_ids_out_of_range_are_absent():
+  rows, _, _ = draw(n=3)
+  result, _ = aggregate(
+    ranger.aggregate_by_regions(2), rows, regions=jnp.array([0, -1, 2])
+  )
+  np.testing.assert_allclose(result, rows[0], rtol=1e-6)
+
+
+def test_one_region_is_the_mean():
+  rows, _, weights = draw()
+  extra = {"member_weights": jnp.asarray(weights)}
+  mean, _ = aggregate(ranger.aggregate_by_mean(), rows, **extra)
+  one, _ = aggregate(
+    ranger.aggregate_by_regions(1), rows, regions=jnp.zeros([9], jnp.int32), **extra
+  )
+  np.testing.assert_allclose(one, mean, rtol=1e-5)
+
+
+def test_bfloat16_sums_in_float32():
+  """1,024 times bf16 0.01 (0.01001) is 10.25; summed in bf16 it would be 4."""
+  rows = jnp.full([1024, 1], 0.01, jnp.bfloat16)
+  result, _ = aggregate(ranger.aggregate_by_sum(), rows)
+  assert float(result[0]) == 10.25
+
+
+def test_float64_keeps_its_precision():
+  with jax.enable_x64(True):
+    rows = jnp.asarray(np.random.default_rng(0).standard_normal([3, 4]))
+    result, _ = aggregate(ranger.aggregate_by_mean(), rows)
+    np.testing.assert_allclose(result, np.mean(rows, axis=0), rtol=1e-15)
+
+
+def test_complex_max_is_by_magnitude():
+  rows = jnp.array([[1 + 1j], [3j], [-2 + 0j]])
+  result, _ = aggregate(ranger.aggregate_by_max(), rows)
+  assert complex(result[0]) == 3j
