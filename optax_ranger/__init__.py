@@ -4,6 +4,7 @@ from optax_ranger._acceleration import NgsState as NgsState
 from optax_ranger._acceleration import scale_by_ngs as scale_by_ngs
 from optax_ranger._accumulation import AccumulateState as AccumulateState
 from optax_ranger._accumulation import accumulate as accumulate
+from optax_ranger._accumulation import large_step as large_step
 from optax_ranger._aggregation import aggregate_by_max as aggregate_by_max
 from optax_ranger._aggregation import aggregate_by_mean as aggregate_by_mean
 from optax_ranger._aggregation import aggregate_by_regions as aggregate_by_regions
@@ -12,7 +13,11 @@ from optax_ranger._averaging import average_neighbors as average_neighbors
 from optax_ranger._fusion import NotLinearError as NotLinearError
 from optax_ranger._fusion import example_weights as example_weights
 from optax_ranger._fusion import value_and_grad as value_and_grad
+from optax_ranger._guarding import SkipState as SkipState
+from optax_ranger._guarding import skip_anomalies as skip_anomalies
 from optax_ranger._members import MemberState as MemberState
+from optax_ranger._micro_batching import MicroBatchReport as MicroBatchReport
+from optax_ranger._micro_batching import micro_batched as micro_batched
 from optax_ranger._neighbors import label_support as label_support
 from optax_ranger._neighbors import nearest_neighbors as nearest_neighbors
 from optax_ranger._neighbors import sample_neighbors as sample_neighbors

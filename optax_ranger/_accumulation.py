@@ -22,7 +22,7 @@ class AccumulateState(NamedTuple):
     mini_step: ``int32``, micro-batches seen in the open window.
     gradient_step: ``int32``, optimizer steps taken so far.
     weight_sum: ``float32``, the weight of the open window.
-    num_skipped: ``int32``, micro-batches left out so far because their
+    num_left_out: ``int32``, micro-batches left out so far because their
       gradient or weight was not finite.
     accumulated: the weighted sum of the open window's gradients.
     inner_state: the state of the inner transformation.
@@ -31,7 +31,7 @@ class AccumulateState(NamedTuple):
   mini_step: _types.Array
   gradient_step: _types.Array
   weight_sum: _types.Array
-  num_skipped: _types.Array
+  num_left_out: _types.Array
   accumulated: _types.PyTree
   inner_state: _types.PyTree
 
@@ -89,7 +89,9 @@ def accumulate(
     * `inner` runs on emission only (``test_inner_runs_on_emission_only``).
 
   Raises:
-    ValueError: for ``every`` below 1 and another ``reduce``.
+    ValueError: for ``every`` below 1, another ``reduce``, and gradients that
+      differ from device to device under ``jax.shard_map``: each device would
+      decide alone. Reduce them first, or use ``micro_batched``.
     TypeError: for parameters that hold integers.
 
   Examples:
@@ -119,7 +121,7 @@ def accumulate(
       mini_step=_numerics.zero_count(),
       gradient_step=_numerics.zero_count(),
       weight_sum=jnp.zeros([], jnp.float32),
-      num_skipped=_numerics.zero_count(),
+      num_left_out=_numerics.zero_count(),
       accumulated=jax.tree.map(
         lambda p: jnp.zeros_like(p, dtype=accumulator_type(p)), params
       ),
@@ -135,6 +137,7 @@ def accumulate(
     last: Any = False,
     **extra_args: Any,
   ) -> tuple[_types.PyTree, AccumulateState]:
+    _refuse_varying(updates, state.accumulated)
     weight = _numerics.scalar(1 if weight is None else weight)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
     good = jnp.logical_and(good, _tree.all_finite(updates))
@@ -183,9 +186,69 @@ def accumulate(
       mini_step=jnp.where(emit, jnp.zeros_like(state.mini_step), state.mini_step + 1),
       gradient_step=_numerics.increment(state.gradient_step, step_now),
       weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),
-      num_skipped=_numerics.increment(state.num_skipped, jnp.logical_not(good)),
+      num_left_out=_numerics.increment(state.num_left_out, jnp.logical_not(good)),
       accumulated=kept,
       inner_state=inner_state,
     )
 
   return _types.transformation(init, update)
+
+
+def large_step(learning_rate: Any, every: int, *, rule: str = "linear") -> Any:
+  r"""Scales a learning rate that was found for one micro-batch to the large step.
+
+  The sources give the accumulated step a rate of its own, :math:`\eta'`; these
+  are the two rules that the field uses for it. Where gradients are mostly noise
+  the linear one is usual for SGD; the square root, for adaptive optimizers.
+
+  .. math::
+    \eta' = m \, \eta \quad (\text{"linear"}), \qquad
+    \eta' = \sqrt m \, \eta \quad (\text{"square\_root"})
+
+  Args:
+    learning_rate: a number, or a schedule of the optimizer step.
+    every: micro-batches in a step, m.
+    rule: ``"linear"`` or ``"square_root"``.
+
+  Returns:
+    A number, or a schedule, as was given.
+
+  Raises:
+    ValueError: for ``every`` below 1 and another rule.
+
+  Examples:
+    >>> import optax_ranger as ranger
+    >>> tx = ranger.ranger(ranger.large_step(0.01, every=4), every=4)
+    >>> ranger.large_step(0.01, every=4)
+    0.04
+
+  References:
+    Goyal et al., Accurate, Large Minibatch SGD, 2017,
+    https://arxiv.org/abs/1706.02677, section 2.1; Krizhevsky, One weird trick
+    for parallelizing convolutional neural networks, 2014,
+    https://arxiv.org/abs/1404.5997, section 5.
+  """
+  _validate.count("every", every)
+  _validate.choice("rule", rule, ("linear", "square_root"))
+  factor = every if rule == "linear" else every**0.5
+  if callable(learning_rate):
+    return lambda count: factor * learning_rate(count)
+  return factor * learning_rate
+
+
+def _refuse_varying(updates: _types.PyTree, accumulated: _types.PyTree) -> None:
+  """Refuses gradients that vary over mesh axes over which the accumulator doesn't."""
+  for (path, leaf), total in zip(
+    jax.tree_util.tree_leaves_with_path(updates),
+    jax.tree.leaves(accumulated),
+    strict=True,
+  ):
+    varying = _numerics.varying_axes(leaf) - _numerics.varying_axes(total)
+    if varying:
+      axes = ", ".join(repr(axis) for axis in sorted(varying))
+      raise ValueError(
+        f"updates{jax.tree_util.keystr(path)} differs over the mesh axis {axes},"
+        " and accumulate would decide on each device alone: reduce it first"
+        " (jax.lax.pmean), or accumulate in one step with micro_batched, which"
+        " reduces once at the end."
+      )

@@ -72,3 +72,11 @@ def replicate(array: _types.Array) -> _types.Array:
   if is_sharded(array):
     return jax.sharding.reshard(array, PartitionSpec())
   return array
+
+
+def varying_axes(array: Any) -> frozenset[Any]:
+  """The axes of a mesh over which an array differs from device to device."""
+  if not isinstance(array, jax.ShapeDtypeStruct):
+    array = jax.typeof(array)
+  kind = getattr(array, "manual_axis_type", None)
+  return frozenset() if kind is None else frozenset(kind.varying)

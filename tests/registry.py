@@ -126,6 +126,12 @@ CASES = (
     static=("inner", "every"),
     foreign=True,
   ),
+  Case(
+    "skip_anomalies",
+    "skip_anomalies",
+    {"inner": optax.sgd(0.1, momentum=0.9), "warmup": 2, "max_in_a_row": 2},
+    static=("inner", "warmup", "max_in_a_row"),
+  ),
   Case("scale_by_ngs", "scale_by_ngs", {"momentum": 0.8}),
   Case("smooth_by_ema", "smooth_by_ema", {"decay": 0.9}, absorbs=False),
   Case(

@@ -93,8 +93,8 @@ def test_left_out_is_weight_zero(value, bad_weight):
     gradients[1] = gradients[1].at[0].set(value)
   results, state = run(step, gradients, weight=weights)
   np.testing.assert_array_equal(np.stack(results), np.stack(expected))
-  assert int(state.num_skipped) == 1
-  assert int(expected_state.num_skipped) == 0
+  assert int(state.num_left_out) == 1
+  assert int(expected_state.num_left_out) == 0
 
 
 def test_window_of_zero_weight():
@@ -107,7 +107,7 @@ def test_window_of_zero_weight():
       assert not updates.any()
   assert int(state.gradient_step) == 0
   assert int(state.mini_step) == 0
-  assert int(state.num_skipped) == 2
+  assert int(state.num_left_out) == 2
   for a, b in zip(
     jax.tree.leaves(state.inner_state),
     jax.tree.leaves(step.init(params).inner_state),

@@ -1,0 +1,97 @@
+"""Step 2 against its rivals: `python -m benchmarks.accumulation`."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.experimental import aggregating
+
+from benchmarks import _measure
+import optax_ranger as ranger
+
+EVERY = 8
+_WHAT = "accumulate(adamw), 32 M parameters, every 8"
+
+
+def micro_step_rows(rounds: int = 8) -> list[_measure.Row]:
+  """A micro-step of 32 M parameters: the mean over whole windows."""
+  params, gradients = _normal(0, 8, 2048), _normal(1, 8, 2048)
+  inner = optax.adamw(1e-3)
+  weight = jnp.asarray(3.0)
+  rivals = {
+    "optax.MultiSteps": optax.MultiSteps(inner, EVERY),
+    "aggregating.process": aggregating.process(
+      optax.identity(), aggregating.accumulate_avg_updates(EVERY), inner
+    ),
+    "bare adamw, every call": inner,
+  }
+  ours = _measure.training(
+    ranger.accumulate(inner, EVERY), params, gradients, weight=weight
+  )
+  others = [_measure.training(tx, params, gradients) for tx in rivals.values()]
+  size = sum(leaf.size for leaf in params)
+  samples = _measure.measure(
+    "accumulate(adamw)",
+    [ours, *others, _measure.copying(size)],
+    rounds,
+    calls=EVERY,
+  )
+  seconds, *rival_seconds, copy = (sample.mean(axis=1) for sample in samples)
+  rows = [
+    _measure.Row(
+      _WHAT,
+      name,
+      seconds,
+      theirs,
+      temporaries=ours.temporaries,
+      rival_temporaries=other.temporaries,
+    )
+    for name, other, theirs in zip(rivals, others, rival_seconds, strict=True)
+  ]
+  room = 0.01 * sum(leaf.nbytes for leaf in params)
+  rows[0] = rows[0]._replace(reach=f"1/6 = 0.167, under {room / 1e6:.3g} MB")
+  floor = _measure.Row(_WHAT, "bandwidth floor", seconds, copy * floor_passes() / 2)
+  return [*rows, floor]
+
+
+def floor_passes() -> float:
+  """Reads and writes of parameter size that a micro-step can't do without.
+
+  The guard and the sum read the gradient, and the sum is read and written; once
+  a window, parameters and Adam's two moments are as well.
+  """
+  return 4 + 6 / EVERY
+
+
+def quiet_rows(rounds: int = 10) -> list[_measure.Row]:
+  """A call that emits nothing must cost next to nothing: muon is expensive."""
+  params, gradients = _normal(0, 1, 1024), _normal(1, 1, 1024)
+  tx = ranger.accumulate(optax.contrib.muon(1e-3), EVERY)
+  ours = _measure.training(tx, params, gradients)
+  (samples,) = _measure.measure("accumulate(muon)", [ours], rounds, calls=EVERY)
+  return [
+    _measure.Row(
+      "accumulate(muon), 1024 x 1024, a call that emits nothing",
+      "one that emits",
+      samples[:, :-1].mean(axis=1),
+      samples[:, -1],
+      "0.1",
+      ours.temporaries,
+      ours.temporaries,
+    )
+  ]
+
+
+def _normal(seed: int, leaves: int, width: int) -> list[jax.Array]:
+  keys = jax.random.split(jax.random.key(seed), leaves)
+  return [jax.random.normal(key, [width, width]) for key in keys]
+
+
+def main() -> None:
+  rows = [*micro_step_rows(), *quiet_rows()]
+  print(_measure.machine())
+  print(f"Copy rate: {_measure.copy_rate() / 1e9:.3g} GB/s\n")
+  print(_measure.table(rows))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,198 @@
+"""The guard: updates that are not finite, or far from what is usual, are skipped."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ranger import _numerics
+from optax_ranger import _tree
+from optax_ranger import _types
+from optax_ranger import _validate
+
+
+class SkipState(NamedTuple):
+  """The state of ``skip_anomalies``.
+
+  Attributes:
+    count: ``int32``, updates accepted so far.
+    num_skipped: ``int32``, updates skipped so far.
+    num_skipped_in_a_row: ``int32``, updates skipped since the last accepted one.
+    mean: ``float32``, the running mean of the logarithm of what is watched.
+    variance: ``float32``, its running variance around that mean.
+    inner_state: the state of the inner transformation.
+  """
+
+  count: _types.Array
+  num_skipped: _types.Array
+  num_skipped_in_a_row: _types.Array
+  mean: _types.Array
+  variance: _types.Array
+  inner_state: _types.PyTree
+
+
+def skip_anomalies(
+  inner: optax.GradientTransformation,
+  *,
+  threshold: Any = 6.0,
+  decay: Any = 0.98,
+  warmup: Any = 20,
+  watch: str = "norm",
+  max_in_a_row: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Skips an update whose gradient norm, or loss, is not finite or an outlier.
+
+  It helps where single batches or faulty hardware send a spike; it hurts where
+  gradients really jump (a new task, a schedule that restarts), which is what
+  ``max_in_a_row`` is for. Norms spread by factors, so the score is taken of
+  their logarithm; only upwards is an outlier.
+
+  .. math::
+    z_t = \frac{\log x_t - \mu}{\max(\sigma, \sigma_{\min})}, \qquad
+    \text{skip if } z_t > \text{threshold}
+
+  Args:
+    inner: the transformation to guard; any optimizer.
+    threshold: the score above which an update is skipped, positive; infinity
+      skips only what is not finite.
+    decay: of the running mean and variance, in [0, 1).
+    warmup: updates accepted before any finite one may be skipped, at least 2.
+    watch: ``"norm"``: the global norm of the updates. ``"value"``: the loss,
+      passed as ``value=``; then the updates must be finite as well.
+    max_in_a_row: after this many skips in a row, finite outliers are accepted
+      (and the statistics start again from them). None keeps skipping. What is
+      not finite is never accepted.
+
+  Extra args of ``update``:
+    value: the loss, for ``watch="value"``; a scalar. Forwarded to `inner`.
+
+  Shapes:
+    Any tree to the same tree, types kept. The state holds five scalars beside
+    `inner`'s state. Nothing is read back to the host.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``.
+
+  Guarantees:
+    * On a skip, the update is zero and `inner`'s state untouched
+      (``test_skip_leaves_the_inner_state_alone``).
+    * Skipped values stay out of the statistics
+      (``test_skipped_values_stay_out_of_the_statistics``).
+    * What is not finite is never accepted
+      (``test_never_accepts_what_is_not_finite``).
+    * Without outliers it is `inner` (``test_without_outliers_it_is_the_inner``).
+
+  Raises:
+    ValueError: for arguments out of range, and for a missing ``value=``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> step = ranger.skip_anomalies(optax.sgd(1.0), warmup=2)
+    >>> state = step.init(jnp.array(0.0))
+    >>> for gradient in (1.0, 1.1, 1000.0, 0.9):
+    ...   update, state = step.update(jnp.array(gradient), state)
+    ...   print(update, state.num_skipped)
+    -1.0 0
+    -1.1 0
+    0.0 1
+    -0.9 1
+  """
+  _validate.in_range("threshold", threshold, 0, float("inf"), open_low=True)
+  _validate.in_range("decay", decay, 0, 1, open_high=True)
+  _validate.count("warmup", warmup, least=2)
+  _validate.choice("watch", watch, ("norm", "value"))
+  if max_in_a_row is not None:
+    _validate.count("max_in_a_row", max_in_a_row)
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params: _types.PyTree) -> SkipState:
+    return SkipState(
+      count=_numerics.zero_count(),
+      num_skipped=_numerics.zero_count(),
+      num_skipped_in_a_row=_numerics.zero_count(),
+      mean=jnp.zeros([], jnp.float32),
+      variance=jnp.zeros([], jnp.float32),
+      inner_state=inner.init(params),
+    )
+
+  def update(
+    updates: _types.PyTree,
+    state: SkipState,
+    params: _types.PyTree = None,
+    *,
+    value: Any = None,
+    **extra_args: Any,
+  ) -> tuple[_types.PyTree, SkipState]:
+    if watch == "value":
+      _validate.given("value", value, 'skip_anomalies(watch="value")')
+      _validate.shape("value", value, ())
+      watched = _numerics.scalar(value)
+      finite = jnp.logical_and(jnp.isfinite(watched), _tree.all_finite(updates))
+    else:
+      watched = jnp.sqrt(_tree.inner_product(updates, updates))
+      finite = jnp.isfinite(watched)
+    level = jnp.log(jnp.maximum(jnp.abs(watched), jnp.float32(1e-30)))
+    level = jnp.where(finite, level, state.mean)
+
+    spread = jnp.maximum(jnp.sqrt(state.variance), jnp.float32(_LEAST_SPREAD))
+    outlier = (level - state.mean) / spread > _numerics.scalar(threshold)
+    warm = state.count >= _numerics.scalar(warmup, jnp.int32)
+    outlier = jnp.logical_and(outlier, warm)
+    restart = jnp.zeros([], bool)
+    if max_in_a_row is not None:
+      limit = _numerics.scalar(max_in_a_row, jnp.int32)
+      restart = jnp.logical_and(outlier, state.num_skipped_in_a_row >= limit)
+      outlier = jnp.logical_and(outlier, jnp.logical_not(restart))
+    accept = jnp.logical_and(finite, jnp.logical_not(outlier))
+
+    def run_inner(carry):
+      given, inner_state = carry
+      result, inner_state = inner.update(
+        given, inner_state, params, **_with_value(extra_args, value)
+      )
+      return jax.tree.map(lambda r, g: r.astype(g.dtype), result, given), inner_state
+
+    def skip(carry):
+      given, inner_state = carry
+      return _tree.zeros_like(given), inner_state
+
+    result, inner_state = jax.lax.cond(
+      accept, run_inner, skip, (updates, state.inner_state)
+    )
+    count = jnp.where(restart, jnp.zeros_like(state.count), state.count)
+    mean, variance = _moments(state, count, level, _numerics.scalar(decay))
+    skipped = jnp.logical_not(accept)
+    in_a_row = _numerics.increment(state.num_skipped_in_a_row)
+    return result, SkipState(
+      count=jnp.where(accept, _numerics.increment(count), state.count),
+      num_skipped=_numerics.increment(state.num_skipped, skipped),
+      num_skipped_in_a_row=jnp.where(skipped, in_a_row, jnp.zeros_like(in_a_row)),
+      mean=jnp.where(accept, mean, state.mean),
+      variance=jnp.where(accept, variance, state.variance),
+      inner_state=inner_state,
+    )
+
+  return _types.transformation(init, update)
+
+
+# Of the logarithm: a spread below five percent is taken for five, so that a run
+# whose norms hardly differ does not call the first small change an outlier.
+_LEAST_SPREAD = 0.05
+
+
+def _moments(
+  state: SkipState, count: _types.Array, level: _types.Array, decay: _types.Array
+) -> tuple[_types.Array, _types.Array]:
+  """Running mean and variance with this level in: plain averages at first."""
+  seen = count.astype(jnp.float32)
+  keep = jnp.minimum(decay, seen / (seen + 1))
+  deviation = level - state.mean
+  mean = state.mean + (1 - keep) * deviation
+  variance = keep * (state.variance + (1 - keep) * deviation * deviation)
+  return mean, variance
+
+
+def _with_value(extra_args: dict[str, Any], value: Any) -> dict[str, Any]:
+  return extra_args if value is None else {**extra_args, "value": value}

@@ -1,0 +1,190 @@
+"""Micro-batches in one compiled step: exact, guarded, and reduced once."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+PARAMS = {"w": jnp.asarray(np.random.default_rng(0).standard_normal([4]), jnp.float32)}
+
+
+def draw(n, seed=1):
+  rng = np.random.default_rng(seed)
+  return {
+    "x": jnp.asarray(rng.standard_normal([n, 4]), jnp.float32),
+    "y": jnp.asarray(rng.standard_normal([n]), jnp.float32),
+    "tokens": jnp.asarray(rng.integers(1, 9, n), jnp.float32),
+  }
+
+
+def losses(params, batch):
+  return (batch["x"] @ params["w"] - batch["y"]) ** 2
+
+
+def mean_loss(params, batch):
+  return losses(params, batch).mean()
+
+
+def token_loss(params, batch):
+  weighted = batch["tokens"] * losses(params, batch)
+  return weighted.sum() / batch["tokens"].sum(), {"losses": weighted}
+
+
+def close(actual, expected):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    actual,
+    expected,
+  )
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 10])
+@pytest.mark.parametrize("num_micro_batches", [1, 3, 4, 16])
+def test_micro_batches_are_the_whole_batch(n, num_micro_batches):
+  batch = draw(n)
+  grad_fn = jax.value_and_grad(mean_loss)
+  function = jax.jit(ranger.micro_batched(grad_fn, num_micro_batches))
+  value, grads, report = function(PARAMS, batch)
+  close((value, grads), grad_fn(PARAMS, batch))
+  assert float(report.weight) == n
+  assert int(report.num_left_out) == 0
+
+
+def test_weights_are_exact_and_rows_come_back():
+  batch = draw(10)
+  grad_fn = jax.value_and_grad(token_loss, has_aux=True)
+  function = ranger.micro_batched(grad_fn, 4, weigh=lambda part: part["tokens"].sum())
+  value, grads, report = jax.jit(function)(PARAMS, batch)
+  close((value, grads), grad_fn(PARAMS, batch))
+  assert float(report.weight) == float(batch["tokens"].sum())
+
+
+def test_fused_steps_run_in_micro_batches():
+  batch = draw(10)
+  grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
+  value, grads, _ = jax.jit(ranger.micro_batched(grad_fn, 3))(PARAMS, batch)
+  close((value, grads), grad_fn(PARAMS, batch))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [1, 9])
+def test_left_out_is_weight_zero_here_too(bad, place):
+  batch = draw(10)
+  grad_fn = jax.value_and_grad(mean_loss)
+  function = jax.jit(ranger.micro_batched(grad_fn, 4))
+  keep = np.array([i // 3 != place // 3 for i in range(10)])
+  expected = grad_fn(PARAMS, jax.tree.map(lambda leaf: leaf[keep], batch))
+  broken = {**batch, "x": batch["x"].at[place, 0].set(bad)}
+  value, grads, report = function(PARAMS, broken)
+  close((value, grads), expected)
+  assert int(report.num_left_out) == 1
+  assert float(report.weight) == keep.sum()
+
+
+def test_bfloat16_sums_in_float32():
+  grad_fn = jax.value_and_grad(lambda w, batch: (w * batch).mean())
+  batch = jnp.full([1024], 0.01, jnp.bfloat16).at[0].set(2.0)
+  function = ranger.micro_batched(grad_fn, 1024)
+  _, grads, _ = jax.jit(function)(jnp.bfloat16(1), batch)
+  assert grads.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.float32(grads), (2 + 1023 * 0.01001) / 1024, rtol=5e-3)
+
+
+def sharded(num_micro_batches, tx=None):
+  """A step over eight devices, each with its part of the batch."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  grad_fn = ranger.micro_batched(
+    jax.value_and_grad(mean_loss), num_micro_batches, axis_name="data"
+  )
+
+  def step(params, state, batch):
+    value, grads, report = grad_fn(params, batch)
+    if tx is None:
+      return value, grads, report
+    updates, state = tx.update(grads, state, params, weight=report.weight)
+    return optax.apply_updates(params, updates), state, report
+
+  whole, split = PartitionSpec(), PartitionSpec("data")
+  function = jax.shard_map(
+    step, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole
+  )
+  place = lambda batch: jax.device_put(batch, NamedSharding(mesh, split))
+  return jax.jit(function), place
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_varying_gradients_are_reduced_at_the_end(num_micro_batches):
+  batch = draw(64)
+  function, place = sharded(num_micro_batches)
+  value, grads, report = function(PARAMS, (), place(batch))
+  close((value, grads), jax.value_and_grad(mean_loss)(PARAMS, batch))
+  assert float(report.weight) == 64
+
+
+def test_one_all_reduce_for_any_number():
+  counts = []
+  for num_micro_batches in (1, 4, 8):
+    function, place = sharded(num_micro_batches)
+    text = function.lower(PARAMS, (), place(draw(64))).compile().as_text()
+    results = re.findall(r" = (.*?) all-reduce(?:-start)?\(", text)
+    assert len([types for types in results if "f32[4]" in types]) == 1
+    # In the entry computation: not in the body of the loop.
+    assert re.search(r" all-reduce(?:-start)?\(", text.split("\nENTRY ")[1])
+    counts.append(len(results))
+  assert len(set(counts)) == 1
+
+
+def test_left_out_on_one_device():
+  """The device with a NaN leaves its micro-batch out; all keep the same bits."""
+  tx = ranger.accumulate(optax.sgd(0.1, momentum=0.9), 2)
+  batch = draw(64)
+  broken = {**batch, "x": batch["x"].at[8 * 3 + 1, 0].set(jnp.nan)}
+  function, place = sharded(4, tx)
+  params, state = PARAMS, tx.init(PARAMS)
+  for part in (broken, batch):
+    params, state, report = function(params, state, place(part))
+    assert int(report.num_left_out) == (part is broken)
+  for leaf in jax.tree.leaves((params, state)):
+    copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+    assert len(copies) == 8
+    for copy in copies[1:]:
+      np.testing.assert_array_equal(copy, copies[0])
+  # Device 3 holds rows 24 to 31; its first micro-batch is rows 24 and 25.
+  keep = np.array([i not in (24, 25) for i in range(64)])
+  good = jax.tree.map(lambda leaf: leaf[keep], batch)
+  both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), good, batch)
+  expected = jax.grad(mean_loss)(PARAMS, both)
+  close(params["w"], PARAMS["w"] - 0.1 * expected["w"])
+
+
+def test_accumulate_refuses_varying_gradients_by_name():
+  tx = ranger.accumulate(optax.sgd(0.1), 2)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+  def step(params, batch):
+    vary = lambda leaf: jax.lax.pcast(leaf, "data", to="varying")
+    grads = jax.grad(mean_loss)(jax.tree.map(vary, params), batch)
+    return tx.update(grads, tx.init(params), params)[0]
+
+  whole, split = PartitionSpec(), PartitionSpec("data")
+  function = jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=split)
+  batch = jax.device_put(draw(64), NamedSharding(mesh, split))
+  message = r"updates\['w'\] differs over the mesh axis 'data'.*micro_batched"
+  with pytest.raises(ValueError, match=message):
+    jax.jit(function)(PARAMS, batch)
+
+
+@pytest.mark.parametrize("rule", ["linear", "square_root"])
+def test_large_step(rule):
+  factor = {"linear": 4, "square_root": 2}[rule]
+  assert ranger.large_step(0.1, 4, rule=rule) == pytest.approx(0.1 * factor)
+  schedule = ranger.large_step(lambda count: 0.1 * (count + 1), 4, rule=rule)
+  assert schedule(2) == pytest.approx(0.3 * factor)
