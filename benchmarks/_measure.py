@@ -62,14 +62,20 @@ def training(tx: Any, params: Any, gradients: Any, **extra_args: Any) -> Contend
     updates, state = tx.update(gradients, state, params, **extra_args)
     return optax.apply_updates(params, updates), state
 
+  return looping(step, params, tx.init(params), gradients, extra_args)
+
+
+def looping(
+  step: Callable[..., Any], params: Any, state: Any, *inputs: Any
+) -> Contender:
+  """A step from params and state to params and state, both of them donated."""
   # Donated buffers are gone after the call, so every loop gets its own.
-  kept = jax.tree.map(jnp.copy, (params, tx.init(params)))
-  compiled = jax.jit(step, donate_argnums=(0, 1))
-  compiled = compiled.lower(*kept, gradients, extra_args).compile()
+  kept = jax.tree.map(jnp.copy, (params, state))
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*kept, *inputs).compile()
 
   def turn():
     nonlocal kept
-    kept = compiled(*kept, gradients, extra_args)
+    kept = compiled(*kept, *inputs)
     return kept
 
   return Contender(turn, _temporaries(compiled))

@@ -87,6 +87,7 @@ def main() -> None:
   rows = [
     *fused_rows(),
     *accumulation.micro_step_rows(),
+    *accumulation.one_step_rows(),
     *accumulation.quiet_rows(),
   ]
   print(_measure.machine())

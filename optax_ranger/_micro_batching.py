@@ -98,7 +98,7 @@ def micro_batched(
       value, grads = value_and_grad_fn(params, micro_batch, **extra_args)
       rows = jax.tree.leaves(micro_batch)[0].shape[0]
       weight = _numerics.scalar(weigh(micro_batch) if weigh else rows)
-      by_row, scalars = _split(value, rows)
+      by_row, scalars = _split(jax.tree.map(jnp.asarray, value), rows)
       good = jnp.logical_and(weight >= 0, weight < jnp.inf)
       good = jnp.logical_and(good, _tree.all_finite((grads, scalars)))
       return by_row, (scalars, grads), weight, good

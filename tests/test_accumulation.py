@@ -34,10 +34,13 @@ def test_every_one_is_the_inner_optimizer():
   np.testing.assert_array_equal(np.stack(results), np.stack(expected))
 
 
-def test_equals_multi_steps_on_clean_input():
-  inner = optax.sgd(0.1, momentum=0.9)
+@pytest.mark.parametrize(
+  "inner", [optax.sgd(0.1, momentum=0.9), optax.adamw(0.1)], ids=["sgd", "adamw"]
+)
+def test_equals_multi_steps_on_clean_input(inner):
   gradients = draw(100)
-  results, _ = run(ranger.accumulate(inner, 4), gradients)
+  with jax.numpy_dtype_promotion("standard"):
+    results, _ = run(ranger.accumulate(inner, 4), gradients)
   rival = optax.MultiSteps(inner, 4)
   params = jnp.ones([3])
   state = rival.init(params)
@@ -189,3 +192,32 @@ def test_bfloat16_accumulates_in_float32():
   _, results = jax.lax.scan(body, step.init(gradient), None, length=1024)
   assert results.dtype == jnp.bfloat16
   assert float(results[-1, 0]) == 10.25
+
+
+def test_no_temporaries_of_parameter_size():
+  """Guarded and weighted, around adamw, donated: under 1 % of the parameters."""
+  step = ranger.accumulate(optax.adamw(1e-3), 8)
+  params = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 4
+
+  def update(params, state, gradients, weight):
+    updates, state = step.update(gradients, state, params, weight=weight)
+    return optax.apply_updates(params, updates), state
+
+  with jax.numpy_dtype_promotion("standard"):
+    state = jax.eval_shape(step.init, params)
+    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(
+      params, state, params, jnp.float32(1)
+    )
+  memory = lowered.compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 0.01 * 4 * 4 * 1024**2
+
+
+def test_counters_can_be_read_from_any_chain():
+  tx = optax.chain(ranger.accumulate(optax.sgd(0.1), 3), optax.identity())
+  params = jnp.ones([3])
+  state = tx.init(params)
+  for gradient in (params, params * jnp.nan):
+    _, state = tx.update(gradient, state, params, weight=2.0)
+  names = ("mini_step", "gradient_step", "weight_sum", "num_left_out")
+  read = [float(optax.tree.get(state, name)) for name in names]
+  assert read == [2, 0, 2, 1]
