@@ -79,7 +79,8 @@ def scale_by_ngs(
       (``test_acceleration_is_scale_free``).
 
   Raises:
-    ValueError: for arguments out of range.
+    ValueError: for arguments out of range, and for gradients that differ from
+      device to device under ``jax.shard_map``.
     TypeError: for parameters that hold integers.
 
   Examples:
@@ -125,6 +126,7 @@ def scale_by_ngs(
     **extra_args: Any,
   ) -> tuple[_types.PyTree, NgsState]:
     del params, extra_args
+    _validate.reduced("updates", updates, state.momentum, "scale_by_ngs")
     decay = _numerics.scalar(momentum)
     agreement = _tree.inner_product(updates, state.momentum)
     norm = _tree.inner_product(updates, updates)

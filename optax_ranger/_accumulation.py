@@ -137,7 +137,7 @@ def accumulate(
     last: Any = False,
     **extra_args: Any,
   ) -> tuple[_types.PyTree, AccumulateState]:
-    _refuse_varying(updates, state.accumulated)
+    _validate.reduced("updates", updates, state.accumulated, "accumulate")
     weight = _numerics.scalar(1 if weight is None else weight)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
     good = jnp.logical_and(good, _tree.all_finite(updates))
@@ -150,14 +150,14 @@ def accumulate(
 
     # Weight, guard and divisor go into the one pass that adds: inside the
     # branch, a traced divisor would cost a buffer of the parameters' size.
-    factor = jnp.ones_like(weight_sum)
-    if reduce == "mean":
-      mean = _numerics.divide(factor, weight_sum)
-      factor = jnp.where(emit, mean, factor)
-
     def add(total: _types.Array, leaf: _types.Array) -> _types.Array:
       new = total + weight.astype(total.dtype) * leaf.astype(total.dtype)
-      return jnp.where(good, new, total) * factor.astype(total.dtype)
+      new = jnp.where(good, new, total)
+      if reduce == "sum":
+        return new
+      one = jnp.ones([], _numerics.real(total.dtype))
+      mean = _numerics.divide(one, weight_sum.astype(one.dtype))
+      return new * jnp.where(emit, mean, one).astype(total.dtype)
 
     accumulated = jax.tree.map(add, state.accumulated, updates)
 
@@ -234,21 +234,3 @@ def large_step(learning_rate: Any, every: int, *, rule: str = "linear") -> Any:
   if callable(learning_rate):
     return lambda count: factor * learning_rate(count)
   return factor * learning_rate
-
-
-def _refuse_varying(updates: _types.PyTree, accumulated: _types.PyTree) -> None:
-  """Refuses gradients that vary over mesh axes over which the accumulator doesn't."""
-  for (path, leaf), total in zip(
-    jax.tree_util.tree_leaves_with_path(updates),
-    jax.tree.leaves(accumulated),
-    strict=True,
-  ):
-    varying = _numerics.varying_axes(leaf) - _numerics.varying_axes(total)
-    if varying:
-      axes = ", ".join(repr(axis) for axis in sorted(varying))
-      raise ValueError(
-        f"updates{jax.tree_util.keystr(path)} differs over the mesh axis {axes},"
-        " and accumulate would decide on each device alone: reduce it first"
-        " (jax.lax.pmean), or accumulate in one step with micro_batched, which"
-        " reduces once at the end."
-      )

@@ -85,7 +85,8 @@ def skip_anomalies(
     * Without outliers it is `inner` (``test_without_outliers_it_is_the_inner``).
 
   Raises:
-    ValueError: for arguments out of range, and for a missing ``value=``.
+    ValueError: for arguments out of range, for a missing ``value=``, and for
+      gradients that differ from device to device under ``jax.shard_map``.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -125,6 +126,8 @@ def skip_anomalies(
     value: Any = None,
     **extra_args: Any,
   ) -> tuple[_types.PyTree, SkipState]:
+    like = jax.tree.map(lambda leaf: state.count, updates)
+    _validate.reduced("updates", updates, like, "skip_anomalies")
     if watch == "value":
       _validate.given("value", value, 'skip_anomalies(watch="value")')
       _validate.shape("value", value, ())

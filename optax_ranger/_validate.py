@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger import _numerics
 from optax_ranger import _types
 
 
@@ -129,6 +130,22 @@ def leading_axis(name: str, tree: _types.PyTree) -> int | None:
         f" {first[1]} and {where} has {length}."
       )
   return None if first is None else first[1]
+
+
+def reduced(name: str, tree: _types.PyTree, like: _types.PyTree, step: str) -> None:
+  """Refuses leaves that vary over mesh axes over which those of `like` don't."""
+  for (path, leaf), other in zip(
+    jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True
+  ):
+    varying = _numerics.varying_axes(leaf) - _numerics.varying_axes(other)
+    if varying:
+      axes = ", ".join(repr(axis) for axis in sorted(varying))
+      raise ValueError(
+        f"{name}{jax.tree_util.keystr(path)} differs over the mesh axis {axes},"
+        f" and {step} would decide on each device alone: reduce it first"
+        " (jax.lax.pmean), or compute the gradient with micro_batched, which"
+        " reduces once at the end."
+      )
 
 
 def _number(name: str, value: Any) -> float:

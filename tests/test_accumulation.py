@@ -194,6 +194,17 @@ def test_bfloat16_accumulates_in_float32():
   assert float(results[-1, 0]) == 10.25
 
 
+def test_wide_and_complex_gradients_keep_their_type():
+  step = ranger.accumulate(optax.identity(), 3)
+  with jax.enable_x64(True):
+    gradients = [jnp.asarray([1 / 3 + 1e-12 * i]) for i in range(3)]
+    results, _ = run(step, gradients, jnp.ones([1]))
+    np.testing.assert_allclose(results[-1], np.mean(gradients), rtol=1e-15)
+  gradients = [jnp.asarray([1 + 2j * i], jnp.complex64) for i in range(3)]
+  results, _ = run(step, gradients, jnp.ones([1], jnp.complex64))
+  assert complex(results[-1][0]) == 1 + 2j
+
+
 def test_no_temporaries_of_parameter_size():
   """Guarded and weighted, around adamw, donated: under 1 % of the parameters."""
   step = ranger.accumulate(optax.adamw(1e-3), 8)

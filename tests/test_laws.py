@@ -507,8 +507,8 @@ def test_every_public_function_is_documented():
 def test_layers_import_downward_only():
   order = [
     {"_types"},
-    {"_validate", "_numerics"},
-    {"_tree"},
+    {"_numerics"},
+    {"_validate", "_tree"},
     {"_members", "_neighbors"},
     {
       "_averaging",

@@ -165,8 +165,15 @@ def test_left_out_on_one_device():
   close(params["w"], PARAMS["w"] - 0.1 * expected["w"])
 
 
-def test_accumulate_refuses_varying_gradients_by_name():
-  tx = ranger.accumulate(optax.sgd(0.1), 2)
+@pytest.mark.parametrize(
+  ("name", "tx"),
+  [
+    ("accumulate", ranger.accumulate(optax.sgd(0.1), 2)),
+    ("skip_anomalies", ranger.skip_anomalies(optax.sgd(0.1))),
+    ("scale_by_ngs", ranger.scale_by_ngs()),
+  ],
+)
+def test_varying_gradients_are_refused_by_name(name, tx):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
   def step(params, batch):
@@ -177,9 +184,33 @@ def test_accumulate_refuses_varying_gradients_by_name():
   whole, split = PartitionSpec(), PartitionSpec("data")
   function = jax.shard_map(step, mesh=mesh, in_specs=(whole, split), out_specs=split)
   batch = jax.device_put(draw(64), NamedSharding(mesh, split))
-  message = r"updates\['w'\] differs over the mesh axis 'data'.*micro_batched"
+  message = rf"updates\['w'\] differs over the mesh axis 'data', and {name}"
   with pytest.raises(ValueError, match=message):
     jax.jit(function)(PARAMS, batch)
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [ranger.skip_anomalies(optax.sgd(0.1)), ranger.scale_by_ngs(), ranger.ranger(0.1)],
+  ids=["skip_anomalies", "scale_by_ngs", "ranger"],
+)
+def test_steps_run_on_reduced_gradients_under_shard_map(tx):
+  batch = draw(64)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  grad_fn = ranger.micro_batched(jax.value_and_grad(mean_loss), 2, axis_name="data")
+
+  def step(params, state, batch):
+    _, grads, _ = grad_fn(params, batch)
+    return tx.update(grads, state, params)
+
+  whole, split = PartitionSpec(), PartitionSpec("data")
+  function = jax.shard_map(
+    step, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole
+  )
+  place = jax.device_put(batch, NamedSharding(mesh, split))
+  updates, _ = jax.jit(function)(PARAMS, tx.init(PARAMS), place)
+  grads = jax.grad(mean_loss)(PARAMS, batch)
+  close(updates, tx.update(grads, tx.init(PARAMS), PARAMS)[0])
 
 
 @pytest.mark.parametrize("rule", ["linear", "square_root"])
