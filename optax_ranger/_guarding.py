@@ -17,7 +17,7 @@ class SkipState(NamedTuple):
   """The state of ``skip_anomalies``.
 
   Attributes:
-    count: ``int32``, updates accepted so far.
+    count: ``int32``, updates in the statistics so far: accepted and not zero.
     num_skipped: ``int32``, updates skipped so far.
     num_skipped_in_a_row: ``int32``, updates skipped since the last accepted one.
     mean: ``float32``, the running mean of the logarithm of what is watched.
@@ -58,7 +58,8 @@ def skip_anomalies(
     threshold: the score above which an update is skipped, positive; infinity
       skips only what is not finite.
     decay: of the running mean and variance, in [0, 1).
-    warmup: updates accepted before any finite one may be skipped, at least 2.
+    warmup: updates in the statistics before any finite one may be skipped, at
+      least 2. An update of zeros is accepted and stays out of them.
     watch: ``"norm"``: the global norm of the updates. ``"value"``: the loss,
       passed as ``value=``; then the updates must be finite as well.
     max_in_a_row: after this many skips in a row, finite outliers are accepted
@@ -87,6 +88,7 @@ def skip_anomalies(
   Raises:
     ValueError: for arguments out of range, for a missing ``value=``, and for
       gradients that differ from device to device under ``jax.shard_map``.
+    TypeError: for parameters that hold integers.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -109,6 +111,7 @@ def skip_anomalies(
   inner = optax.with_extra_args_support(inner)
 
   def init(params: _types.PyTree) -> SkipState:
+    _validate.inexact_leaves("params", params, "skip_anomalies")
     return SkipState(
       count=_numerics.zero_count(),
       num_skipped=_numerics.zero_count(),
@@ -136,8 +139,11 @@ def skip_anomalies(
     else:
       watched = jnp.sqrt(_tree.inner_product(updates, updates))
       finite = jnp.isfinite(watched)
-    level = jnp.log(jnp.maximum(jnp.abs(watched), jnp.float32(1e-30)))
-    level = jnp.where(finite, level, state.mean)
+    size = jnp.abs(watched)
+    # Zero has no logarithm: it is accepted, and stays out of the statistics.
+    usual = jnp.logical_and(finite, size > 0)
+    level = jnp.log(jnp.where(usual, size, jnp.ones_like(size)))
+    level = jnp.where(usual, level, state.mean)
 
     spread = jnp.maximum(jnp.sqrt(state.variance), jnp.float32(_LEAST_SPREAD))
     outlier = (level - state.mean) / spread > _numerics.scalar(threshold)
@@ -166,14 +172,15 @@ def skip_anomalies(
     )
     count = jnp.where(restart, jnp.zeros_like(state.count), state.count)
     mean, variance = _moments(state, count, level, _numerics.scalar(decay))
+    learn = jnp.logical_and(accept, usual)
     skipped = jnp.logical_not(accept)
     in_a_row = _numerics.increment(state.num_skipped_in_a_row)
     return result, SkipState(
-      count=jnp.where(accept, _numerics.increment(count), state.count),
+      count=jnp.where(learn, _numerics.increment(count), state.count),
       num_skipped=_numerics.increment(state.num_skipped, skipped),
       num_skipped_in_a_row=jnp.where(skipped, in_a_row, jnp.zeros_like(in_a_row)),
-      mean=jnp.where(accept, mean, state.mean),
-      variance=jnp.where(accept, variance, state.variance),
+      mean=jnp.where(learn, mean, state.mean),
+      variance=jnp.where(learn, variance, state.variance),
       inner_state=inner_state,
     )
 

@@ -110,6 +110,14 @@ def test_limit_in_a_row_accepts_a_new_level():
   assert int(states[-1].num_skipped) == 3
 
 
+def test_zeros_are_accepted_and_teach_nothing():
+  zeros = [jnp.zeros([3])] * 30
+  results, states = run(ranger.skip_anomalies(optax.sgd(0.1)), zeros + draw(30))
+  assert int(states[29].count) == 0
+  assert int(states[-1].num_skipped) == 0
+  assert all(r.any() for r in results[30:])
+
+
 def test_infinite_threshold_skips_only_what_is_not_finite():
   gradients = [g * (1e4 if i == 30 else 1) for i, g in enumerate(draw(40))]
   gradients[35] = gradients[35] * np.nan

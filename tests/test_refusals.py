@@ -313,6 +313,7 @@ def test_refusals(name):
   "make",
   [
     lambda: ranger.accumulate(optax.sgd(0.1), 2),
+    lambda: ranger.skip_anomalies(optax.sgd(0.1)),
     ranger.scale_by_ngs,
     lambda: ranger.smooth_by_ema(0.9),
     lambda: ranger.ranger(0.1),
