@@ -167,7 +167,7 @@ def value_and_grad(
       lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
     )
     _validate.shape("the value of per_example_losses", losses, (n,))
-    finite = jnp.logical_and(finite, jnp.isfinite(losses))
+    finite = jnp.logical_and(finite, _numerics.replicate(jnp.isfinite(losses)))
 
     def step_args(finite):
       weights, _, num_dropped = _members.clean_weights(
@@ -192,7 +192,7 @@ def value_and_grad(
         _keep_rows(finite, per_example), step_state, params, **step_args(finite)
       )
     else:
-      (grads,) = pull_back(weights.astype(losses.dtype))
+      (grads,) = pull_back(_numerics.per_row(weights.astype(losses.dtype), losses))
       _, new_state = step.update(
         jnp.zeros([n], jnp.float32), step_state, None, **step_args(finite)
       )

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import pytest
@@ -240,3 +243,15 @@ def test_fused_holds_no_per_example_gradients():
   fused = ranger.value_and_grad(square, ranger.ranger_head())
   fused = temporaries(lambda p, b: fused(p, b, neighbors=neighbors), params, batch)
   assert fused < plain + 2**18
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+def test_batch_sharded_over_devices(axis_type):
+  """A neighbor on another device counts as a local one."""
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+  function = jax.jit(ranger.value_and_grad(losses, ranger.ranger_head()))
+  value, grads = function(PARAMS, BATCH, neighbors=EXTRA["neighbors"])
+  with jax.set_mesh(mesh):
+    batch = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data")))
+    result = function(PARAMS, batch, neighbors=EXTRA["neighbors"])
+  close(result, (value, grads))
