@@ -151,6 +151,7 @@ def _usable(
   n = member_weights.shape[0]
   indices, weights = jnp.asarray(neighbors.indices), jnp.asarray(neighbors.weights)
   _validate.integers("neighbors.indices", indices)
+  indices = indices.astype(jnp.int32)
   if indices.ndim != 2 or indices.shape[0] != n:
     raise ValueError(
       f"neighbors.indices must have shape [{n}, k], one row for each of the"

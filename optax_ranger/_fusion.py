@@ -116,7 +116,7 @@ def value_and_grad(
     hold one row an example.
 
     Every leaf of ``batch`` has leading axis n. An example with an input or a
-    loss that is not finite is replaced by zeros and has weight zero; the
+    loss that is not finite is replaced by another one and has weight zero; the
     step's ``num_dropped`` counts it.
 
   Guarantees:
@@ -155,7 +155,7 @@ def value_and_grad(
     if n is None:
       raise ValueError("batch must hold at least one array, got none.")
     finite = _tree.finite_rows(batch, n)
-    batch = _keep_rows(finite, batch)
+    batch = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
     seen = {name: arg for name, arg in extra_args.items() if accepts(name)}
 
     def losses_and_aux(params, batch, seen):
@@ -212,7 +212,9 @@ def _transpose(
 
   def weights_for(state, extra_args):
     apply = lambda leaf: step.update(leaf, state, None, **extra_args)[0]
-    leaf = jax.ShapeDtypeStruct((n,), jnp.float32)
+    # Under shard_map the weights differ from device to device with their inputs.
+    axes = frozenset().union(*map(_numerics.varying_axes, _arrays(state, extra_args)))
+    leaf = _numerics.vary(jnp.zeros([n], jnp.float32), axes)
     try:
       result = jax.eval_shape(apply, leaf)  # Wrong use shows itself here.
     except (TypeError, ValueError) as error:
@@ -229,7 +231,7 @@ def _transpose(
         f" turned a leaf of shape [{n}] into {result}."
       )
     try:
-      one = jnp.ones([], result.dtype)
+      one = _numerics.vary(jnp.ones([], result.dtype), axes)
       (weights,) = jax.linear_transpose(apply, leaf)(one)
     except Exception as error:  # What is raised depends on the operation.
       raise NotLinearError(
@@ -245,6 +247,11 @@ def _transpose(
       step, state, extra_args, np.asarray(weights_for(state, extra_args))
     )
   return weights
+
+
+def _arrays(*trees: Any) -> list[Any]:
+  leaves = jax.tree.leaves(trees)
+  return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
 
 def _refuse_other_than_one_weight(
@@ -309,6 +316,20 @@ def _per_example_gradients(
     return jax.grad(loss)(params)
 
   return jax.lax.map(one_example, (batch, by_row), batch_size=micro_batch_size)
+
+
+def _stand_in_rows(finite: _types.Array, leaf: Any) -> _types.Array:
+  """Puts the first finite row where rows are not finite; zeros if there is none.
+
+  Zeros alone won't do: a norm or a logarithm has no gradient there, and a weight
+  of zero does not undo that.
+  """
+  leaf = jnp.asarray(leaf)
+  if leaf.shape[0] and not _numerics.is_sharded(leaf):
+    first = jnp.argmax(finite)
+    row = jnp.where(finite[first], leaf[first], jnp.zeros_like(leaf[0]))
+    return jnp.where(_numerics.per_row(finite, leaf), leaf, row[None])
+  return _members.keep_rows(finite, leaf)
 
 
 def _keep_rows(keep: _types.Array, tree: _types.PyTree) -> _types.PyTree:

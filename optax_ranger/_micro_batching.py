@@ -92,7 +92,7 @@ def micro_batched(
     size = -(-n // num_micro_batches)
     whole = n // size
     if axis_name is not None:
-      params = jax.tree.map(lambda leaf: _vary(leaf, axis_name), params)
+      params = jax.tree.map(lambda leaf: _numerics.vary(leaf, axis_name), params)
 
     def evaluate(micro_batch):
       value, grads = value_and_grad_fn(params, micro_batch, **extra_args)
@@ -164,13 +164,7 @@ def _zeros(terms: _types.PyTree, weight: Any, good: Any) -> Any:
   def zero(like, dtype):
     zeros = jnp.zeros(like.shape, dtype)
     axes = tuple(_numerics.varying_axes(like) | _numerics.varying_axes(good))
-    return _vary(zeros, axes) if axes else zeros
+    return _numerics.vary(zeros, axes)
 
   sums = jax.tree.map(lambda like: zero(like, _numerics.wide(like.dtype)), terms)
   return sums, zero(good, jnp.float32), zero(good, jnp.int32)
-
-
-def _vary(leaf: _types.Array, axis_name: str | tuple[str, ...]) -> _types.Array:
-  names = (axis_name,) if isinstance(axis_name, str) else axis_name
-  missing = tuple(name for name in names if name not in _numerics.varying_axes(leaf))
-  return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf

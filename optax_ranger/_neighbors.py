@@ -276,6 +276,7 @@ def weigh_neighbors(
   """
   _validate.choice("kernel", kernel, _KERNELS)
   indices, distances = map(jnp.asarray, (neighbors.indices, neighbors.distances))
+  indices = indices.astype(jnp.int32)
   n, k = indices.shape
   filled = jnp.logical_and(indices >= 0, indices < n)
   places = jnp.where(filled, indices, jnp.zeros_like(indices))
@@ -327,7 +328,7 @@ def label_support(
     [0.5 0.5 0. ]
   """
   weights = jnp.asarray(neighbors.weights)
-  indices = jnp.asarray(neighbors.indices)
+  indices = jnp.asarray(neighbors.indices).astype(jnp.int32)
   filled = jnp.logical_and(indices >= 0, indices < indices.shape[0])
   weights = jnp.where(filled, weights, jnp.zeros_like(weights))
   places = jnp.where(filled, indices, jnp.zeros_like(indices))

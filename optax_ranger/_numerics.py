@@ -80,3 +80,10 @@ def varying_axes(array: Any) -> frozenset[Any]:
     array = jax.typeof(array)
   kind = getattr(array, "manual_axis_type", None)
   return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def vary(array: _types.Array, axes: Any) -> _types.Array:
+  """Marks an array as differing over axes of a mesh, those it lacks so far."""
+  names = {axes} if isinstance(axes, str) else set(axes)
+  missing = tuple(sorted(names - varying_axes(array)))
+  return jax.lax.pcast(array, missing, to="varying") if missing else array

@@ -252,6 +252,7 @@ def smooth_predictions(
     new = jnp.asarray(predictions).astype(state.smoothed.dtype)
     ids = jnp.asarray(example_ids)
     _validate.integers("example_ids", ids)
+    ids = ids.astype(jnp.int32)
     if ids.ndim != 1:
       raise ValueError(f"example_ids must have shape [n], got {list(ids.shape)}.")
     _validate.shape("predictions", new, (ids.shape[0], num_classes))

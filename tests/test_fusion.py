@@ -255,3 +255,28 @@ def test_batch_sharded_over_devices(axis_type):
     batch = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data")))
     result = function(PARAMS, batch, neighbors=EXTRA["neighbors"])
   close(result, (value, grads))
+
+
+def test_bad_example_is_left_out_of_a_singular_loss():
+  """A norm has no gradient at zero: the bad row must not become zeros."""
+  norm = lambda params, batch: jnp.linalg.norm(params * batch, axis=1)
+  batch = jnp.array([[1.0, 2.0], [np.nan, 1.0], [3.0, 4.0]])
+  for step in (ranger.aggregate_by_mean(), ranger.aggregate_by_max()):
+    grad_fn = ranger.value_and_grad(norm, step)
+    grads = grad_fn(jnp.ones([1, 2]), batch)[1]
+    expected = grad_fn(jnp.ones([1, 2]), batch[jnp.array([0, 2])])[1]
+    close(grads, expected)
+
+
+def test_weights_differ_from_device_to_device():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+  member = jnp.array([1.0, 2.0, 1.0, 3.0])
+  split = PartitionSpec("data")
+  function = jax.shard_map(
+    lambda m: ranger.example_weights(ranger.aggregate_by_mean(), 2, member_weights=m),
+    mesh=mesh,
+    in_specs=split,
+    out_specs=split,
+  )
+  weights = jax.jit(function)(jax.device_put(member, NamedSharding(mesh, split)))
+  np.testing.assert_allclose(weights, [1 / 3, 2 / 3, 1 / 4, 3 / 4], rtol=1e-6)

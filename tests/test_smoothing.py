@@ -140,3 +140,11 @@ def test_no_visit_changes_nothing():
     step, step.init({}), np.zeros([0], np.int32), np.zeros([0, 2], np.float32)
   )
   assert not state.smoothed.any()
+
+
+def test_narrow_ids_are_no_trap():
+  step = ranger.smooth_predictions(300, 1, decay=0.5)
+  state = visit(
+    step, step.init({}), np.array([5, 200], np.uint8), np.ones([2, 1], np.float32)
+  )
+  assert np.flatnonzero(state.smoothed).tolist() == [5, 200]
