@@ -62,7 +62,7 @@ def scale_by_ngs(
 
   Shapes:
     Any tree to the same tree, types kept. The state holds the momentum, of the
-    parameters' size and types, and four scalars.
+    parameters' size in float32 or better, and four scalars.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``. Read the factor with
@@ -75,7 +75,8 @@ def scale_by_ngs(
       (``test_acceleration_stays_within_bounds``).
     * A gradient that is not finite gives zeros and changes nothing but a
       counter (``test_nothing_poisons``).
-    * The factor does not depend on the gradient's unit
+    * The factor does not depend on the gradient's unit, as long as the squared
+      norm is neither zero nor infinite in float32
       (``test_acceleration_is_scale_free``).
 
   Raises:
@@ -116,7 +117,9 @@ def scale_by_ngs(
       num_skipped=_numerics.zero_count(),
       acceleration=_numerics.scalar(acceleration),
       momentum_norm=jnp.zeros([], jnp.float32),
-      momentum=_tree.zeros_like(params),
+      momentum=jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=_numerics.wide(p.dtype)), params
+      ),
     )
 
   def update(
@@ -150,7 +153,11 @@ def scale_by_ngs(
     def direct(m: _types.Array, g: _types.Array) -> _types.Array:
       dtype = _numerics.wide(g.dtype)
       ahead = g.astype(dtype) + decay.astype(dtype) * m.astype(dtype)
-      new = (factor.astype(dtype) * ahead).astype(g.dtype)
+      new = factor.astype(dtype) * ahead
+      if g.dtype == jnp.float16:  # The one type whose range a direction leaves.
+        top = jnp.asarray(jnp.finfo(g.dtype).max, dtype)
+        new = jnp.clip(new, -top, top)
+      new = new.astype(g.dtype)
       return jnp.where(good, new, jnp.zeros_like(new))
 
     new_momentum = jax.tree.map(advance, state.momentum, updates)

@@ -118,3 +118,13 @@ def test_acceleration_finds_a_rate_decades_too_small():
   accelerated = train(ranger.scale_by_ngs())
   assert plain > 1
   assert accelerated < 1e-6
+
+
+def test_float16_does_not_overflow():
+  step = ranger.scale_by_ngs(0.9)
+  state = step.init(jnp.zeros([3], jnp.float16))
+  for value in (3e4, 3e4, 3e4, 1.0, 1.0):
+    updates, state = step.update(jnp.full([3], value, jnp.float16), state)
+    assert np.isfinite(updates).all()
+    assert np.isfinite(state.momentum).all()
+  assert int(state.num_skipped) == 0
