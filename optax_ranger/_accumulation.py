@@ -47,7 +47,9 @@ def accumulate(
 
   Other calls return zeros. Use it where a batch does not fit; a drop-in for
   ``optax.MultiSteps`` that runs `inner` on emission only, weighs micro-batches
-  exactly, passes every extra argument on, and cannot be poisoned by a NaN.
+  exactly, passes every other extra argument on, and cannot be poisoned by a NaN.
+  Finite gradients whose weighted sum overflows the accumulator do poison it: give
+  half precision the default ``accumulator_dtype``.
 
   .. math::
     G = \sum_j w_j g_j \, / \, \sum_j w_j \quad (\text{"mean"}), \qquad

@@ -56,8 +56,10 @@ def example_weights(
   Guarantees:
     * The weighted loss has the gradient of the per-example form
       (``test_fused_equals_per_example``).
-    * A step that is linear but not one weight per example is refused
-      (``test_shape_dependent_step_is_refused``).
+    * A step that is linear but not one weight per example is refused, where
+      that shows on leaves of shape ``[n]`` and ``[n, 2, 3]``
+      (``test_shape_dependent_step_is_refused``). It cannot show for a mask by
+      the parameters' names: chain such a step with the optimizer.
 
   Raises:
     NotLinearError: a ``TypeError``, for steps such as ``aggregate_by_max``.

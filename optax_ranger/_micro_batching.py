@@ -54,7 +54,8 @@ def micro_batched(
     num_micro_batches: a static Python integer; a batch of n examples is cut into
       pieces of ceil(n / num_micro_batches).
     weigh: ``micro_batch -> weight``, tokens or a mask's sum; None for the number
-      of examples.
+      of examples. Where ``value_and_grad`` may leave examples out, weigh by the
+      number of finite ones.
     axis_name: the mesh axis, or axes, over which devices hold parts of the
       batch; None for one device, or for automatic sharding.
 

@@ -25,10 +25,12 @@ def nearest_neighbors(
   metric: str = "euclidean",
   block_size: int = 1024,
 ) -> _types.Neighbors:
-  r"""Finds the k nearest other examples of each example, exactly.
+  r"""Finds the k nearest other examples of each example, by trying them all.
 
   Distances are computed tile by tile and the best k kept, nearest first; ties
-  go to the lower index. An example whose features are not finite has no
+  go to the lower index. Candidates are chosen up to the float32 rounding of the
+  squared norms around the mean: standardize features whose clusters lie
+  thousands of their radii apart, or that are below 1e-15 or above 1e15. An example whose features are not finite has no
   neighbors and is nobody's neighbor.
 
   .. math::
