@@ -30,8 +30,8 @@ def nearest_neighbors(
   Distances are computed tile by tile and the best k kept, nearest first; ties
   go to the lower index. Candidates are chosen up to the float32 rounding of the
   squared norms around the mean: standardize features whose clusters lie
-  thousands of their radii apart, or that are below 1e-15 or above 1e15. An example whose features are not finite has no
-  neighbors and is nobody's neighbor.
+  thousands of their radii apart, or that are below 1e-15 or above 1e15. An
+  example whose features are not finite has no neighbors and is nobody's neighbor.
 
   .. math::
     d_{ij} = \lVert x_i - x_j \rVert_2 \quad (\text{"euclidean"}), \qquad
