@@ -3,14 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: .venv/.installed  ## Trains on digits with four wrong labels of ten.
 	@mkdir -p $(OUT)
 	$(BIN)/python examples/noisy_labels.py --out $(OUT)/noisy_labels.png --json $(OUT)/noisy_labels.json
 
-test: .venv/.installed  ## Runs every test and doctest.
-	$(BIN)/python -m pytest -n auto
+test: .venv/.installed  ## Runs every law, on each step once, and every doctest.
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+
+test-all: .venv/.installed  ## Runs every test, on every form of a step.
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/.installed  ## Checks style, format and types.
 	$(BIN)/ruff check .

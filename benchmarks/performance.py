@@ -8,7 +8,10 @@ import numpy as np
 import optax
 
 from benchmarks import _measure
+from benchmarks import acceleration
 from benchmarks import accumulation
+from benchmarks import regions
+from benchmarks import smoothing
 import optax_ranger as ranger
 
 _BATCH = 256
@@ -89,6 +92,9 @@ def main() -> None:
     *accumulation.micro_step_rows(),
     *accumulation.one_step_rows(),
     *accumulation.quiet_rows(),
+    *smoothing.rows(),
+    *acceleration.one_step_rows(),
+    *regions.attention_rows(),
   ]
   print(_measure.machine())
   print(f"Copy rate: {_measure.copy_rate() / 1e9:.3g} GB/s\n")

@@ -65,24 +65,23 @@ def ranger_step(graphdef, params, images, labels):
   weights = ranger.example_weights(ranger.ranger_head(), n, neighbors=neighbors)
   # Steps 2, 3 and 5: accumulation, acceleration, smoothing.
   tx = ranger.ranger(
-      0.12, hyper_rate=0.05, bounds=(0.5, 2.0), ema_decay=0.99,
+      0.12, acceleration=1.0, hyper_rate=0.01, bounds=(0.5, 2.0), ema_decay=0.99,
       num_examples=n, num_classes=NUM_CLASSES, prediction_decay=0.5,
   )  # fmt: skip
 
   def losses(params, batch, smoothed):
     logits = nnx.merge(graphdef, params)(batch["image"])
-    probabilities = jnp.clip(jax.nn.softmax(logits), 1e-4, 1 - 1e-4)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     # Stay near what was predicted before wrong labels could be memorized.
-    agreement = (probabilities * smoothed).sum(axis=-1)
-    return losses + 3 * jnp.log(1 - agreement), probabilities
+    losses += 3 * ranger.early_learning_regularizer(logits, smoothed)
+    return losses, jax.nn.softmax(logits)
 
   grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean(), has_aux=True)
 
   @jax.jit
   def step(params, state, ids):
     batch = {"image": images[ids], "label": labels[ids]}
-    smoothed = ranger.smoothed_predictions(state)[ids]
+    smoothed = ranger.smoothed_predictions(state, ids)
     (_, probabilities), grads = grad_fn(
       params, batch, smoothed=smoothed, member_weights=weights[ids]
     )

@@ -1,7 +1,9 @@
 """Step 4: many gradients, of examples or of regions, become one."""
 
 from collections.abc import Callable
+import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ def aggregate_by_mean() -> optax.GradientTransformationExtraArgs:
 
     return mean
 
-  return _aggregator(reduce)
+  return _members.aggregator(reduce)
 
 
 def aggregate_by_sum() -> optax.GradientTransformationExtraArgs:
@@ -88,7 +90,7 @@ def aggregate_by_sum() -> optax.GradientTransformationExtraArgs:
   def reduce(members: _members.Members) -> Callable[[_types.Array], Any]:
     return lambda leaf: _members.weighted_sum(members.weights, leaf)
 
-  return _aggregator(reduce)
+  return _members.aggregator(reduce)
 
 
 def aggregate_by_max() -> optax.GradientTransformationExtraArgs:
@@ -117,7 +119,7 @@ def aggregate_by_max() -> optax.GradientTransformationExtraArgs:
     del members  # Absent rows are zeros, which are never the largest.
     return _largest
 
-  return _aggregator(reduce)
+  return _members.aggregator(reduce)
 
 
 def aggregate_by_regions(
@@ -236,31 +238,133 @@ def aggregate_by_regions(
   return _types.transformation(_members.init, update)
 
 
-def _aggregator(
-  reduce: Callable[[_members.Members], Callable[[_types.Array], Any]],
+class WorstRegionsState(NamedTuple):
+  """The state of ``aggregate_by_worst_regions``.
+
+  Attributes:
+    num_dropped: ``int32``, members left out so far because they were not finite.
+    log_weights: ``float32 [num_regions]``, logarithms of the regions' weights.
+  """
+
+  num_dropped: _types.Array
+  log_weights: _types.Array
+
+
+def aggregate_by_worst_regions(
+  num_regions: int, rate: Any = 0.01
 ) -> optax.GradientTransformationExtraArgs:
-  """A step that reduces each leaf alike, once absent members are left out."""
+  r"""Aggregates by regions whose weights follow the regions with the worst loss.
+
+  Group-robust optimization by exponentiated gradient: it minimizes the largest
+  loss among the regions. It helps where each region must do well; where one can't
+  be learned (wrong labels), it takes all the weight: bound the steps, or use
+  ``aggregate_by_regions``.
+
+  .. math::
+    q_r \leftarrow \frac{q_r \exp(\eta \ell_r)}{\sum_s q_s \exp(\eta \ell_s)},
+    \qquad g = \frac{\sum_r q_r g_r}{\sum_r q_r}
+
+  with the mean loss and the mean gradient of each region in the batch; a region
+  without members in it keeps its weight, and counts for nothing in this step.
+
+  Args:
+    num_regions: the number of regions; a static Python integer.
+    rate: eta, not negative. 0 keeps all weights equal.
+
+  Extra args of ``update``:
+    losses: ``float [n]``, each example's; ``value_and_grad`` hands them over.
+    regions, region_weights: as in ``aggregate_by_regions``; the latter multiply
+      the weights of the state.
+    member_weights, num_dropped: as in ``aggregate_by_mean``.
+
+  Shapes:
+    ``[n, *shape]`` to ``[*shape]``. The state is a counter and one number for
+    each region, so pass it: ``value_and_grad(...)(params, batch, state=state)``.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``.
+
+  Guarantees:
+    * ``rate=0`` is ``aggregate_by_regions``
+      (``test_worst_regions_at_rate_zero_are_regions``).
+    * The weights follow the losses as the formula says
+      (``test_worst_regions_equal_numpy``).
+    * The guarantees of ``aggregate_by_regions``.
+
+  Raises:
+    ValueError: for a negative rate, missing ``losses=``, losses that differ from
+      device to device under ``jax.shard_map``, and as ``aggregate_by_regions``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> step = ranger.aggregate_by_worst_regions(2, rate=jnp.log(3.0))
+    >>> gradients = jnp.array([0.0, 0.0, 4.0])
+    >>> gradient, state = step.update(
+    ...     gradients, step.init(gradients), regions=jnp.array([0, 0, 1]),
+    ...     losses=jnp.array([1.0, 1.0, 2.0]))
+    >>> print(f"{gradient:.4f}", jnp.exp(state.log_weights).round(4))  # 3 to 1
+    3.0000 [0.25 0.75]
+
+  References:
+    Sagawa, Koh, Hashimoto, Liang, `Distributionally Robust Neural Networks for
+    Group Shifts <https://arxiv.org/abs/1911.08731>`_, 2020, algorithm 1.
+  """
+  by_regions = aggregate_by_regions(num_regions)
+  _validate.in_range("rate", rate, 0, float("inf"), open_high=True)
+
+  def init(params: _types.PyTree) -> WorstRegionsState:
+    del params
+    equal = jnp.full([num_regions], -math.log(num_regions), jnp.float32)
+    return WorstRegionsState(_numerics.zero_count(), equal)
 
   def update(
     updates: _types.PyTree,
-    state: _members.MemberState,
+    state: WorstRegionsState,
     params: _types.PyTree = None,
     *,
+    losses: Any = None,
+    regions: Any = None,
+    region_weights: Any = None,
     member_weights: Any = None,
     num_dropped: Any = None,
     **extra_args: Any,
-  ) -> tuple[_types.PyTree, _members.MemberState]:
+  ) -> tuple[_types.PyTree, WorstRegionsState]:
     del params, extra_args
-    members = _members.present(updates, state, member_weights, num_dropped)
+    _validate.given("losses", losses, "aggregate_by_worst_regions")
+    _validate.given("regions", regions, "aggregate_by_worst_regions")
+    start = _members.MemberState(state.num_dropped)
+    members = _members.present(updates, start, member_weights, num_dropped)
     if members is None:
       return updates, state
-    reduce_leaf = reduce(members)
-    reduced = jax.tree.map(
-      lambda leaf: reduce_leaf(leaf).astype(leaf.dtype), members.updates
+    n = members.weights.shape[0]
+    _validate.shape("losses", losses, (n,))
+    _validate.reduced("losses", losses, state.log_weights, "aggregate_by_worst_regions")
+    losses = _numerics.replicate(jnp.asarray(losses).astype(jnp.float32))
+    weights = members.weights.astype(jnp.float32)
+    usable = jnp.logical_and(weights > 0, jnp.isfinite(losses))
+    one_hot = jnp.arange(num_regions)[:, None] == jnp.asarray(regions)[None]
+    share = jnp.where(jnp.logical_and(one_hot, usable[None]), weights[None], 0)
+    known = jnp.where(usable, losses, jnp.zeros_like(losses))
+    means = _numerics.divide((share * known[None]).sum(axis=1), share.sum(axis=1))
+    grown = state.log_weights + _numerics.scalar(rate) * means
+    log_weights = jax.nn.log_softmax(grown)
+    # In units of the heaviest region at hand: none of them underflows alone.
+    there = jnp.where(share.sum(axis=1) > 0, log_weights, -jnp.inf).max()
+    total = jnp.exp(log_weights - jnp.where(there > -jnp.inf, there, 0))
+    if region_weights is not None:
+      total = total * jnp.asarray(region_weights).astype(total.dtype)
+    reduced, _ = by_regions.update(
+      members.updates,
+      members.state,
+      None,
+      regions=regions,
+      region_weights=total,
+      member_weights=members.weights,
+      num_dropped=0,
     )
-    return reduced, members.state
+    return reduced, WorstRegionsState(members.state.num_dropped, log_weights)
 
-  return _types.transformation(_members.init, update)
+  return _types.transformation(init, update)
 
 
 def _largest(leaf: _types.Array) -> _types.Array:

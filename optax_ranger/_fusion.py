@@ -6,26 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from optax_ranger import _gramian
+from optax_ranger import _linear
 from optax_ranger import _members
 from optax_ranger import _numerics
+from optax_ranger import _per_example
 from optax_ranger import _tree
 from optax_ranger import _types
 from optax_ranger import _validate
-
-_NOT_ONE_WEIGHT = (
-  "the step is linear in the per-example gradients, but it is not one weight"
-  " per example: it treats the parameters of one leaf, or of leaves of"
-  " different shapes, unlike each other (optax.centralize after a mean does)."
-  " Keep only per-example steps and aggregations in it, and chain the rest"
-  " with the optimizer."
-)
-
-
-class NotLinearError(TypeError):
-  """The step is not linear in the per-example gradients, so it cannot be fused."""
 
 
 def example_weights(
@@ -81,7 +71,7 @@ def example_weights(
     extra_args.pop("member_weights", None), n
   )
   extra_args.update(member_weights=clean, num_dropped=num_dropped)
-  return _transpose(step, n, state, extra_args)
+  return _linear.transpose(step, n, state, extra_args)
 
 
 def value_and_grad(
@@ -90,13 +80,28 @@ def value_and_grad(
   *,
   has_aux: bool = False,
   micro_batch_size: int = 32,
+  num_sweeps: int = 1,
 ) -> Callable[..., Any]:
   r"""Differentiates the losses of a batch through a step over per-example gradients.
 
   A linear step (neighbor averaging, means, sums, regions; alone or chained)
   costs one ordinary backward pass and no per-example gradients. Any other step
-  runs on per-example gradients, computed in micro-batches; that takes memory of
-  n times the parameters.
+  runs on per-example gradients, computed in micro-batches. It needs all examples
+  of an entry at once, but not all entries: `num_sweeps` buys memory with time.
+
+  ========================================= ==================== ===============
+  step                                      times the parameters backward passes
+  ========================================= ==================== ===============
+  linear                                    1                    1
+  any other                                 2 n to 4 n           1
+  entry by entry, in s sweeps: maximum,     m, or 3 n / s        s + 1
+  median, trimmed mean, regions of maxima   if that is more
+  Krum, geometric median, in s sweeps       2 m, or 2 n / s      s + 2
+                                            if that is more
+  ========================================= ==================== ===============
+
+  (n examples, micro-batches of m.) The median of a stream needs either all of its
+  values or several passes over it, and so do the others, whatever the method.
 
   Args:
     per_example_losses: ``(params, batch, **extra_args) -> losses [n]``, or
@@ -108,6 +113,8 @@ def value_and_grad(
     has_aux: whether the losses come with a second result.
     micro_batch_size: examples whose gradients are computed at once when the
       step is not linear.
+    num_sweeps: how often they are computed, when the step is not linear; each
+      time 1 / num_sweeps of every leaf is kept. A static Python integer.
 
   Returns:
     A function ``(params, batch, *, state=None, **extra_args) -> (value,
@@ -125,13 +132,20 @@ def value_and_grad(
     * Linear or not, the gradient is the step's on per-example gradients
       (``test_fused_equals_per_example``, ``test_non_linear_runs_per_example``).
     * An example that is not finite changes nothing but a counter
-      (``test_bad_example_is_left_out``).
+      (``test_bad_example_is_left_out``), also where the loss has no gradient at
+      zero (``test_bad_example_is_left_out_of_a_singular_loss``).
     * Memory of a linear step is that of the plain mean
       (``test_fused_holds_no_per_example_gradients``).
+    * Sweeps change nothing but time and memory
+      (``test_sweeps_change_nothing``), which follows the micro-batch
+      (``test_memory_follows_the_micro_batch``).
 
   Raises:
-    ValueError: for a step that is not one weight per example, batches whose
-      leaves differ in their leading axis, losses that are not a vector [n].
+    ValueError: for a step that is not one weight per example, or, in several
+      sweeps, not entry by entry (clipping by a norm), batches whose
+      leaves differ in their leading axis, losses that are not a vector [n], and
+      for a step that is not linear under ``jax.shard_map``, when the parameters
+      are the same on all devices and the batch is not.
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
@@ -143,6 +157,7 @@ def value_and_grad(
     2.0
   """
   _validate.static_count("micro_batch_size", micro_batch_size)
+  _validate.static_count("num_sweeps", num_sweeps)
   step = optax.with_extra_args_support(step)
   accepts = _accepted_names(per_example_losses)
 
@@ -180,18 +195,21 @@ def value_and_grad(
 
     step_state = step.init(params) if state is None else state
     try:
-      weights = _transpose(step, n, step_state, step_args(finite))
-    except NotLinearError:
-      per_example = _per_example_gradients(
-        lambda params, batch, seen: losses_and_aux(params, batch, seen)[0],
-        params,
-        batch,
-        seen,
-        micro_batch_size,
+      weights = _linear.transpose(step, n, step_state, step_args(finite))
+    except _linear.NotLinearError:
+      losses_only = lambda params, batch, seen: losses_and_aux(params, batch, seen)[0]
+
+      def weighted(weights, finite):
+        # Weights of zero keep nothing out that is not finite: other rows do.
+        rows = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
+        losses, pull_back = jax.vjp(lambda p: losses_only(p, rows, seen), params)
+        return pull_back(_numerics.per_row(weights.astype(losses.dtype), losses))[0]
+
+      sweep = _per_example.gradients_of(
+        losses_only, params, batch, seen, micro_batch_size
       )
-      finite = jnp.logical_and(finite, _tree.finite_rows(per_example, n))
-      grads, new_state = step.update(
-        _keep_rows(finite, per_example), step_state, params, **step_args(finite)
+      grads, new_state = _run_apart(
+        step, step_state, params, finite, step_args, sweep, num_sweeps, weighted
       )
     else:
       (grads,) = pull_back(_numerics.per_row(weights.astype(losses.dtype), losses))
@@ -204,120 +222,43 @@ def value_and_grad(
   return function
 
 
-def _transpose(
-  step: optax.GradientTransformationExtraArgs,
-  n: int,
-  state: _types.PyTree,
-  extra_args: dict[str, Any],
-) -> _types.Array:
-  """The transpose of the step applied to one: the weights of the examples, [n]."""
-
-  def weights_for(state, extra_args):
-    apply = lambda leaf: step.update(leaf, state, None, **extra_args)[0]
-    # Under shard_map the weights differ from device to device with their inputs.
-    axes = frozenset().union(*map(_numerics.varying_axes, _arrays(state, extra_args)))
-    leaf = _numerics.vary(jnp.zeros([n], jnp.float32), axes)
-    try:
-      result = jax.eval_shape(apply, leaf)  # Wrong use shows itself here.
-    except (TypeError, ValueError) as error:
-      if all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(state)):
-        raise
-      raise ValueError(
-        "the step failed on one leaf of shape [n]; if it keeps state of the"
-        " parameters' shape (momentum, averages), chain that part with the"
-        " optimizer instead."
-      ) from error
-    if getattr(result, "shape", None) != ():
-      raise ValueError(
-        "the step must end in an aggregation, such as aggregate_by_mean: it"
-        f" turned a leaf of shape [{n}] into {result}."
-      )
-    try:
-      one = _numerics.vary(jnp.ones([], result.dtype), axes)
-      (weights,) = jax.linear_transpose(apply, leaf)(one)
-    except Exception as error:  # What is raised depends on the operation.
-      raise NotLinearError(
-        "the step is not linear in the per-example gradients, so it has no"
-        " example weights; value_and_grad runs it on per-example gradients."
-      ) from error
-    return weights
-
-  weights = weights_for(state, extra_args)
-  with jax.ensure_compile_time_eval():
-    state, extra_args = _stand_in((state, extra_args))
-    _refuse_other_than_one_weight(
-      step, state, extra_args, np.asarray(weights_for(state, extra_args))
-    )
-  return weights
-
-
-def _arrays(*trees: Any) -> list[Any]:
-  leaves = jax.tree.leaves(trees)
-  return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-
-
-def _refuse_other_than_one_weight(
+def _run_apart(
   step: optax.GradientTransformationExtraArgs,
   state: _types.PyTree,
-  extra_args: dict[str, Any],
-  weights: np.ndarray,
-) -> None:
-  """Tries the step on random gradients of two shapes, against the weights.
-
-  `linear_transpose` on one scalar leaf would accept a linear step that depends
-  on shapes and lose it in silence, and the constant of an affine one as well.
-  """
-  n = weights.shape[0]
-  draw = np.random.default_rng(0).standard_normal
-  probe = [draw([n]).astype(np.float32), draw([n, 2, 3]).astype(np.float32)]
-  try:
-    result, _ = step.update(jax.tree.map(jnp.asarray, probe), state, None, **extra_args)
-  except (TypeError, ValueError) as error:
-    raise ValueError(_NOT_ONE_WEIGHT) from error
-  for leaf, found in zip(probe, map(np.asarray, jax.tree.leaves(result)), strict=True):
-    expected = np.tensordot(weights, leaf, axes=1)
-    room = 1e-4 * np.tensordot(np.abs(weights), np.abs(leaf), axes=1) + 1e-30
-    if found.shape != expected.shape or (np.abs(found - expected) > room).any():
-      raise ValueError(_NOT_ONE_WEIGHT)
-
-
-def _stand_in(tree: _types.PyTree) -> _types.PyTree:
-  """Replaces traced arrays by concrete ones of the same shapes: zeros and ones."""
-
-  def concrete(leaf):
-    if not isinstance(leaf, jax.core.Tracer):
-      return leaf
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-    fill = 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
-    return jnp.full(leaf.shape, fill, leaf.dtype)
-
-  return jax.tree.map(concrete, tree)
-
-
-def _per_example_gradients(
-  losses_of: Callable[..., Any],
   params: _types.PyTree,
-  batch: _types.PyTree,
-  seen: dict[str, Any],
-  micro_batch_size: int,
-) -> _types.PyTree:
-  """Gradients of each example's loss, leaves [n, *shape], in micro-batches."""
-  n = jax.tree.leaves(batch)[0].shape[0]
-
-  def has_rows(arg):
-    leaves = jax.tree.leaves(arg)
-    return bool(leaves) and all(jnp.shape(leaf)[:1] == (n,) for leaf in leaves)
-
-  by_row = {name: arg for name, arg in seen.items() if has_rows(arg)}
-  shared = {name: arg for name, arg in seen.items() if name not in by_row}
-
-  def one_example(rows):
-    batch, by_row = jax.tree.map(lambda row: jnp.asarray(row)[None], rows)
-    loss = lambda params: losses_of(params, batch, {**shared, **by_row})[0]
-    return jax.grad(loss)(params)
-
-  return jax.lax.map(one_example, (batch, by_row), batch_size=micro_batch_size)
+  finite: _types.Array,
+  step_args: Callable[..., dict[str, Any]],
+  sweep: Callable[..., Any],
+  num_sweeps: int,
+  weighted: Callable[..., _types.PyTree],
+) -> tuple[_types.PyTree, _types.PyTree]:
+  """The result and state of a step that is not linear, on per-example gradients."""
+  n = finite.shape[0]
+  if num_sweeps == 1:
+    per_example = sweep(lambda gradient: gradient)
+    finite = jnp.logical_and(finite, _tree.finite_rows(per_example, n))
+    kept = jax.tree.map(lambda leaf: _members.keep_rows(finite, leaf), per_example)
+    return step.update(kept, state, params, **step_args(finite))
+  finite_gradients, sizes = _per_example.finite_and_sizes(sweep)
+  finite = jnp.logical_and(finite, finite_gradients)
+  args = step_args(finite)
+  if _linear.uses_gramian(step, n, state, args):
+    frame = _gramian.frame(sizes, args["member_weights"])
+    too_far = jnp.logical_and(args["member_weights"] > 0, frame.weights == 0)
+    finite = jnp.logical_and(finite, jnp.logical_not(too_far))
+    args = step_args(finite)
+    args["gramian"] = _per_example.gramian_in_sweeps(sweep, params, frame, num_sweeps)
+    try:
+      weights = _linear.transpose(step, n, state, args)
+    except _linear.NotLinearError:
+      pass
+    else:
+      leaf = _numerics.vary(jnp.zeros([n]), _numerics.varying_axes(weights))
+      _, new_state = step.update(leaf, state, None, **args)
+      return weighted(weights, finite), new_state
+  return _per_example.update_in_sweeps(
+    sweep, step, state, params, finite, args, num_sweeps
+  )
 
 
 def _stand_in_rows(finite: _types.Array, leaf: Any) -> _types.Array:
@@ -332,10 +273,6 @@ def _stand_in_rows(finite: _types.Array, leaf: Any) -> _types.Array:
     row = jnp.where(finite[first], leaf[first], jnp.zeros_like(leaf[0]))
     return jnp.where(_numerics.per_row(finite, leaf), leaf, row[None])
   return _members.keep_rows(finite, leaf)
-
-
-def _keep_rows(keep: _types.Array, tree: _types.PyTree) -> _types.PyTree:
-  return jax.tree.map(lambda leaf: _members.keep_rows(keep, leaf), tree)
 
 
 def _accepted_names(function: Callable[..., Any]) -> Callable[[str], bool]:

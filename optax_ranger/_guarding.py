@@ -33,6 +33,85 @@ class SkipState(NamedTuple):
   inner_state: _types.PyTree
 
 
+class SkipNonFiniteState(NamedTuple):
+  """The state of ``skip_nonfinite``.
+
+  Attributes:
+    num_skipped: ``int32``, updates skipped so far.
+    inner_state: the state of the inner transformation.
+  """
+
+  num_skipped: _types.Array
+  inner_state: _types.PyTree
+
+
+def skip_nonfinite(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Skips updates that are not finite: `inner` never sees them.
+
+  It gives zeros then, and leaves `inner`'s state as it was. Unlike
+  ``optax.apply_if_finite`` it accepts none after a number of them, and it
+  chooses element by element, which adds one read of the gradient to `inner` and
+  no memory. Where `inner` is expensive, or spikes are to be skipped as well, use
+  ``skip_anomalies``, which does not run it.
+
+  Args:
+    inner: the transformation to guard; any optimizer.
+
+  Shapes:
+    Any tree to the same tree. The state is `inner`'s and a counter.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``.
+
+  Guarantees:
+    * Finite updates pass as through `inner`
+      (``test_finite_updates_are_the_inner_ones``).
+    * An update that is not finite, or whose squared norm is infinite in
+      float32, changes nothing but the counter (``test_nothing_poisons``).
+
+  Raises:
+    ValueError: for gradients that differ from device to device under
+      ``jax.shard_map``: each would decide alone.
+    TypeError: for parameters that hold integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> tx = ranger.skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+    >>> params = jnp.array(1.0)
+    >>> updates, state = tx.update(jnp.array(jnp.nan), tx.init(params), params)
+    >>> print(updates, state.num_skipped)
+    0.0 1
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params: _types.PyTree) -> SkipNonFiniteState:
+    _validate.inexact_leaves("params", params, "skip_nonfinite")
+    return SkipNonFiniteState(_numerics.zero_count(), inner.init(params))
+
+  def update(
+    updates: _types.PyTree,
+    state: SkipNonFiniteState,
+    params: _types.PyTree = None,
+    **extra_args: Any,
+  ) -> tuple[_types.PyTree, SkipNonFiniteState]:
+    like = jax.tree.map(lambda leaf: state.num_skipped, updates)
+    _validate.reduced("updates", updates, like, "skip_nonfinite")
+    # Finite entries may still have squares that overflow an inner moment.
+    good = jnp.isfinite(_tree.inner_product(updates, updates))
+    result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+    choose = lambda new, old: jnp.where(good, new, old)
+    return jax.tree.map(
+      lambda leaf: jnp.where(good, leaf, jnp.zeros_like(leaf)), result
+    ), SkipNonFiniteState(
+      num_skipped=_numerics.increment(state.num_skipped, jnp.logical_not(good)),
+      inner_state=jax.tree.map(choose, inner_state, state.inner_state),
+    )
+
+  return _types.transformation(init, update)
+
+
 def skip_anomalies(
   inner: optax.GradientTransformation,
   *,

@@ -4,11 +4,14 @@ A member that is not finite, or whose weight is not positive, is absent. It is
 left out by selection, never by multiplication: 0 * nan is nan.
 """
 
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import optax
 
 from optax_ranger import _numerics
 from optax_ranger import _tree
@@ -119,6 +122,14 @@ def keep_rows(keep: _types.Array, leaf: _types.Array) -> _types.Array:
   return jnp.where(_numerics.per_row(keep, leaf), leaf, jnp.zeros_like(leaf))
 
 
+def gather_rows(leaf: _types.Array) -> _types.Array:
+  """Gathers members that are split over explicit axes; other axes stay split."""
+  if _numerics.is_sharded(leaf):
+    rest = jax.typeof(leaf).sharding.spec[1:]
+    return jax.sharding.reshard(leaf, PartitionSpec(None, *rest))
+  return leaf
+
+
 def weighted_sum(weights: _types.Array, leaf: _types.Array) -> _types.Array:
   """Sums over the leading axis, [n, ...] to [...], in float32 or better."""
   dtype = _numerics.wide(leaf.dtype)
@@ -129,3 +140,39 @@ def weighted_sum(weights: _types.Array, leaf: _types.Array) -> _types.Array:
     contract,
     precision=jax.lax.Precision.HIGHEST,
   )
+
+
+def aggregator(
+  reduce: Callable[[Members], Callable[[_types.Array], Any]],
+  *,
+  one_by_one: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """A step that reduces each leaf alike, once absent members are left out.
+
+  With `one_by_one`, a leaf waits for the one before it, so that temporaries are
+  those of one leaf; a linear step has none, and must not look at its results.
+  """
+
+  def update(
+    updates: _types.PyTree,
+    state: MemberState,
+    params: _types.PyTree = None,
+    *,
+    member_weights: Any = None,
+    num_dropped: Any = None,
+    **extra_args: Any,
+  ) -> tuple[_types.PyTree, MemberState]:
+    del params, extra_args
+    members = present(updates, state, member_weights, num_dropped)
+    if members is None:
+      return updates, state
+    leaves, structure = jax.tree.flatten(members.updates)
+    reduced: list[_types.Array] = []
+    for leaf in leaves:
+      if one_by_one and reduced:
+        waiting = _numerics.after(reduced[-1], members.weights)
+        members = members._replace(weights=waiting)
+      reduced.append(reduce(members)(leaf).astype(leaf.dtype))
+    return jax.tree.unflatten(structure, reduced), members.state
+
+  return _types.transformation(init, update)

@@ -125,7 +125,8 @@ def micro_batched(
       lambda leaf: leaf[: whole * size].reshape(whole, size, *leaf.shape[1:]), batch
     )
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-    total = _zeros(*jax.eval_shape(evaluate, first)[1:])
+    _, types, _, good = jax.eval_shape(evaluate, first)
+    total = _zeros(types, good)
     total, by_row = jax.lax.scan(step, total, micro_batches)
     by_row = jax.tree.map(
       lambda leaf: leaf.reshape(whole * size, *leaf.shape[2:]), by_row
@@ -137,7 +138,6 @@ def micro_batched(
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)
     sums, weight, left_out = total
-    types = jax.eval_shape(evaluate, first)[1]
     scalars, grads = jax.tree.map(
       lambda leaf, like: _numerics.divide(leaf, weight).astype(like.dtype), sums, types
     )
@@ -159,7 +159,7 @@ def _merge(by_row: _types.PyTree, others: _types.PyTree) -> _types.PyTree:
   return jax.tree.map(choose, by_row, others, is_leaf=lambda leaf: leaf is None)
 
 
-def _zeros(terms: _types.PyTree, weight: Any, good: Any) -> Any:
+def _zeros(terms: _types.PyTree, good: Any) -> Any:
   """Sums at their start, each varying over the devices as its terms will."""
 
   def zero(like, dtype):

@@ -1,10 +1,13 @@
 """Scalars and data types that stay what they are, whatever comes in."""
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
@@ -54,6 +57,13 @@ def divide(numerator: _types.Array, denominator: _types.Array) -> _types.Array:
   return jnp.where(positive, quotient, jnp.zeros_like(numerator))
 
 
+def step_towards(
+  old: _types.Array, new: _types.Array, rate: _types.Array
+) -> _types.Array:
+  """Goes a part of the way from `old` to `new`, in the type of `old`."""
+  return old + rate.astype(old.dtype) * (new.astype(old.dtype) - old)
+
+
 def per_row(vector: _types.Array, leaf: _types.Array) -> _types.Array:
   """Gives a vector [n] the rank of a leaf [n, ...], to broadcast against it."""
   rows = jax.typeof(leaf).sharding.spec[:1]
@@ -74,6 +84,21 @@ def replicate(array: _types.Array) -> _types.Array:
   return array
 
 
+def automatic(
+  function: Callable[..., Any], on: _types.Array, rows_like: _types.Array
+) -> Callable[..., Any]:
+  """Leaves shardings inside to the compiler, if `on` lies on an explicit mesh.
+
+  The result is split by rows as `rows_like` is. Sorting and scattering have no
+  rule for axes that are explicit.
+  """
+  mesh = jax.typeof(on).sharding.mesh
+  if AxisType.Explicit not in mesh.axis_types:
+    return function
+  spec = PartitionSpec(*jax.typeof(rows_like).sharding.spec[:1])
+  return jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, spec))
+
+
 def varying_axes(array: Any) -> frozenset[Any]:
   """The axes of a mesh over which an array differs from device to device."""
   if not isinstance(array, jax.ShapeDtypeStruct):
@@ -87,3 +112,15 @@ def vary(array: _types.Array, axes: Any) -> _types.Array:
   names = {axes} if isinstance(axes, str) else set(axes)
   missing = tuple(sorted(names - varying_axes(array)))
   return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def after(previous: _types.Array | None, value: _types.Array) -> _types.Array:
+  """`value`, but computed after `previous`, which is finite or None.
+
+  XLA runs what is independent in any order, and would hold the temporaries of
+  all leaves at once; optimization barriers are gone when it chooses the order.
+  """
+  if previous is None or not previous.size:
+    return value
+  entry = previous.max() if is_sharded(previous) else previous[(0,) * previous.ndim]
+  return jnp.where(jnp.isnan(entry), jnp.zeros_like(value), value)

@@ -8,6 +8,7 @@ from optax_ranger import _acceleration
 from optax_ranger import _accumulation
 from optax_ranger import _aggregation
 from optax_ranger import _averaging
+from optax_ranger import _predictions
 from optax_ranger import _smoothing
 
 
@@ -56,9 +57,9 @@ def ranger(
   learning_rate: optax.ScalarOrSchedule,
   *,
   momentum: Any = 0.9,
-  acceleration: Any = 1.0,
-  hyper_rate: Any = 0.1,
-  bounds: tuple[Any, Any] = (1e-3, 1e3),
+  acceleration: Any = 1e-3,
+  hyper_rate: Any = 0.05,
+  bounds: tuple[Any, Any] = (1e-6, 1e6),
   weight_decay: Any = 0.0,
   every: Any = 1,
   ema_decay: Any = None,
@@ -78,7 +79,9 @@ def ranger(
   Args:
     learning_rate: a number, or a schedule of the optimizer step.
     momentum: as in ``scale_by_ngs``.
-    acceleration: as in ``scale_by_ngs``.
+    acceleration: as in ``scale_by_ngs``: small, the start is from below. Take 1
+      with a ``hyper_rate`` of 0, or with a learning rate that is known to be
+      good and narrow ``bounds``.
     hyper_rate: as in ``scale_by_ngs``.
     bounds: as in ``scale_by_ngs``.
     weight_decay: multiplied with the learning rate and the parameters, apart
@@ -117,7 +120,8 @@ def ranger(
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
-    >>> tx = ranger.ranger(0.5, momentum=0.0, ema_decay=0.5)
+    >>> tx = ranger.ranger(
+    ...     0.5, momentum=0.0, acceleration=1.0, ema_decay=0.5)
     >>> params = jnp.array(1.0)
     >>> state = tx.init(params)
     >>> updates, state = tx.update(jnp.array(4.0), state, params)
@@ -147,7 +151,7 @@ def ranger(
     inner.append(("ema", _smoothing.smooth_by_ema(ema_decay)))
   steps = []
   if num_examples is not None and num_classes is not None:
-    table = _smoothing.smooth_predictions(num_examples, num_classes, prediction_decay)
+    table = _predictions.smooth_predictions(num_examples, num_classes, prediction_decay)
     steps.append(("predictions", table))
   steps.append(
     ("accumulate", _accumulation.accumulate(optax.named_chain(*inner), every))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_ranger import _numerics
 from optax_ranger import _types
@@ -17,16 +18,16 @@ _TINY = 2.0**-100
 _DOT_WIDTHS = range(16, 2**16 + 1)
 
 
-def select(
-  condition: _types.Array, on_true: _types.PyTree, on_false: _types.PyTree
-) -> _types.PyTree:
-  """`where` leaf by leaf, on one scalar condition."""
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
-
-
 def zeros_like(tree: _types.PyTree) -> _types.PyTree:
   """Zeros of the same shapes, types and shardings."""
   return jax.tree.map(jnp.zeros_like, tree)
+
+
+def wide_copy(tree: _types.PyTree) -> _types.PyTree:
+  """A copy in float32 or better, which shares no buffer with the tree."""
+  return jax.tree.map(
+    lambda leaf: jnp.array(leaf, dtype=_numerics.wide(leaf.dtype), copy=True), tree
+  )
 
 
 def all_finite(tree: _types.PyTree) -> _types.Array:
@@ -75,6 +76,27 @@ def find_states(state: _types.PyTree, kind: type) -> Iterator[Any]:
   """Yields the states of one kind, however deeply a chain nests them."""
   leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
   return (leaf for leaf in leaves if isinstance(leaf, kind))
+
+
+def leaves_like(tree: _types.PyTree, copy: _types.PyTree) -> list[Any]:
+  """The leaves of a copy in the order of the tree's, None where it is masked."""
+  found: list[Any] = []
+  masked = lambda node: isinstance(node, optax.MaskedNode)
+
+  def visit(node, part):
+    found.extend([None] * len(jax.tree.leaves(part)) if masked(node) else [node])
+
+  jax.tree.map(visit, unboxed(copy), unboxed(tree), is_leaf=masked)
+  return found
+
+
+def unboxed(tree: _types.PyTree) -> _types.PyTree:
+  """The arrays of a tree whose leaves Flax NNX wraps in variables."""
+  # By what they can do: this package does not import Flax.
+  boxed = lambda node: hasattr(node, "get_value") and hasattr(node, "get_metadata")
+  return jax.tree.map(
+    lambda node: node.get_value() if boxed(node) else node, tree, is_leaf=boxed
+  )
 
 
 def _real_parts(leaf: _types.Array) -> tuple[_types.Array, ...]:

@@ -62,6 +62,12 @@ def static_count(name: str, value: Any, least: int = 1) -> None:
   count(name, value, least)
 
 
+def integer(name: str, value: Any) -> None:
+  """Refuses what is not a Python integer."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(f"{name} must be a Python integer, got {value!r}.")
+
+
 def choice(name: str, value: Any, options: Sequence[Any]) -> None:
   """Refuses what is not one of the options."""
   if value not in options:
@@ -75,6 +81,12 @@ def given(name: str, value: Any, step: str) -> None:
     raise ValueError(
       f"{step} needs {name}=: call update(updates, state, params, {name}=...)."
     )
+
+
+def given_params(params: _types.PyTree, step: str) -> None:
+  """Refuses a call of `update` without the parameters."""
+  if params is None:
+    raise ValueError(f"{step} needs params: call update(updates, state, params).")
 
 
 def shape(name: str, value: Any, expected: tuple[int, ...]) -> None:

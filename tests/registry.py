@@ -32,6 +32,7 @@ class Case(NamedTuple):
     static: arguments that `inject_hyperparams` must leave alone.
     foreign: whether one of Optax's own optimizers is inside.
     absorbs: whether updates that are not finite are kept from coming out.
+    axis: the name of the axis of which the step takes each member as a device.
   """
 
   name: str
@@ -42,9 +43,30 @@ class Case(NamedTuple):
   static: tuple[str, ...] = ()
   foreign: bool = False
   absorbs: bool = True
+  axis: str | None = None
 
   def make(self) -> Any:
-    return getattr(ranger, self.factory)(**self.arguments)
+    return self.wrap(getattr(ranger, self.factory)(**self.arguments))
+
+  def wrap(self, step: Any) -> Any:
+    return step if self.axis is None else _over_axis(step, self.axis)
+
+
+def _over_axis(step: Any, axis: str) -> Any:
+  """Gives each member to a device of a vmapped axis, and returns the first's result."""
+
+  def update(updates, state, params=None, *, member_weights=None, **extra_args):
+    if not jax.tree.leaves(updates):
+      return step.update(updates, state, params, **extra_args)
+    n = jax.tree.leaves(updates)[0].shape[0]
+    weights = jnp.ones([n]) if member_weights is None else member_weights
+    one = lambda own, weight: step.update(
+      own, state, params, weight=weight, **extra_args
+    )
+    results = jax.vmap(one, axis_name=axis)(updates, weights)
+    return jax.tree.map(lambda leaf: leaf[0], results)
+
+  return optax.GradientTransformationExtraArgs(step.init, update)
 
 
 def neighbors(call: int = 0, n: int = NUM_MEMBERS, k: int = 2) -> ranger.Neighbors:
@@ -60,7 +82,10 @@ def _with_neighbors(call: int) -> dict[str, Any]:
 
 def _with_regions(call: int) -> dict[str, Any]:
   rng = np.random.default_rng(call)
-  return {"regions": jnp.asarray(rng.integers(0, 3, NUM_MEMBERS))}
+  return {
+    "regions": jnp.asarray(rng.integers(0, 3, NUM_MEMBERS)),
+    "losses": jnp.asarray(rng.uniform(0, 3, NUM_MEMBERS), jnp.float32),
+  }
 
 
 def _with_predictions(call: int) -> dict[str, Any]:
@@ -92,6 +117,14 @@ CASES = (
   _member_case("aggregate_by_mean"),
   _member_case("aggregate_by_sum"),
   _member_case("aggregate_by_max"),
+  _member_case("aggregate_by_worst_regions", num_regions=4, rate=0.5),
+  _member_case("aggregate_by_median"),
+  _member_case("aggregate_by_trimmed_mean", fraction=0.2),
+  _member_case("aggregate_by_geometric_median"),
+  _member_case("aggregate_by_krum", num_corrupt=1),
+  _member_case(
+    "aggregate_by_krum", "aggregate_by_krum-3", num_corrupt=1, num_selected=3
+  ),
   *(
     _member_case(
       "aggregate_by_regions",
@@ -105,6 +138,21 @@ CASES = (
       ("sum", "sum"),
       ("mean", "max"),
       ("max", "mean"),
+    )
+  ),
+  *(
+    Case(
+      f"across_devices-{name}",
+      "across_devices",
+      {"aggregator": aggregator, "axis_name": "devices"},
+      members=True,
+      static=("aggregator", "axis_name"),
+      axis="devices",
+    )
+    for name, aggregator in (
+      ("mean", ranger.aggregate_by_mean()),
+      ("median", ranger.aggregate_by_median()),
+      ("krum", ranger.aggregate_by_krum(1)),
     )
   ),
   _member_case("ranger_head"),
@@ -132,8 +180,40 @@ CASES = (
     {"inner": optax.sgd(0.1, momentum=0.9), "warmup": 2, "max_in_a_row": 2},
     static=("inner", "warmup", "max_in_a_row"),
   ),
-  Case("scale_by_ngs", "scale_by_ngs", {"momentum": 0.8}),
+  Case(
+    "skip_nonfinite",
+    "skip_nonfinite",
+    {"inner": optax.sgd(0.1, momentum=0.9)},
+    static=("inner",),
+  ),
+  Case("scale_by_ngs", "scale_by_ngs", {"momentum": 0.8, "acceleration": 1.0}),
+  Case(
+    "scale_by_ngs-per-leaf",
+    "scale_by_ngs",
+    {"acceleration": 1.0, "per_leaf": True},
+  ),
+  Case(
+    "accelerate-sgd",
+    "accelerate",
+    {"inner": optax.sgd(0.1, momentum=0.9), "acceleration": 1.0},
+    static=("inner",),
+  ),
+  Case(
+    "accelerate-adam-per-leaf",
+    "accelerate",
+    {"inner": optax.adam(0.1, eps=1e-3), "acceleration": 1.0, "per_leaf": True},
+    static=("inner",),
+    foreign=True,
+  ),
   Case("smooth_by_ema", "smooth_by_ema", {"decay": 0.9}, absorbs=False),
+  Case(
+    "smooth_by_ema-uniform",
+    "smooth_by_ema",
+    {"decay": ranger.uniform_decay_schedule(), "warmup": 2, "start": 1, "every": 2},
+    static=("decay",),
+    absorbs=False,
+  ),
+  Case("smooth_by_lookahead", "smooth_by_lookahead", {"every": 3}, absorbs=False),
   Case(
     "smooth_predictions",
     "smooth_predictions",
@@ -142,12 +222,18 @@ CASES = (
     static=_SIZE_NAMES,
     absorbs=False,
   ),
-  Case("ranger-plain", "ranger", {"learning_rate": 0.1}, static=("every",)),
+  Case(
+    "ranger_radam",
+    "ranger_radam",
+    {"learning_rate": 0.1, "weight_decay": 1e-2, "every": 3, "threshold": 4.0},
+    static=("output_axis",),
+  ),
   Case(
     "ranger-whole",
     "ranger",
     {
       "learning_rate": 0.1,
+      "acceleration": 1.0,
       "weight_decay": 1e-2,
       "every": 2,
       "ema_decay": 0.9,
@@ -155,6 +241,12 @@ CASES = (
     },
     extra=_with_predictions,
     static=("every", *_SIZE_NAMES),
+  ),
+  Case(
+    "ranger-plain",
+    "ranger",
+    {"learning_rate": 0.1, "acceleration": 1.0},
+    static=("every",),
   ),
 )
 

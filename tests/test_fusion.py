@@ -84,7 +84,14 @@ def test_fused_equals_per_example(name, jit):
 
 
 @pytest.mark.parametrize("name", sorted(NON_LINEAR))
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 64])
+@pytest.mark.parametrize(
+  "micro_batch_size",
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    4,
+    pytest.param(64, marks=pytest.mark.slow),
+  ],
+)
 def test_non_linear_runs_per_example(name, micro_batch_size):
   step = NON_LINEAR[name]
   expected, _ = step.update(
@@ -146,7 +153,9 @@ def test_state_comes_third_and_counts():
 
 
 @pytest.mark.parametrize("name", ["mean", "sum", "head", "regions", "max", "clipped"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+  "value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("where", ["input", "loss"])
 def test_bad_example_is_left_out(name, value, where):
   step = {**LINEAR, **NON_LINEAR}[name]
@@ -280,3 +289,24 @@ def test_weights_differ_from_device_to_device():
   )
   weights = jax.jit(function)(jax.device_put(member, NamedSharding(mesh, split)))
   np.testing.assert_allclose(weights, [1 / 3, 2 / 3, 1 / 4, 3 / 4], rtol=1e-6)
+
+
+def test_examples_of_different_devices_are_kept_apart():
+  """A maximum of each device's own examples, or a refusal that names the leaf."""
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+  split = PartitionSpec("data")
+  grad_fn = ranger.value_and_grad(lambda p, x: p * x, ranger.aggregate_by_max())
+
+  def local(params, x):
+    return grad_fn(jax.lax.pcast(params, "data", to="varying"), x)[1][None]
+
+  def run(function, out_specs):
+    over = jax.shard_map(
+      function, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=out_specs
+    )
+    x = jax.device_put(jnp.arange(1.0, 9.0), NamedSharding(mesh, split))
+    return jax.jit(over)(jnp.float32(2), x)
+
+  np.testing.assert_array_equal(run(local, split), [2, 4, 6, 8])
+  with pytest.raises(ValueError, match="params is the same over the mesh axis 'data'"):
+    run(lambda params, x: grad_fn(params, x)[1], PartitionSpec())

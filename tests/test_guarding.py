@@ -107,6 +107,12 @@ def test_limit_in_a_row_accepts_a_new_level():
   )
   assert [bool(r.any()) for r in limited[30:35]] == [False] * 3 + [True] * 2
   assert all(r.any() for r in limited[33:])
+  # The statistics start again from the first that was accepted.
+  assert int(states[33].count) == 1
+  assert float(states[33].variance) == 0
+  np.testing.assert_allclose(
+    states[33].mean, np.log(np.linalg.norm(gradients[33])), rtol=1e-5
+  )
   assert int(states[-1].num_skipped) == 3
 
 

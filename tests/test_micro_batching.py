@@ -219,3 +219,17 @@ def test_large_step(rule):
   assert ranger.large_step(0.1, 4, rule=rule) == pytest.approx(0.1 * factor)
   schedule = ranger.large_step(lambda count: 0.1 * (count + 1), 4, rule=rule)
   assert schedule(2) == pytest.approx(0.3 * factor)
+
+
+def test_a_scalar_that_is_not_finite_leaves_its_micro_batch_out():
+  def function(params, batch):
+    value, grads = jax.value_and_grad(mean_loss)(params, batch)
+    return {"loss": value, "metric": batch["metric"].mean()}, grads
+
+  batch = {**draw(8), "metric": jnp.ones([8]).at[5].set(jnp.nan)}
+  value, grads, report = jax.jit(ranger.micro_batched(function, 4))(PARAMS, batch)
+  keep = np.array([i not in (4, 5) for i in range(8)])
+  expected = jax.grad(mean_loss)(PARAMS, jax.tree.map(lambda x: x[keep], batch))
+  close(grads, expected)
+  assert float(value["metric"]) == 1
+  assert int(report.num_left_out) == 1

@@ -26,7 +26,7 @@ def run(tx, calls=12):
 
 
 def test_plain_ranger_is_nesterov_sgd():
-  params, _ = run(ranger.ranger(0.01, hyper_rate=0.0))
+  params, _ = run(ranger.ranger(0.01, acceleration=1.0, hyper_rate=0.0))
   expected, _ = run(optax.sgd(0.01, momentum=0.9, nesterov=True))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
@@ -48,7 +48,7 @@ def test_what_is_off_holds_no_memory():
   params = registry.params()
   off = size(ranger.ranger(0.1).init(params))
   on = size(ranger.ranger(0.1, ema_decay=0.9).init(params))
-  assert on == off + size(params) + 1
+  assert on == off + size(params) + 3  # And three scalars.
 
 
 def test_schedule_counts_optimizer_steps():
@@ -56,7 +56,7 @@ def test_schedule_counts_optimizer_steps():
   schedule = lambda count: rates.append(1) or jnp.float32(0.1) / (1 + count.astype(
     jnp.float32
   ))  # fmt: skip
-  tx = ranger.ranger(schedule, momentum=0.0, hyper_rate=0.0, every=2)
+  tx = ranger.ranger(schedule, momentum=0.0, acceleration=1.0, hyper_rate=0.0, every=2)
   params = jnp.zeros([1])
   state, moves = tx.init(params), []
   for _ in range(4):
@@ -92,7 +92,7 @@ def test_main_job_in_small(tmp_path):
   """The demo's whole path, on few epochs; `make demo` shows the figures."""
   script = pathlib.Path(__file__).parent.parent / "examples" / "noisy_labels.py"
   table, picture = tmp_path / "table.json", tmp_path / "picture.png"
-  arguments = ["--noise", "0.4", "--seeds", "1", "--epochs", "25"]
+  arguments = ["--noise", "0.4", "--seeds", "1", "--epochs", "40"]
   done = subprocess.run(
     [sys.executable, script, *arguments, "--out", picture, "--json", table],
     capture_output=True,

@@ -163,6 +163,41 @@ REFUSALS = {
     ValueError,
     r"member_weights must have shape \[6\], got \[5\]",
   ),
+  "fraction": (
+    lambda: ranger.aggregate_by_trimmed_mean(0.5),
+    ValueError,
+    r"fraction must lie in \[0, 0.5\), got 0.5",
+  ),
+  "rounds": (
+    lambda: ranger.aggregate_by_geometric_median(0),
+    ValueError,
+    "rounds must be a whole number of at least 1, got 0",
+  ),
+  "smoothing": (
+    lambda: ranger.aggregate_by_geometric_median(smoothing=0.0),
+    ValueError,
+    r"smoothing must lie in \(0, inf\), got 0.0",
+  ),
+  "num_corrupt": (
+    lambda: ranger.aggregate_by_krum(-1),
+    ValueError,
+    "num_corrupt must be a whole number of at least 0, got -1",
+  ),
+  "too many corrupt": (
+    lambda: call(ranger.aggregate_by_krum(2)),
+    ValueError,
+    r"needs n >= 2 num_corrupt \+ 3 members, got n = 6 and num_corrupt = 2",
+  ),
+  "too many selected": (
+    lambda: call(ranger.aggregate_by_krum(1, 6)),
+    ValueError,
+    "num_selected must be at most n - num_corrupt = 5, got 6",
+  ),
+  "gramian": (
+    lambda: call(ranger.aggregate_by_krum(1), gramian=jnp.ones([5, 5])),
+    ValueError,
+    r"gramian must have shape \[6, 6\], got \[5, 5\]",
+  ),
   "num_regions": (
     lambda: ranger.aggregate_by_regions(0),
     ValueError,
@@ -191,6 +226,48 @@ REFUSALS = {
     ),
     ValueError,
     r"region_weights must have shape \[2\], got \[3\]",
+  ),
+  "rate": (
+    lambda: ranger.aggregate_by_worst_regions(2, -1.0),
+    ValueError,
+    r"rate must lie in \[0, inf\), got -1.0",
+  ),
+  "no losses": (
+    lambda: call(
+      ranger.aggregate_by_worst_regions(2), regions=jnp.zeros([6], jnp.int32)
+    ),
+    ValueError,
+    "aggregate_by_worst_regions needs losses=",
+  ),
+  "grid of other positions": (
+    lambda: ranger.grid_regions(FEATURES, (2, 2)),
+    ValueError,
+    r"positions must have shape \[n, 2\].*got \[6, 3\]",
+  ),
+  "parts": (
+    lambda: ranger.grid_regions(FEATURES, (2, 2, 0)),
+    ValueError,
+    r"parts\[2\] must be a whole number of at least 1, got 0",
+  ),
+  "times 2-D": (
+    lambda: ranger.time_regions(FEATURES, 2),
+    ValueError,
+    r"times must have shape \[n\], got \[6, 3\]",
+  ),
+  "more clusters than examples": (
+    lambda: ranger.kmeans_regions(FEATURES, 7),
+    ValueError,
+    "num_regions must be at most the 6 examples with finite features, got 7",
+  ),
+  "edges to nowhere": (
+    lambda: ranger.graph_regions(np.array([[0, 3]]), 3, 2),
+    ValueError,
+    r"edges must join nodes in \[0, 3\), got 0 to 3",
+  ),
+  "more regions than nodes": (
+    lambda: ranger.graph_regions(np.array([[0, 1]]), 3, 4),
+    ValueError,
+    "num_regions must be at most num_nodes = 3, got 4",
   ),
   "every": (
     lambda: ranger.accumulate(optax.sgd(0.1), 0),
@@ -237,6 +314,41 @@ REFUSALS = {
     ValueError,
     r"acceleration must lie in \[0.5, 2\], got 5.0",
   ),
+  "acceleration below bounds": (
+    lambda: ranger.scale_by_ngs(bounds=(0.5, 2.0)),
+    ValueError,
+    r"acceleration must lie in \[0.5, 2\], got 0.001",
+  ),
+  "shrink": (
+    lambda: ranger.scale_by_ngs(shrink=0.0),
+    ValueError,
+    r"shrink must lie in \(0, 1\], got 0.0",
+  ),
+  "hurry": (
+    lambda: ranger.accelerate(optax.sgd(0.1), hurry=0.5),
+    ValueError,
+    r"hurry must lie in \[1, inf\), got 0.5",
+  ),
+  "per_leaf": (
+    lambda: ranger.accelerate(optax.sgd(0.1), per_leaf="yes"),
+    ValueError,
+    "per_leaf must be one of False, True; got 'yes'",
+  ),
+  "initial": (
+    lambda: ranger.geometric_restart_schedule(0.0, 1.0, 10),
+    ValueError,
+    r"initial must lie in \(0, inf\), got 0.0",
+  ),
+  "maximum": (
+    lambda: ranger.geometric_restart_schedule(0.5, 0.25, 10),
+    ValueError,
+    r"maximum must lie in \[0.5, inf\), got 0.25",
+  ),
+  "period": (
+    lambda: ranger.geometric_restart_schedule(0.5, 1.0, 0),
+    ValueError,
+    "period must be a whole number of at least 1, got 0",
+  ),
   "decay": (
     lambda: ranger.smooth_by_ema(1.0),
     ValueError,
@@ -251,6 +363,105 @@ REFUSALS = {
     lambda: ranger.smooth_by_ema("0.9"),
     TypeError,
     "decay must be a number, got '0.9'",
+  ),
+  "warmup": (
+    lambda: ranger.smooth_by_ema(0.9, warmup=-1),
+    ValueError,
+    r"warmup must lie in \[0, inf\), got -1",
+  ),
+  "start": (
+    lambda: ranger.smooth_by_ema(0.9, start=-1),
+    ValueError,
+    "start must be a whole number of at least 0, got -1",
+  ),
+  "averaging every": (
+    lambda: ranger.smooth_by_ema(0.9, every=0),
+    ValueError,
+    "every must be a whole number of at least 1, got 0",
+  ),
+  "lookahead every": (
+    lambda: ranger.smooth_by_lookahead(0),
+    ValueError,
+    "every must be a whole number of at least 1, got 0",
+  ),
+  "step_size": (
+    lambda: ranger.smooth_by_lookahead(6, 1.5),
+    ValueError,
+    r"step_size must lie in \[0, 1\], got 1.5",
+  ),
+  "lookahead without params": (
+    lambda: call(ranger.smooth_by_lookahead()),
+    ValueError,
+    "smooth_by_lookahead needs params",
+  ),
+  "b1": (
+    lambda: ranger.ranger_radam(0.1, b1=1.0),
+    ValueError,
+    r"b1 must lie in \[0, 1\), got 1.0",
+  ),
+  "b2": (
+    lambda: ranger.ranger_radam(0.1, b2=0.0),
+    ValueError,
+    r"b2 must lie in \(0, 1\), got 0.0",
+  ),
+  "eps": (
+    lambda: ranger.ranger_radam(0.1, eps=0.0),
+    ValueError,
+    r"eps must lie in \(0, inf\), got 0.0",
+  ),
+  "threshold of RAdam": (
+    lambda: ranger.ranger_radam(0.1, threshold=3.9),
+    ValueError,
+    r"threshold must lie in \[4, inf\), got 3.9",
+  ),
+  "output_axis a float": (
+    lambda: ranger.ranger_radam(0.1, output_axis=1.0),
+    TypeError,
+    "output_axis must be a Python integer, got 1.0",
+  ),
+  "output_axis that is not there": (
+    lambda: call(ranger.ranger_radam(0.1, output_axis=2), {"a": ROWS}, {"a": ROWS}),
+    ValueError,
+    r"output_axis must be an axis of updates\['a'\] of shape \[6, 4\], got 2",
+  ),
+  "type of the table": (
+    lambda: ranger.smooth_predictions(3, 2, dtype="float16"),
+    ValueError,
+    "dtype must be one of 'float32', 'bfloat16'; got 'float16'",
+  ),
+  "smoothed of another shape": (
+    lambda: ranger.early_learning_regularizer(jnp.ones([4, 2]), jnp.ones([4, 3])),
+    ValueError,
+    r"smoothed must have shape \[4, 2\], got \[4, 3\]",
+  ),
+  "logits 1-D": (
+    lambda: ranger.early_learning_regularizer(jnp.ones([4]), jnp.ones([4])),
+    ValueError,
+    r"logits must have shape \[n, C\], got \[4\]",
+  ),
+  "labels of targets": (
+    lambda: ranger.refine_targets(jnp.zeros([3]), jnp.ones([3, 2])),
+    TypeError,
+    "labels must hold integers, got float32",
+  ),
+  "labels of other examples": (
+    lambda: ranger.refine_targets(jnp.zeros([2], jnp.int32), jnp.ones([3, 2])),
+    ValueError,
+    r"labels must have shape \[3\], got \[2\]",
+  ),
+  "confusion": (
+    lambda: ranger.refine_targets(
+      jnp.zeros([3], jnp.int32), jnp.ones([3, 2]), confusion=jnp.ones([3, 3])
+    ),
+    ValueError,
+    r"confusion must have shape \[2, 2\], got \[3, 3\]",
+  ),
+  "support": (
+    lambda: ranger.refine_targets(
+      jnp.zeros([3], jnp.int32), jnp.ones([3, 2]), support=jnp.ones([2])
+    ),
+    ValueError,
+    r"support must have shape \[3\], got \[2\]",
   ),
   "ema without params": (
     lambda: call(ranger.smooth_by_ema(0.9)),
@@ -315,8 +526,12 @@ def test_refusals(name):
     lambda: ranger.accumulate(optax.sgd(0.1), 2),
     lambda: ranger.skip_anomalies(optax.sgd(0.1)),
     ranger.scale_by_ngs,
+    lambda: ranger.skip_nonfinite(optax.sgd(0.1)),
+    lambda: ranger.accelerate(optax.sgd(0.1)),
     lambda: ranger.smooth_by_ema(0.9),
+    ranger.smooth_by_lookahead,
     lambda: ranger.ranger(0.1),
+    lambda: ranger.ranger_radam(0.1),
   ],
 )
 def test_integer_parameters_are_refused(make):

@@ -1,4 +1,4 @@
-"""Step 5 against oracles in NumPy, and its guarantees."""
+"""Smoothing of parameters against oracles in NumPy and Optax, and its guarantees."""
 
 import jax
 import jax.numpy as jnp
@@ -24,36 +24,62 @@ def test_ema_passes_updates_through():
   step, params = ranger.smooth_by_ema(0.5), {"w": jnp.ones([3])}
   given = {"w": jnp.array([1.0, np.nan, 2.0])}
   updates, _ = step.update(given, step.init(params), params)
-  assert updates is given
+  np.testing.assert_array_equal(updates["w"], given["w"])
 
 
 def test_ema_without_decay():
-  step, params = ranger.smooth_by_ema(0.0), jnp.ones([3])
-  _, state = step.update(jnp.ones([3]), step.init(params), params)
-  np.testing.assert_array_equal(ranger.eval_params(state, params), np.full(3, 2.0))
+  tx = optax.chain(optax.sgd(0.1), ranger.smooth_by_ema(0.0))
+  for params, smoothed in iterates(tx, jnp.ones([3]), 4):
+    np.testing.assert_array_equal(smoothed, params)
 
 
 def test_ema_of_half_precision_moves():
   """2,000 steps from 1 to 2 with decay 0.999: 1.865, not 1."""
   step = ranger.smooth_by_ema(0.999)
   params = jnp.ones([1], jnp.bfloat16)
-  state = step.init(params)
-  _, state = step.update(jnp.ones([1], jnp.bfloat16), state, params)
+  _, state = step.update(jnp.ones([1], jnp.bfloat16), step.init(params), params)
   params = params + jnp.ones([1], jnp.bfloat16)
 
   def body(state, _):
     return step.update(jnp.zeros([1], jnp.bfloat16), state, params)[1], None
 
-  state, _ = jax.lax.scan(body, state, length=1999)
+  # Each call averages the iterate before: 2,000 of them are 2.
+  state, _ = jax.lax.scan(body, state, length=2000)
   np.testing.assert_allclose(optax.tree.get(state, "ema"), [1.865], atol=1e-3)
-  assert ranger.eval_params(state, params).dtype == jnp.bfloat16
+  smoothed = ranger.eval_params(state, params)
+  assert smoothed.dtype == jnp.bfloat16
+  np.testing.assert_allclose(smoothed.astype(np.float32), [1.865], atol=2.0**-8)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_ema_leaves_bad_entries_alone(value):
   step, params = ranger.smooth_by_ema(0.5), jnp.ones([3])
-  _, state = step.update(jnp.array([1.0, value, 1.0]), step.init(params), params)
+  _, state = step.update(jnp.ones([3]), step.init(params), params)
+  lost = jnp.array([2.0, value, 2.0])
+  np.testing.assert_array_equal(ranger.eval_params(state, lost), [1.5, 1.0, 1.5])
+  _, state = step.update(jnp.zeros([3]), state, lost)
   np.testing.assert_array_equal(state.ema, [1.5, 1.0, 1.5])
+
+
+def test_smoothing_holds_no_second_copy():
+  """Beside its state, an update in place takes no memory of the parameters' size."""
+  params = {"w": jnp.ones([512, 512])}
+  for smoothing in (
+    ranger.smooth_by_ema(0.9, every=2),
+    ranger.smooth_by_lookahead(3),
+  ):
+    tx = optax.chain(optax.sgd(0.1, momentum=0.9), smoothing)
+
+    def step(params, state, gradients, tx=tx):
+      updates, state = tx.update(gradients, state, params)
+      return optax.apply_updates(params, updates), state
+
+    compiled = (
+      jax.jit(step, donate_argnums=(0, 1))
+      .lower(params, tx.init(params), params)
+      .compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 1e5
 
 
 def test_eval_params_through_any_nesting():
@@ -88,63 +114,142 @@ def test_eval_params_through_any_nesting():
     np.testing.assert_allclose(smoothed["b"], new["b"], err_msg=name)
 
   two = optax.chain(ema(), ema())
-  with pytest.raises(ValueError, match="2 smoothed copies"):
+  with pytest.raises(ValueError, match="two smoothed copies"):
     ranger.eval_params(two.init(params), params)
 
 
-def visit(step, state, ids, predictions):
-  return step.update(
-    {}, state, predictions=jnp.asarray(predictions), example_ids=jnp.asarray(ids)
-  )[1]
+def iterates(tx, params, steps, seed=0):
+  """Parameters and evaluated parameters after each step on random gradients."""
+  rng, state, update = np.random.default_rng(seed), tx.init(params), jax.jit(tx.update)
+  found = []
+  for _ in range(steps):
+    draw = lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype)
+    updates, state = update(jax.tree.map(draw, params), state, params)
+    params = optax.apply_updates(params, updates)
+    found.append((params, ranger.eval_params(state, params)))
+  return found
 
 
-def test_predictions_equal_numpy():
-  rng = np.random.default_rng(0)
-  step = ranger.smooth_predictions(5, 3, decay=0.6)
-  state, table = step.init({}), np.zeros([5, 3])
-  for _ in range(20):
-    ids = rng.permutation(5)[:2]
-    predictions = rng.dirichlet(np.ones(3), 2).astype(np.float32)
-    state = visit(step, state, ids, predictions)
-    table[ids] = 0.6 * table[ids] + 0.4 * predictions
-  np.testing.assert_allclose(ranger.smoothed_predictions(state), table, rtol=1e-5)
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (3, 1), (0, 2), (4, 3)])
+def test_uniform_decay_is_the_mean(start, every):
+  step = ranger.smooth_by_ema(ranger.uniform_decay_schedule(), start=start, every=every)
+  seen = []
+  for t, (params, smoothed) in enumerate(
+    iterates(optax.chain(optax.sgd(0.1), step), jnp.ones([3]), 14)
+  ):
+    if t >= start and (t + 1 - start) % every == 0:
+      seen.append(np.asarray(params))
+    expected = np.mean(seen, axis=0) if seen else params
+    np.testing.assert_allclose(smoothed, expected, rtol=1e-5)
 
 
-def test_only_visited_rows_move():
-  step = ranger.smooth_predictions(4, 2, decay=0.5)
-  state = visit(step, step.init({}), [3, 1], np.full([2, 2], 0.5, np.float32))
-  moved = np.asarray(ranger.smoothed_predictions(state)).any(axis=1)
-  assert moved.tolist() == [False, True, False, True]
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_ema_with_start_and_warmup_equals_numpy(warmup):
+  step = ranger.smooth_by_ema(0.8, warmup=warmup, start=2)
+  found = iterates(optax.chain(optax.sgd(0.1), step), jnp.ones([3]), 12)
+  ema = np.asarray(found[1][0])
+  for n, (params, smoothed) in enumerate(found[2:]):
+    beta = min(0.8, (1 + n) / (warmup + n)) if warmup + n else 0.8
+    ema = beta * ema + (1 - beta) * np.asarray(params)
+    np.testing.assert_allclose(smoothed, ema, rtol=1e-5)
+  for params, smoothed in found[:2]:
+    np.testing.assert_array_equal(smoothed, params)
 
 
-def test_repeated_ids_are_one_visit():
-  step = ranger.smooth_predictions(3, 2, decay=0.5)
-  start = visit(step, step.init({}), [2], np.array([[1.0, 0.0]], np.float32))
-  repeated = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], np.float32)
-  several = visit(step, start, [2, 0, 2], repeated)
-  once = visit(step, start, [2, 0], np.array([[0.5, 0.5], [0.5, 0.5]], np.float32))
-  np.testing.assert_allclose(several.smoothed, once.smoothed)
+def test_decay_may_be_a_schedule_of_the_averages():
+  given = ranger.smooth_by_ema(lambda n: jnp.where(n < 2, 0.0, 0.5), every=2)
+  found = iterates(optax.chain(optax.sgd(0.1), given), jnp.ones([3]), 6)
+  expected = (np.asarray(found[3][0]) + np.asarray(found[5][0])) / 2
+  np.testing.assert_allclose(found[5][1], expected, rtol=1e-6)
 
 
-def test_bad_predictions_are_dropped():
-  step = ranger.smooth_predictions(3, 2, decay=0.5)
-  rows = np.array([[np.nan, 1], [1, 0], [1, 0], [1, 0]], np.float32)
-  state = visit(step, step.init({}), [0, -1, 3, 2], rows)
-  np.testing.assert_array_equal(state.smoothed, [[0, 0], [0, 0], [0.5, 0]])
-  assert int(state.num_dropped) == 3
-
-
-def test_no_visit_changes_nothing():
-  step = ranger.smooth_predictions(3, 2)
-  state = visit(
-    step, step.init({}), np.zeros([0], np.int32), np.zeros([0, 2], np.float32)
+@pytest.mark.parametrize("every", [1, 2, 6])
+@pytest.mark.parametrize("step_size", [0.0, 0.5, 0.8])
+def test_lookahead_equals_optax(every, step_size):
+  fast = optax.sgd(0.1, momentum=0.9)
+  params = {"w": jnp.ones([3]), "b": jnp.zeros([2, 2])}
+  found = iterates(
+    optax.chain(fast, ranger.smooth_by_lookahead(every, step_size)), params, 50
   )
-  assert not state.smoothed.any()
+  theirs = optax.lookahead(fast, every, step_size)
+  pair, rng = optax.LookaheadParams.init_synced(params), np.random.default_rng(0)
+  state, update = theirs.init(pair), jax.jit(theirs.update)
+  for ours in found:
+    draw = lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # Theirs multiplies by a boolean.
+      updates, state = update(jax.tree.map(draw, params), state, pair)
+    pair = optax.apply_updates(pair, updates)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(pair), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_narrow_ids_are_no_trap():
-  step = ranger.smooth_predictions(300, 1, decay=0.5)
-  state = visit(
-    step, step.init({}), np.array([5, 200], np.uint8), np.ones([2, 1], np.float32)
-  )
-  assert np.flatnonzero(state.smoothed).tolist() == [5, 200]
+def test_lookahead_of_whole_steps():
+  plain = iterates(optax.sgd(0.1), jnp.ones([3]), 9)
+  tx = optax.chain(optax.sgd(0.1), ranger.smooth_by_lookahead(3, 1.0))
+  for (params, _), (expected, _) in zip(
+    iterates(tx, jnp.ones([3]), 9), plain, strict=True
+  ):
+    np.testing.assert_allclose(params, expected, rtol=1e-6)
+
+
+def test_lookahead_of_half_precision_moves():
+  """Steps of one bfloat16 place, of which the slow copy takes a tenth."""
+  step = ranger.smooth_by_lookahead(1, 0.1)
+  place = jnp.full([1], 2.0**-7, jnp.bfloat16)
+
+  def body(carry, _):
+    params, state = carry
+    updates, state = step.update(place, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  params = jnp.ones([1], jnp.bfloat16)
+  (params, state), _ = jax.lax.scan(body, (params, step.init(params)), length=100)
+  # A rounded copy would stay at 1; each step moves 0.1 of the way to params + place.
+  assert state.slow.dtype == jnp.float32
+  assert 1.05 < float(state.slow[0]) < 1.15
+  np.testing.assert_allclose(params.astype(np.float32), state.slow, atol=2.0**-7)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_lookahead_leaves_bad_entries_alone(value):
+  step, params = ranger.smooth_by_lookahead(2, 0.5), jnp.ones([3])
+  state = step.init(params)
+  for _ in range(2):
+    updates, state = step.update(jnp.array([1.0, value, 1.0]), state, params)
+  np.testing.assert_array_equal(params + updates, [1.5, 1.0, 1.5])
+  # A parameter that is lost does not take its slow copy along.
+  lost = jnp.array([1.5, value, 1.5])
+  _, state = step.update(jnp.zeros([3]), state, lost)
+  np.testing.assert_array_equal(state.slow, [1.5, 1.0, 1.5])
+
+
+def test_eval_params_is_a_leaf_for_each_leaf():
+  params = {"w": jnp.ones([3]), "deep": {"a": jnp.zeros([2]), "b": jnp.zeros([1])}}
+  # A mask that ends above the leaves: one node stands for two of them.
+  tx = optax.masked(ranger.smooth_by_lookahead(2), {"w": True, "deep": False})
+  updates = jax.tree.map(jnp.ones_like, params)
+  _, state = tx.update(updates, tx.init(params), params)
+  moved = optax.apply_updates(params, updates)
+  smoothed = ranger.eval_params(state, moved)
+  np.testing.assert_array_equal(smoothed["w"], np.ones(3))
+  np.testing.assert_array_equal(smoothed["deep"]["a"], np.ones(2))
+  assert smoothed["deep"]["b"].shape == (1,)
+
+
+def test_smoothing_ticks_on_emission_only():
+  for smoothing in (ranger.smooth_by_ema(0.5), ranger.smooth_by_lookahead(2)):
+    inner = optax.chain(optax.sgd(0.1), smoothing)
+    tx, params = ranger.accumulate(inner, 3), jnp.ones([2])
+    state, alone, expected = tx.init(params), inner.init(params), params
+    for _ in range(4):
+      for _ in range(3):
+        updates, state = tx.update(jnp.ones([2]), state, params)
+        params = optax.apply_updates(params, updates)
+      updates, alone = inner.update(jnp.ones([2]), alone, expected)
+      expected = optax.apply_updates(expected, updates)
+      np.testing.assert_allclose(params, expected, rtol=1e-6)
+      np.testing.assert_allclose(
+        ranger.eval_params(state, params),
+        ranger.eval_params(alone, expected),
+        rtol=1e-6,
+      )

@@ -1,0 +1,71 @@
+"""The parameters to evaluate with, wherever a state holds them."""
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger import _lookahead
+from optax_ranger import _numerics
+from optax_ranger import _smoothing
+from optax_ranger import _tree
+from optax_ranger import _types
+
+
+def eval_params(state: _types.PyTree, params: _types.PyTree) -> _types.PyTree:
+  """Returns the parameters to evaluate with: smoothed ones, where there are any.
+
+  Args:
+    state: an optimizer's state, or an ``nnx.Optimizer`` or ``TrainState`` that
+      holds it. The smoothing may stand anywhere in it: inside ``optax.chain``,
+      ``accumulate``, ``optax.masked``, ``optax.partition`` and others.
+    params: the parameters in training; of an NNX model,
+      ``nnx.state(model, nnx.Param)``.
+
+  Returns:
+    A tree like `params`, with its types: each leaf smoothed if one of the
+    states holds it, else the leaf of `params`; `params` itself without any
+    smoothing.
+
+  Raises:
+    ValueError: when two states hold the same leaf.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> params = {"w": jnp.array(1.0)}
+    >>> ranger.eval_params(optax.adam(0.1).init(params), params) is params
+    True
+  """
+  # Each with the share of the parameters in it: all, where nothing is smoothed yet.
+  one = jnp.ones([], jnp.float32)
+  copies = []
+  for node in _tree.find_states(state, _smoothing.EmaState):
+    averaged = _tree.unboxed(node.num_averaged) > 0
+    copies.append((jnp.where(averaged, _tree.unboxed(node.rate), one), node.ema))
+  for node in _tree.find_states(state, _lookahead.LookaheadState):
+    apart = _tree.unboxed(node.count) > 0
+    copies.append((jnp.where(apart, jnp.zeros_like(one), one), node.slow))
+  if not copies:
+    return params
+  leaves, treedef = jax.tree.flatten(params)
+  chosen = dict(enumerate(leaves))
+  smoothed = set()
+  for rate, copy in copies:
+    for i, slow in enumerate(_tree.leaves_like(params, copy)):
+      if slow is None:
+        continue
+      if i in smoothed:
+        raise ValueError(
+          "the state holds two smoothed copies of one parameter of shape"
+          f" {list(leaves[i].shape)}: give eval_params the part of the state that"
+          " holds the one to evaluate."
+        )
+      smoothed.add(i)
+      chosen[i] = _evaluated(slow, leaves[i], rate)
+  return jax.tree.unflatten(treedef, chosen.values())
+
+
+def _evaluated(
+  slow: _types.Array, param: _types.Array, rate: _types.Array
+) -> _types.Array:
+  mean = _numerics.step_towards(slow, param, rate)
+  mean = jnp.where(jnp.isfinite(mean), mean, slow).astype(param.dtype)
+  return jnp.where(rate == 1, param, mean)

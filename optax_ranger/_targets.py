@@ -1,0 +1,160 @@
+"""What smoothed predictions are for: a regularizer, and labels that learn."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger import _numerics
+from optax_ranger import _types
+from optax_ranger import _validate
+
+# The logarithm of what is left of one must stay finite, and its slope useful.
+_LEAST = 1e-4
+
+
+def early_learning_regularizer(logits: Any, smoothed: Any) -> _types.Array:
+  r"""Returns the ELR term of each example, to be added to its loss.
+
+  It falls as the prediction agrees with its own past, and its gradient keeps an
+  example whose early predictions contradict its label from being memorized.
+  It helps under wrong labels; under look-alike classes that are confused
+  systematically, less.
+
+  .. math:: r_i = \log(1 - \langle p_i, \tilde p_i \rangle)
+
+  Its factor :math:`\lambda` in the loss is left to the caller, 3 being usual.
+
+  Args:
+    logits: ``float [n, C]``.
+    smoothed: ``float [n, C]``, the rows of ``smoothed_predictions``; no gradient
+      flows into it. A row of zeros, an example never visited, gives zero.
+
+  Returns:
+    ``float32 [n]`` (float64 for such logits), from :math:`\log 10^{-4}` to 0:
+    the agreement is cut off there, where its gradient would explode.
+
+  Raises:
+    ValueError: for shapes that do not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> logits, smoothed = jnp.zeros([2, 2]), jnp.array([[1.0, 0.0], [0.0, 0.0]])
+    >>> print(ranger.early_learning_regularizer(logits, smoothed).round(4))
+    [-0.6931  0.    ]
+
+  References:
+    Liu et al., Early-Learning Regularization Prevents Memorization of Noisy
+    Labels, 2020, https://arxiv.org/abs/2007.00151, equation 6.
+  """
+  logits, smoothed = jnp.asarray(logits), jnp.asarray(smoothed)
+  if logits.ndim != 2:
+    raise ValueError(f"logits must have shape [n, C], got {list(logits.shape)}.")
+  _validate.shape("smoothed", smoothed, logits.shape)
+  probabilities = jax.nn.softmax(logits.astype(_numerics.wide(logits.dtype)))
+  past = jax.lax.stop_gradient(smoothed.astype(probabilities.dtype))
+  agreement = (probabilities * past).sum(axis=1)
+  return jnp.log(jnp.maximum(1 - agreement, jnp.asarray(_LEAST, agreement.dtype)))
+
+
+def refine_targets(
+  labels: Any, beliefs: Any, *, confusion: Any = None, support: Any = None
+) -> _types.Array:
+  r"""Returns soft targets: what the labels become in the light of the beliefs.
+
+  With a confusion matrix, the posterior of the true class given belief and
+  label. Without, a mixture of label and belief, in which the label keeps as
+  much as its support.
+
+  .. math::
+    q_i(c) &\propto b_i(c) \, T[c, y_i] \\
+    t_i &= s_i \, e_{y_i} + (1 - s_i) \, q_i
+
+  Args:
+    labels: ``int [n]``, each in [0, C). An example whose label is out of range
+      has no label, and its belief is its target.
+    beliefs: ``float [n, C]``, not negative, such as the rows of
+      ``smoothed_predictions`` or a mean over neighbors; of any scale. A row of
+      zeros, or one that is not finite, is no belief: the label stays.
+    confusion: ``float [C, C]``, T[c, y], the chance that an example of class c
+      bears the label y; its rows need not be normalized. None for q = b.
+    support: ``float [n]``, s in [0, 1], how far the label is to be kept, such as
+      ``label_support(neighbors, labels)``. When missing: zero with a confusion
+      matrix, which has weighed the label already; without, the belief in it,
+      :math:`b_i(y_i)`.
+
+  Returns:
+    ``float32 [n, C]`` (float64 for such beliefs). No gradient flows through it.
+
+  Guarantees:
+    * Rows are not negative and sum to one, whatever comes
+      (``test_refined_targets_are_probabilities``).
+    * ``support=1`` is the label (``test_full_support_keeps_the_label``).
+    * With the true confusion and belief it is Bayes' posterior
+      (``test_refined_target_is_the_posterior``).
+
+  Raises:
+    ValueError: for shapes that do not fit.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> labels, beliefs = jnp.array([0]), jnp.array([[0.25, 0.75]])
+    >>> print(ranger.refine_targets(labels, beliefs))  # 1/4 label, 3/4 belief
+    [[0.4375 0.5625]]
+    >>> confusion = jnp.array([[0.75, 0.25], [0.25, 0.75]])  # a quarter is wrong
+    >>> print(ranger.refine_targets(labels, beliefs, confusion=confusion))
+    [[0.5 0.5]]
+
+  References:
+    Reed et al., Training Deep Neural Networks on Noisy Labels with
+    Bootstrapping, 2015, https://arxiv.org/abs/1412.6596, equation 6; Patrini et
+    al., Making Deep Neural Networks Robust to Label Noise, 2017,
+    https://arxiv.org/abs/1609.03683.
+  """
+  labels, beliefs = jnp.asarray(labels), jnp.asarray(beliefs)
+  _validate.integers("labels", labels)
+  if beliefs.ndim != 2:
+    raise ValueError(f"beliefs must have shape [n, C], got {list(beliefs.shape)}.")
+  n, classes = beliefs.shape
+  _validate.shape("labels", labels, (n,))
+  dtype = _numerics.wide(beliefs.dtype)
+  label = jax.nn.one_hot(labels, classes, dtype=dtype)
+  belief = _distribution(beliefs.astype(dtype))
+  posterior = belief
+  if confusion is None:
+    trust = (belief * label).sum(axis=1)
+  else:
+    confusion = jnp.asarray(confusion)
+    _validate.shape("confusion", confusion, (classes, classes))
+    columns = label @ confusion.astype(dtype).T
+    posterior = _distribution(belief * columns)
+    trust = jnp.zeros([n], dtype)
+  if support is not None:
+    support = jnp.asarray(support)
+    _validate.shape("support", support, (n,))
+    trust = jnp.clip(support.astype(dtype), 0, 1)
+    trust = jnp.where(jnp.isnan(trust), jnp.zeros_like(trust), trust)
+  labeled = label.any(axis=1)
+  # A posterior of zeros: the label contradicts the belief, which is left then.
+  usable = jnp.logical_and(labeled, posterior.any(axis=1))
+  posterior = jnp.where(usable[:, None], posterior, belief)
+  trust = jnp.where(belief.any(axis=1), trust, jnp.ones_like(trust))
+  trust = jnp.where(labeled, trust, jnp.zeros_like(trust))[:, None]
+  target = trust * label + (1 - trust) * posterior
+  blank = jnp.logical_not(target.any(axis=1, keepdims=True))
+  target = jnp.where(blank, jnp.full_like(target, 1 / classes), target)
+  return jax.lax.stop_gradient(target)
+
+
+def _distribution(rows: _types.Array) -> _types.Array:
+  """Rows scaled to sum to one; zeros where there is nothing to scale."""
+  usable = jnp.logical_and(jnp.isfinite(rows), rows >= 0).all(axis=1, keepdims=True)
+  rows = jnp.where(usable, rows, jnp.zeros_like(rows))
+  rows = rows * (1 / jnp.maximum(rows.max(axis=1, keepdims=True), _tiny(rows)))
+  total = rows.sum(axis=1, keepdims=True)
+  return jnp.where(total > 0, rows / jnp.maximum(total, _tiny(rows)), rows)
+
+
+def _tiny(rows: _types.Array) -> _types.Array:
+  return jnp.asarray(jnp.finfo(rows.dtype).tiny, rows.dtype)

@@ -1,0 +1,14 @@
+"""Flax NNX layers: compute locally in regions of the input, then combine."""
+
+try:
+  import flax as _flax  # noqa: F401
+except ImportError as error:
+  raise ImportError(
+    "optax_ranger.layers needs Flax: pip install 'optax-ranger[flax]'."
+  ) from error
+
+from optax_ranger.layers._partitions import Centers as Centers
+from optax_ranger.layers._partitions import Graph as Graph
+from optax_ranger.layers._partitions import Grid as Grid
+from optax_ranger.layers._partitions import TimeWindows as TimeWindows
+from optax_ranger.layers._regional import RegionalAggregator as RegionalAggregator

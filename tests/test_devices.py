@@ -1,0 +1,241 @@
+"""Devices as members: the same result as stacked members, on every device."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+NUM_DEVICES = 8
+AGGREGATORS = {
+  "mean": ranger.aggregate_by_mean(),
+  "sum": ranger.aggregate_by_sum(),
+  "regions": ranger.aggregate_by_regions(2),
+  "max": ranger.aggregate_by_max(),
+  "median": ranger.aggregate_by_median(),
+  "trimmed": ranger.aggregate_by_trimmed_mean(0.25),
+  "geometric": ranger.aggregate_by_geometric_median(),
+  "krum": ranger.aggregate_by_krum(2),
+  "multi-krum": ranger.aggregate_by_krum(2, 3),
+  "clipped": optax.chain(ranger.aggregate_by_krum(2), optax.clip(0.5)),
+}
+EXTRA = {"regions": jnp.array([0, 1, 1, 1, 0, 1, 1, 1])}
+WEIGHTS = jnp.array([1.0, 2.0, 0.0, 1.0, 1.0, 3.0, 1.0, 0.5])
+each_aggregator = pytest.mark.parametrize("name", sorted(AGGREGATORS))
+
+
+def draw(dtype="float32", n=NUM_DEVICES):
+  rng = np.random.default_rng(0)
+  return {
+    "b": jnp.asarray(rng.standard_normal([n, 5]), dtype),
+    "w": jnp.asarray(rng.standard_normal([n, 4, 3]), dtype),
+  }
+
+
+def mesh_of(*shape):
+  names = ("rows", "columns")[: len(shape)]
+  return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def each_device(name, names, **extra):
+  """What one device does with its own row of the gradients."""
+  step = ranger.across_devices(AGGREGATORS[name], names)
+
+  def function(rows, weights):
+    own = jax.tree.map(lambda leaf: leaf[0], rows)
+    return step.update(own, step.init(own), weight=weights[0], **extra)
+
+  return function
+
+
+def sharded(function, mesh=None):
+  mesh = mesh_of(NUM_DEVICES) if mesh is None else mesh
+  split = PartitionSpec(mesh.axis_names)
+  return jax.jit(
+    jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=split,
+      out_specs=PartitionSpec(),
+      check_vma=True,
+    )
+  )
+
+
+def close(actual, expected, tolerance=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+    actual,
+    expected,
+  )
+
+
+def stacked(name, rows, weights=WEIGHTS):
+  step = AGGREGATORS[name]
+  return step.update(rows, step.init(rows), member_weights=weights, **EXTRA)
+
+
+@each_aggregator
+@pytest.mark.parametrize(
+  "way",
+  [
+    "checked",
+    pytest.param("two axes", marks=pytest.mark.slow),
+    pytest.param("pmap", marks=pytest.mark.slow),
+  ],
+)
+def test_across_devices_is_the_aggregator(name, way):
+  rows = draw()
+  if way == "pmap":
+    function = each_device(name, "rows", **EXTRA)
+    add = lambda tree: jax.tree.map(lambda leaf: leaf[:, None], tree)
+    result = jax.pmap(function, axis_name="rows")(add(rows), WEIGHTS[:, None])
+    result = jax.tree.map(lambda leaf: leaf[3], result)
+  elif way == "two axes":
+    mesh = mesh_of(2, 4)
+    function = each_device(name, mesh.axis_names, **EXTRA)
+    result = sharded(function, mesh)(rows, WEIGHTS)
+  else:
+    function = each_device(name, "rows", **EXTRA)
+    result = sharded(function)(rows, WEIGHTS)
+  close(result, stacked(name, rows))
+
+
+@each_aggregator
+def test_every_device_gets_the_same_bits(name):
+  function = each_device(name, "rows", **EXTRA)
+  result = sharded(function)(draw("bfloat16"), WEIGHTS)
+  for leaf in jax.tree.leaves(result):
+    copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+    assert len(copies) == NUM_DEVICES
+    assert len({copy.tobytes() for copy in copies}) == 1
+  add = lambda tree: jax.tree.map(lambda leaf: leaf[:, None], tree)
+  result = jax.pmap(function, axis_name="rows")(add(draw()), WEIGHTS[:, None])
+  for leaf in jax.tree.leaves(result):
+    assert len({np.asarray(copy).tobytes() for copy in leaf}) == 1
+
+
+@each_aggregator
+@pytest.mark.parametrize(
+  "value", [np.nan, pytest.param(-np.inf, marks=pytest.mark.slow)]
+)
+def test_a_device_that_is_not_finite_is_absent(name, value):
+  rows = draw()
+  expected, _ = stacked(name, rows, jnp.ones([NUM_DEVICES]).at[4].set(0))
+  rows["w"] = rows["w"].at[4, 1, 1].set(value)
+  function = each_device(name, "rows", **EXTRA)
+  result, state = sharded(function)(rows, jnp.ones([NUM_DEVICES]))
+  close(result, expected)
+  assert max(int(leaf) for leaf in jax.tree.leaves(state)) == 1
+
+
+@pytest.mark.parametrize("name", ["geometric", "krum"])
+def test_a_device_beyond_all_measure_is_absent(name):
+  rows = draw()
+  expected, _ = stacked(name, rows, jnp.ones([NUM_DEVICES]).at[4].set(0))
+  rows["w"] = rows["w"].at[4, 1, 1].set(3e38)
+  function = each_device(name, "rows")
+  result, state = sharded(function)(rows, jnp.ones([NUM_DEVICES]))
+  close(result, expected)
+  assert int(state.num_dropped) == 1
+
+
+def test_nobody_is_left():
+  rows = jax.tree.map(lambda leaf: leaf * jnp.nan, draw())
+  for name in AGGREGATORS:
+    function = each_device(name, "rows", **EXTRA)
+    result, _ = sharded(function)(rows, jnp.ones([NUM_DEVICES]))
+    for leaf in jax.tree.leaves(result):
+      np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+def collectives(name, rows):
+  """How many of each kind move an array of a leaf's size."""
+  function = each_device(name, "rows", **EXTRA)
+  lowered = sharded(function).lower(rows, WEIGHTS)
+  text = lowered.compile().as_text()
+  sizes = [leaf[0].size for leaf in jax.tree.leaves(rows)]
+  found = {}
+  for types, kind in re.findall(r" = (.*?) (all-\w+|reduce-\w+)(?:-start)?\(", text):
+    if "all-" not in kind and "reduce-scatter" not in kind:
+      continue
+    shapes = re.findall(r"f32\[([\d,]*)\]", types)
+    counts = {np.prod([int(d) for d in one.split(",") if d] or [1]) for one in shapes}
+    if counts & {count * size for size in sizes for count in (1, NUM_DEVICES)}:
+      found[kind] = found.get(kind, 0) + 1
+  return found
+
+
+def test_collectives_are_as_promised():
+  rows = {
+    "a": jnp.ones([NUM_DEVICES, 101]),
+    "b": jnp.ones([NUM_DEVICES, 103]),
+    "c": jnp.ones([NUM_DEVICES, 7, 107]),
+  }
+  for name in ("mean", "sum", "regions"):
+    assert collectives(name, rows) == {"all-reduce": 1}, name
+  for name in ("max", "median", "trimmed"):
+    assert collectives(name, rows) == {"all-gather": 3}, name
+  for name in ("geometric", "krum", "multi-krum"):
+    assert collectives(name, rows) == {"all-gather": 3, "all-reduce": 1}, name
+
+
+def test_leaves_are_gathered_one_by_one():
+  """Twenty leaves of 64 kB: temporaries of a few leaves' members, not of twenty's."""
+  leaf = 4 * 128 * 128 * NUM_DEVICES
+  for name in ("median", "trimmed", "geometric", "krum"):
+    rows = {str(i): jnp.ones([NUM_DEVICES, 128, 128]) for i in range(20)}
+    lowered = sharded(each_device(name, "rows")).lower(rows, WEIGHTS)
+    temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
+    # Besides, a copy of the device's own gradient, an eighth of the members.
+    assert temporaries < 6 * leaf + 20 * leaf / NUM_DEVICES, name
+
+
+def test_gradients_that_are_summed_already_are_refused():
+  step = ranger.across_devices(ranger.aggregate_by_median(), "rows")
+
+  def function(x):
+    params = {"w": jnp.ones([3])}
+    grads = jax.grad(lambda p: (p["w"] * x[0]).sum())(params)
+    return step.update(grads, step.init(params))[0]
+
+  with pytest.raises(ValueError, match=r"updates\['w'\] is the same over .* 'rows'"):
+    sharded(function)(jnp.ones([NUM_DEVICES, 3]))
+
+
+def test_gradients_stay_apart_where_the_parameters_are_marked():
+  """The line of the docs: pcast, then the gradient, then across_devices."""
+  x = jnp.asarray(np.random.default_rng(0).standard_normal([32, 3]), jnp.float32)
+  grad_fn = ranger.value_and_grad(
+    lambda params, batch: (batch @ params - 1) ** 2, ranger.aggregate_by_mean()
+  )
+  median = ranger.aggregate_by_median()
+  tx = optax.chain(
+    ranger.across_devices(median, "rows"), ranger.accumulate(optax.sgd(0.1), 2)
+  )
+  params = jnp.ones([3])
+
+  def two_calls(x):
+    apart = jax.lax.pcast(params, "rows", to="varying")
+    _, grads = grad_fn(apart, x)
+    _, state = tx.update(grads, tx.init(params), params)
+    return tx.update(grads, state, params)[0]
+
+  mesh = mesh_of(NUM_DEVICES)
+  placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("rows")))
+  members = jnp.stack([grad_fn(params, part)[1] for part in jnp.split(x, NUM_DEVICES)])
+  expected, _ = median.update(members, median.init(params))
+  close(sharded(two_calls)(placed), -0.1 * expected)
+
+
+def test_weights_that_are_not_one_number_are_refused():
+  function = each_device("mean", "rows")
+  with pytest.raises(ValueError, match=r"weight must have shape \[\], got \[1\]"):
+    sharded(lambda rows, weights: function(rows, weights[None]))(draw(), WEIGHTS)

@@ -1,0 +1,378 @@
+"""Layers: the same as a loop over regions, on grids, in time, on graphs, sharded."""
+
+import subprocess
+import sys
+
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from optax_ranger import layers
+
+
+class Conv(nnx.Module):
+  """A small CNN that pools its cell to one vector."""
+
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+
+  def __call__(self, x):
+    return nnx.relu(self.conv(x)).mean(axis=(1, 2))
+
+
+class Conv3d(nnx.Module):
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(1, 4, (3, 3, 3), rngs=rngs)
+
+  def __call__(self, x):
+    return nnx.relu(self.conv(x)).mean(axis=(1, 2, 3))
+
+
+class LastState(nnx.Module):
+  """An RNN over one window of a long sequence."""
+
+  def __init__(self, rngs):
+    self.rnn = nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs))
+
+  def __call__(self, x):
+    return self.rnn(x)[:, -1]
+
+
+class Points(nnx.Module):
+  """A mean over the points that are there."""
+
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(2, 4, rngs=rngs)
+
+  def __call__(self, x, mask):
+    features = jnp.where(mask[:, :, None], nnx.relu(self.dense(x)), 0)
+    # 0 / 0 where a region is empty: it must count for nothing.
+    return features.sum(axis=1) / mask.sum(axis=1).astype(features.dtype)[:, None]
+
+
+class Messages(nnx.Module):
+  """A mean over nodes, each with what its neighbors send."""
+
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(3, 4, rngs=rngs)
+
+  def __call__(self, x, mask, adjacency):
+    sent = jnp.einsum("ij,bjc->bic", adjacency, x, precision="highest")
+    features = jnp.where(mask[:, :, None], nnx.relu(self.dense(x + sent)), 0)
+    return features.sum(axis=1) / mask.sum(axis=1).astype(features.dtype)[:, None]
+
+
+NODES = 10
+REGIONS = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, -1])
+EDGES = np.array([[i, (i + 1) % NODES] for i in range(NODES)])
+CENTERS = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [90.0, 90.0]], np.float32)
+
+
+def graph_piece(x, region):
+  nodes = np.flatnonzero(region == REGIONS)
+  joined = {tuple(edge) for edge in EDGES.tolist()}
+  adjacency = np.array(
+    [[(a, b) in joined or (b, a) in joined for b in nodes] for a in nodes], np.float32
+  )
+  return x[:, nodes], np.ones([len(x), len(nodes)], bool), adjacency
+
+
+def center_piece(x, region):
+  """Points of one input at a time: they differ in number."""
+  distances = np.linalg.norm(np.asarray(x)[:, :, None] - CENTERS, axis=-1)
+  return x, distances.argmin(axis=-1) == region
+
+
+CASES = {
+  "grid": (
+    layers.Grid((2, 3)),
+    Conv,
+    (5, 8, 12, 3),
+    lambda x, r: (x[:, 4 * (r // 3) :][:, :4, 4 * (r % 3) :][:, :, :4],),
+  ),
+  "grid-3d": (
+    layers.Grid((2, 1, 2)),
+    Conv3d,
+    (2, 4, 4, 4, 1),
+    lambda x, r: (x[:, 2 * (r // 2) :][:, :2, :, 2 * (r % 2) :][:, :, :, :2],),
+  ),
+  "time": (layers.TimeWindows(5), LastState, (3, 20, 3), lambda x, r: (
+    x[:, 4 * r : 4 * r + 4],
+  )),
+  "centers": (layers.Centers(CENTERS), Points, (3, 9, 2), center_piece),
+  "graph": (layers.Graph(REGIONS, EDGES), Messages, (3, NODES, 3), graph_piece),
+}  # fmt: skip
+each_case = pytest.mark.parametrize("name", sorted(CASES))
+
+
+def draw(name, seed=0):
+  shape = CASES[name][2]
+  x = np.random.default_rng(seed).standard_normal(shape) + (name == "centers")
+  return jnp.asarray(x, jnp.float32)
+
+
+def build(name, aggregator="mean", **kwargs):
+  partition, local, _, _ = CASES[name]
+  return layers.RegionalAggregator(
+    partition, local, aggregator, rngs=nnx.Rngs(0), **kwargs
+  )
+
+
+def local_of(layer, region):
+  if layer.shared:
+    return layer.local
+  graphdef, state = nnx.split(layer.local)
+  return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[region], state))
+
+
+def loop(name, layer, x, weights):
+  """Region by region, input by input."""
+  _, _, _, piece = CASES[name]
+  rows = []
+  for i in range(len(x)):
+    results, kept = [], []
+    for region in range(layer.partition.num_regions):
+      pieces = piece(x[i : i + 1], region)
+      if len(pieces) > 1 and not pieces[1].any():
+        continue
+      results.append(np.asarray(local_of(layer, region)(*pieces)[0], np.float64))
+      kept.append(weights[region])
+    results, kept = np.stack(results), np.array(kept)
+    if layer.aggregator == "max":
+      rows.append(results.max(axis=0))
+    elif layer.aggregator == "sum":
+      rows.append(kept @ results)
+    else:
+      rows.append(kept @ results / kept.sum())
+  return np.stack(rows)
+
+
+def close(actual, expected, tolerance=1e-4):
+  np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=1e-5)
+
+
+@each_case
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
+def test_the_layer_is_a_loop_over_regions(name, shared, aggregator):
+  count = CASES[name][0].num_regions
+  weights = np.ones(count)
+  given = None
+  if aggregator != "max":
+    weights = given = np.random.default_rng(1).uniform(0.5, 2, count)
+    given = given.astype(np.float32)
+  layer = build(name, aggregator, shared=shared, weights=given)
+  x = draw(name)
+  result = nnx.jit(lambda layer, x: layer(x))(layer, x)
+  close(result, loop(name, layer, x, weights))
+
+
+@each_case
+@pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
+def test_gradients_flow_through_everything(name, aggregator):
+  """Against finite differences, for parameters, weights and inputs."""
+  learned = None if aggregator == "max" else "learned"
+  layer = build(name, aggregator, shared=False, weights=learned)
+  graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+  count = layer.partition.num_regions
+  given = jnp.linspace(0.5, 1.5, count)
+  x = draw(name)
+
+  def loss(params, given, x, rest=rest):
+    extra = () if aggregator == "max" else (given,)
+    return (nnx.merge(graphdef, params, rest, copy=True)(x, *extra) ** 2).sum()
+
+  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, given, x, rest)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  names = {"log_weights"} if learned else set()
+  assert names <= set(grads[0])
+  moved = [grads[0], grads[2]] + ([grads[1]] if learned else [])
+  assert all(
+    any(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(tree)) for tree in moved
+  )
+  evaluate = jax.jit(loss)
+  if learned:
+    for region in range(count):
+      step = 1e-2 * jax.nn.one_hot(region, count)
+      ends = [evaluate(params, given + sign * step, x, rest) for sign in (1, -1)]
+      slope = (ends[0] - ends[1]) / 2e-2
+      np.testing.assert_allclose(grads[1][region], slope, rtol=5e-2, atol=2e-2)
+
+
+def test_empty_regions_of_a_layer_count_for_nothing():
+  """Nothing is near the fourth center; its 0 / 0 reaches neither value nor gradient."""
+  layer = build("centers", shared=False)
+  x = draw("centers")
+  graphdef, params = nnx.split(layer, nnx.Param)
+  loss = lambda params: nnx.merge(graphdef, params)(x).sum()
+  value, grads = jax.value_and_grad(loss)(params)
+  assert np.isfinite(value)
+  for leaf in jax.tree.leaves(grads):
+    assert np.isfinite(leaf).all()
+    assert np.abs(leaf[3]).max() == 0
+
+
+def test_capacity_keeps_the_first_points():
+  partition = layers.Centers(CENTERS, capacity=2)
+  (points, mask), present = partition.split(draw("centers"))
+  assert points.shape == (4, 3, 2, 2)
+  (whole, all_there), _ = layers.Centers(CENTERS).split(draw("centers"))
+  np.testing.assert_array_equal(points, whole[:, :, :2])
+  np.testing.assert_array_equal(mask, all_there[:, :, :2])
+  assert not present[3].any()
+
+
+@each_case
+def test_a_batch_sharded_over_devices(name):
+  layer = build(name)
+  x = jnp.concatenate([draw(name, seed) for seed in range(8)])
+  expected = nnx.jit(lambda layer, x: layer(x))(layer, x)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  graphdef, state = nnx.split(layer)
+  function = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+  result = function(state, jax.device_put(x, sharding))
+  close(result, expected)
+  assert result.sharding.is_equivalent_to(sharding, result.ndim)
+
+
+class SideBySide(nnx.Module):
+  """The sources' small network: two hidden layers of five, summed, one output."""
+
+  def __init__(self, rngs):
+    self.hidden = layers.RegionalAggregator(
+      layers.Grid((2,)), lambda rngs: Hidden(rngs), "sum", shared=False, rngs=rngs
+    )
+    self.out = nnx.Linear(5, 1, rngs=rngs)
+
+  def __call__(self, x):
+    return self.out(self.hidden(x))[:, 0]
+
+
+class Hidden(nnx.Module):
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(2, 5, rngs=rngs)
+
+  def __call__(self, x):
+    return jnp.tanh(self.dense(x))
+
+
+def test_the_small_network_of_the_sources():
+  """Ten hidden units in all; it learns a sum of two functions of two inputs each."""
+  model = SideBySide(nnx.Rngs(0))
+  sizes = sorted(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  assert sizes == [1, 5, 10, 20]
+  x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, [256, 4]), jnp.float32)
+  y = jnp.sin(2 * x[:, 0]) / 2 + x[:, 1] + x[:, 2] * x[:, 3]
+  graphdef, params = nnx.split(model, nnx.Param)
+  tx = optax.adam(3e-2)
+  grad_fn = ranger.value_and_grad(
+    lambda params, batch: (nnx.merge(graphdef, params)(batch["x"]) - batch["y"]) ** 2,
+    ranger.aggregate_by_mean(),
+  )
+
+  def step(carry, _):
+    params, state = carry
+    losses, grads = grad_fn(params, {"x": x, "y": y})
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), losses.mean()
+
+  with jax.numpy_dtype_promotion("standard"):  # Adam's own arithmetic needs it.
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=500))
+    _, losses = train((params, tx.init(params)))
+  assert losses[-1] < 0.02 * losses[0]
+
+
+def test_linen_by_the_bridge():
+  """The line of the docs: the same layer, with its parameters in Linen's hands."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      regional = nnx.bridge.to_linen(
+        layers.RegionalAggregator, layers.Grid((2, 3)), Conv, "mean", shared=False
+      )
+      return nn.Dense(2)(regional(x))
+
+  x = draw("grid")
+  variables = Model().init(jax.random.key(0), x)
+  value, grads = jax.value_and_grad(
+    lambda params: (Model().apply({**variables, "params": params}, x) ** 2).sum()
+  )(variables["params"])
+  assert np.isfinite(value)
+  shapes = {leaf.shape for leaf in jax.tree.leaves(grads)}
+  assert (6, 3, 3, 3, 4) in shapes
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+  ("wrong", "error", "message"),
+  [
+    (lambda: build("grid", "median"), ValueError, "aggregator must be one of"),
+    (lambda: build("grid", "max", weights="learned"), ValueError, "takes no weights"),
+    (
+      lambda: build("grid", weights=np.ones(5)),
+      ValueError,
+      r"weights must have shape \[6\], got \[5\]",
+    ),
+    (
+      lambda: layers.RegionalAggregator(layers.Grid((2, 2)), 3, rngs=nnx.Rngs(0)),
+      TypeError,
+      "local must be a module or a function",
+    ),
+    (
+      lambda: layers.RegionalAggregator(layers.Grid((2, 2)), Conv),
+      ValueError,
+      "needs rngs=",
+    ),
+    (
+      lambda: layers.RegionalAggregator((2, 2), Conv, rngs=nnx.Rngs(0)),
+      TypeError,
+      r"partition must be a Grid.*got \(2, 2\)",
+    ),
+    (
+      lambda: build("grid")(jnp.ones([1, 9, 12, 3])),
+      ValueError,
+      r"parts = \(2, 3\) must divide the axes of the inputs, got size 9 on axis 1",
+    ),
+    (
+      lambda: build("grid")(draw("grid"), jnp.ones([3])),
+      ValueError,
+      r"region_weights must have shape \[6\] or \[5, 6\], got \[3\]",
+    ),
+    (
+      lambda: build("graph")(jnp.ones([1, 9, 3])),
+      ValueError,
+      r"inputs must have shape \[batch, 10, ...\]",
+    ),
+    (
+      lambda: build("centers")(jnp.ones([1, 9, 3])),
+      ValueError,
+      r"inputs must have shape \[batch, points, 2\], got \[1, 9, 3\]",
+    ),
+  ],
+)
+def test_wrong_use_of_layers_is_refused(wrong, error, message):
+  with pytest.raises(error, match=message):
+    wrong()
+
+
+def test_flax_is_an_extra():
+  code = (
+    "import sys; sys.modules['flax'] = None; import optax_ranger\n"
+    "try:\n  import optax_ranger.layers\n"
+    "except ImportError as error:\n  assert 'optax-ranger[flax]' in str(error)\n"
+    "else:\n  raise AssertionError('imported')"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr

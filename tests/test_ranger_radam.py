@@ -1,0 +1,190 @@
+"""The other Ranger against its reference, in NumPy and in PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+SHAPES = {"bias": (5,), "kernel": (4, 5), "conv": (3, 3, 4, 6), "scale": ()}
+
+
+def draw(seed):
+  rng = np.random.default_rng(seed)
+  return {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
+
+
+def narrow(tree):
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+
+
+class Original:
+  """The original Ranger (2020) for one array, in float64, axes as in Flax."""
+
+  def __init__(self, param, *, b1=0.95, b2=0.999, eps=1e-5, threshold=5, decay=0.0):
+    self.param, self.slow = param.copy(), param.copy()
+    self.m, self.v, self.t = np.zeros_like(param), np.zeros_like(param), 0
+    self.b1, self.b2, self.eps, self.threshold = b1, b2, eps, threshold
+    self.decay = decay
+
+  def step(self, gradient, rate):
+    g = gradient
+    if g.ndim > 1:
+      g = g - g.mean(axis=tuple(range(g.ndim - 1)), keepdims=True)
+    self.t += 1
+    self.m = self.b1 * self.m + (1 - self.b1) * g
+    self.v = self.b2 * self.v + (1 - self.b2) * g * g
+    power = self.b2**self.t
+    limit = 2 / (1 - self.b2) - 1
+    length = limit - 2 * self.t * power / (1 - power)
+    self.param = self.param * (1 - self.decay * rate)
+    if length > self.threshold:
+      ratio = (length - 4) * (length - 2) * limit
+      ratio /= (limit - 4) * (limit - 2) * length
+      size = np.sqrt((1 - power) * ratio) / (1 - self.b1**self.t)
+      self.param = self.param - rate * size * self.m / (np.sqrt(self.v) + self.eps)
+    else:
+      self.param = self.param - rate * self.m / (1 - self.b1**self.t)
+    if self.t % 6 == 0:
+      self.slow = self.slow + 0.5 * (self.param - self.slow)
+      self.param = self.slow.copy()
+
+
+@pytest.mark.parametrize("threshold", [4, 5])
+@pytest.mark.parametrize("b2", [0.99, 0.999])
+def test_fifty_steps_equal_numpy(threshold, b2):
+  start = draw(0)
+  rates = optax.linear_schedule(0.01, 0.005, 50)
+  tx = ranger.ranger_radam(rates, b2=b2, threshold=threshold, weight_decay=0.1)
+  original = {
+    name: Original(leaf, b2=b2, threshold=threshold, decay=0.1)
+    for name, leaf in start.items()
+  }
+  params, state, update = narrow(start), None, jax.jit(tx.update)
+  state = tx.init(params)
+  for step in range(50):
+    gradient = draw(1 + step)
+    updates, state = update(narrow(gradient), state, params)
+    params = optax.apply_updates(params, updates)
+    slow = ranger.eval_params(state, params)
+    for name, one in original.items():
+      one.step(gradient[name], 0.01 - 0.005 * step / 50)
+      np.testing.assert_allclose(params[name], one.param, rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(slow[name], one.slow, rtol=1e-5, atol=1e-6)
+
+
+def test_fifty_steps_equal_pytorch_optimizer():
+  """With `degenerated_to_sgd`: without it, the package's first steps go uphill."""
+  reason = "the PyTorch package is not installed: pip install torch pytorch_optimizer"
+  torch = pytest.importorskip("torch", reason=reason)
+  package = pytest.importorskip("pytorch_optimizer", reason=reason)
+  start = draw(0)
+  theirs = {
+    name: torch.nn.Parameter(torch.tensor(_output_first(leaf)))
+    for name, leaf in start.items()
+  }
+  optimizer = package.Ranger(theirs.values(), lr=0.01, degenerated_to_sgd=True)
+  tx = ranger.ranger_radam(0.01)
+  params, update = narrow(start), jax.jit(tx.update)
+  state = tx.init(params)
+  for step in range(50):
+    gradient = draw(1 + step)
+    for name, one in theirs.items():
+      one.grad = torch.tensor(_output_first(gradient[name]))
+    optimizer.step()
+    updates, state = update(narrow(gradient), state, params)
+    params = optax.apply_updates(params, updates)
+    for name, one in theirs.items():
+      np.testing.assert_allclose(
+        _output_first(np.asarray(params[name])),
+        one.detach().numpy(),
+        rtol=1e-5,
+        atol=1e-6,
+      )
+
+
+def _output_first(leaf):
+  """From Flax's layout to PyTorch's."""
+  return np.moveaxis(leaf, -1, 0).copy() if leaf.ndim > 1 else leaf
+
+
+def first_direction(output_axis, gradient):
+  """The first step is the gradient itself, centralized."""
+  tx = ranger.ranger_radam(-1.0, output_axis=output_axis)
+  return tx.update(gradient, tx.init(gradient), gradient)[0]
+
+
+def test_centralize_equals_optax():
+  gradient = narrow(draw(0))
+  expected, _ = optax.centralize().update(gradient, optax.EmptyState())
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    first_direction(0, gradient),
+    expected,
+  )
+
+
+def test_centralized_mean_is_zero():
+  gradient = narrow(draw(0))
+  result = first_direction(-1, gradient)
+  for name, axes in {"kernel": 0, "conv": (0, 1, 2)}.items():
+    np.testing.assert_allclose(result[name].mean(axis=axes), 0, atol=1e-6)
+    assert np.abs(result[name]).max() > 0.1
+  for name in ("bias", "scale"):
+    np.testing.assert_allclose(result[name], gradient[name], rtol=1e-5)
+  untouched = first_direction(None, gradient)
+  np.testing.assert_allclose(untouched["kernel"], gradient["kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.99, 0.999, 0.9999])
+def test_rectification_loses_no_digits(b2):
+  """On constant gradients the direction is the rectification and its biases."""
+  tx = ranger.ranger_radam(-1.0, b2=b2, eps=1e-30, threshold=4.0, step_size=1.0)
+  params = jnp.zeros([])
+
+  def body(state, _):
+    updates, state = tx.update(jnp.ones([]), state, params)
+    return state, updates
+
+  _, results = jax.lax.scan(body, tx.init(params), length=20000)
+  t = np.arange(1, 20001, dtype=np.float64)
+  limit = 2 / (1 - b2) - 1
+  length = limit - 2 * t * b2**t / (1 - b2**t)
+  rectify = length > 4
+  ratio = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
+  expected = np.where(rectify, np.sqrt(np.where(rectify, ratio, 1)), 1)
+  np.testing.assert_allclose(results, expected, rtol=2e-5)
+
+
+def test_a_small_decay_never_rectifies():
+  tx = ranger.ranger_radam(-1.0, b2=0.5, threshold=4.0, step_size=1.0)
+  params = jnp.zeros([])
+  state = tx.init(params)
+  for _ in range(10):
+    updates, state = tx.update(jnp.float32(3), state, params)
+    np.testing.assert_allclose(updates, 3, rtol=1e-5)
+
+
+def test_finite_updates_are_the_inner_ones():
+  inner = optax.sgd(0.1, momentum=0.9)
+  step = ranger.skip_nonfinite(inner)
+  params = narrow(draw(0))
+  state, expected_state = step.init(params), inner.init(params)
+  for seed in range(4):
+    gradient = narrow(draw(seed))
+    updates, state = step.update(gradient, state, params)
+    expected, expected_state = inner.update(gradient, expected_state, params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+  assert int(state.num_skipped) == 0
+
+
+def test_squares_that_overflow_are_skipped():
+  tx = ranger.ranger_radam(0.1)
+  params = jnp.ones([4])
+  updates, state = tx.update(jnp.full([4], 1e25), tx.init(params), params)
+  assert not updates.any()
+  assert int(state.num_skipped) == 1
+  updates, _ = tx.update(jnp.ones([4]), state, params)
+  np.testing.assert_allclose(updates, -0.1, rtol=1e-5)
