@@ -1,6 +1,7 @@
 """Linear steps in one backward pass: a step's transpose is one weight per example."""
 
 from collections.abc import Callable
+import functools
 import inspect
 from typing import Any
 
@@ -13,9 +14,16 @@ from optax_ranger import _linear
 from optax_ranger import _members
 from optax_ranger import _numerics
 from optax_ranger import _per_example
+from optax_ranger import _shards
 from optax_ranger import _tree
 from optax_ranger import _types
 from optax_ranger import _validate
+from optax_ranger import _weighted
+
+_NOT_OVER_DEVICES = (
+  "the step is not linear in the per-example gradients, which never leave their"
+  " device: aggregate examples by a mean, and devices with across_devices."
+)
 
 
 def example_weights(
@@ -81,6 +89,7 @@ def value_and_grad(
   has_aux: bool = False,
   micro_batch_size: int = 32,
   num_sweeps: int = 1,
+  axis_name: _shards.AxisName = None,
 ) -> Callable[..., Any]:
   r"""Differentiates the losses of a batch through a step over per-example gradients.
 
@@ -115,6 +124,10 @@ def value_and_grad(
       step is not linear.
     num_sweeps: how often they are computed, when the step is not linear; each
       time 1 / num_sweeps of every leaf is kept. A static Python integer.
+    axis_name: inside ``jax.shard_map`` or ``jax.pmap``, the mesh axis, or axes,
+      over which devices hold rows of the batch. The step then sees the rows of
+      all devices (what it needs is gathered, never gradients), and one ``psum``
+      adds up the gradient. Linear steps only. None: the batch is all there is.
 
   Returns:
     A function ``(params, batch, *, state=None, **extra_args) -> (value,
@@ -122,7 +135,9 @@ def value_and_grad(
     ``value`` is ``losses [n]``, or ``(losses, aux)``; ``grads`` is like
     ``params``. The step gets ``losses=`` beside the extra args. Extra args
     that the losses see and whose leaves all have leading axis n are taken to
-    hold one row an example.
+    hold one row an example. With `axis_name`, ``neighbors=``,
+    ``member_weights=``, ``regions=`` and what else differs from device to device
+    hold this device's rows; neighbors are positions among the rows of all.
 
     Every leaf of ``batch`` has leading axis n. An example with an input or a
     loss that is not finite is replaced by another one and has weight zero; the
@@ -136,6 +151,8 @@ def value_and_grad(
       zero (``test_bad_example_is_left_out_of_a_singular_loss``).
     * Memory of a linear step is that of the plain mean
       (``test_fused_holds_no_per_example_gradients``).
+    * Split over devices, it is the gradient of the whole batch
+      (``test_a_split_batch_has_the_gradient_of_the_whole``).
     * Sweeps change nothing but time and memory
       (``test_sweeps_change_nothing``), which follows the micro-batch
       (``test_memory_follows_the_micro_batch``).
@@ -144,8 +161,8 @@ def value_and_grad(
     ValueError: for a step that is not one weight per example, or, in several
       sweeps, not entry by entry (clipping by a norm), batches whose
       leaves differ in their leading axis, losses that are not a vector [n], and
-      for a step that is not linear under ``jax.shard_map``, when the parameters
-      are the same on all devices and the batch is not.
+      for a step that is not linear with `axis_name`, or under ``jax.shard_map``
+      when the parameters are the same on all devices and the batch is not.
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
@@ -156,10 +173,14 @@ def value_and_grad(
     >>> print(grad)  # the second example is left out: 2 (2 - 1)
     2.0
   """
-  _validate.static_count("micro_batch_size", micro_batch_size)
-  _validate.static_count("num_sweeps", num_sweeps)
-  step = optax.with_extra_args_support(step)
-  accepts = _accepted_names(per_example_losses)
+  gradient = gradient_of(
+    per_example_losses,
+    step,
+    has_aux=has_aux,
+    micro_batch_size=micro_batch_size,
+    num_sweeps=num_sweeps,
+    axis_name=axis_name,
+  )
 
   def function(
     params: _types.PyTree,
@@ -168,58 +189,149 @@ def value_and_grad(
     state: _types.PyTree = None,
     **extra_args: Any,
   ) -> Any:
-    n = _validate.leading_axis("batch", batch)
-    if n is None:
-      raise ValueError("batch must hold at least one array, got none.")
-    finite = _tree.finite_rows(batch, n)
-    batch = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
-    seen = {name: arg for name, arg in extra_args.items() if accepts(name)}
-
-    def losses_and_aux(params, batch, seen):
-      result = per_example_losses(params, batch, **seen)
-      losses, aux = result if has_aux else (result, None)
-      return losses.astype(_numerics.wide(losses.dtype)), aux
-
-    losses, pull_back, aux = jax.vjp(
-      lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
-    )
-    _validate.shape("the value of per_example_losses", losses, (n,))
-    finite = jnp.logical_and(finite, _numerics.replicate(jnp.isfinite(losses)))
-
-    def step_args(finite):
-      weights, _, num_dropped = _members.clean_weights(
-        extra_args.get("member_weights"), n, finite=finite
-      )
-      own = {"member_weights": weights, "num_dropped": num_dropped}
-      return {**extra_args, "losses": losses, **own}
-
-    step_state = step.init(params) if state is None else state
-    try:
-      weights = _linear.transpose(step, n, step_state, step_args(finite))
-    except _linear.NotLinearError:
-      losses_only = lambda params, batch, seen: losses_and_aux(params, batch, seen)[0]
-
-      def weighted(weights, finite):
-        # Weights of zero keep nothing out that is not finite: other rows do.
-        rows = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
-        losses, pull_back = jax.vjp(lambda p: losses_only(p, rows, seen), params)
-        return pull_back(_numerics.per_row(weights.astype(losses.dtype), losses))[0]
-
-      sweep = _per_example.gradients_of(
-        losses_only, params, batch, seen, micro_batch_size
-      )
-      grads, new_state = _run_apart(
-        step, step_state, params, finite, step_args, sweep, num_sweeps, weighted
-      )
-    else:
-      (grads,) = pull_back(_numerics.per_row(weights.astype(losses.dtype), losses))
-      _, new_state = step.update(
-        jnp.zeros([n], jnp.float32), step_state, None, **step_args(finite)
-      )
+    losses, aux, grads, new_state = gradient(params, batch, state, extra_args)
     value = (losses, aux) if has_aux else losses
     return (value, grads) if state is None else (value, grads, new_state)
 
   return function
+
+
+def gradient_of(
+  per_example_losses: Callable[..., Any],
+  step: optax.GradientTransformation,
+  *,
+  has_aux: bool = False,
+  micro_batch_size: int = 32,
+  num_sweeps: int = 1,
+  num_micro_batches: int = 1,
+  axis_name: _shards.AxisName = None,
+  find_neighbors: Callable[..., _types.Neighbors] | None = None,
+  reduce: Callable[[_types.PyTree], _types.PyTree] | None = None,
+) -> Callable[..., tuple[Any, Any, _types.PyTree, _types.PyTree]]:
+  """What ``value_and_grad`` and ``train_step`` have in common.
+
+  Returns:
+    ``(params, batch, state, extra_args) -> (losses, aux, grads, new_state)``.
+  """
+  _validate.static_count("micro_batch_size", micro_batch_size)
+  _validate.static_count("num_sweeps", num_sweeps)
+  step = optax.with_extra_args_support(step)
+  accepts = accepted_names(per_example_losses)
+
+  def losses_and_aux(params, batch, seen):
+    result = per_example_losses(params, batch, **seen)
+    losses, aux = result if has_aux else (result, None)
+    return losses.astype(_numerics.wide(losses.dtype)), aux
+
+  def function(params, batch, state, extra_args):
+    n = _validate.leading_axis("batch", batch)
+    if n is None:
+      raise ValueError("batch must hold at least one array, got none.")
+    shards = _shards.Shards(axis_name, n)
+    params = shards.vary(params)
+    finite = _tree.finite_rows(batch, n)
+    batch = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
+    seen = {name: arg for name, arg in extra_args.items() if accepts(name)}
+    step_args = _gathered(shards, extra_args, find_neighbors)
+    step_state = step.init(params) if state is None else state
+    if num_micro_batches > 1:
+      call = functools.partial(losses_and_aux, params)
+      needs = find_neighbors is not None or _linear.uses(
+        step, shards.total, step_state, step_args(finite, None, None), "losses"
+      )
+      losses, aux = None, None
+      if needs:
+        losses, aux = _weighted.values(call, batch, seen, num_micro_batches)
+        finite = jnp.logical_and(finite, jnp.isfinite(losses))
+      args = step_args(finite, losses, aux)
+      weights = _linear.transpose(step, shards.total, step_state, args)
+      losses, aux, grads = _weighted.gradient(
+        losses_and_aux, params, batch, seen, shards.own(weights), num_micro_batches
+      )
+      finite = jnp.logical_and(finite, jnp.isfinite(losses))
+      args = step_args(finite, losses, aux)
+    else:
+      losses, pull_back, aux = jax.vjp(
+        lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
+      )
+      _validate.shape("the value of per_example_losses", losses, (n,))
+      finite = jnp.logical_and(finite, _numerics.replicate(jnp.isfinite(losses)))
+      args = step_args(finite, losses, aux)
+      try:
+        weights = _linear.transpose(step, shards.total, step_state, args)
+      except _linear.NotLinearError as error:
+        if axis_name is not None:
+          raise ValueError(_NOT_OVER_DEVICES) from error
+        losses_only = lambda params, batch, seen: losses_and_aux(params, batch, seen)[0]
+
+        def weighted(weights, finite):
+          # Weights of zero keep nothing out that is not finite: other rows do.
+          rows = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
+          losses, pull_back = jax.vjp(lambda p: losses_only(p, rows, seen), params)
+          return pull_back(_numerics.per_row(weights.astype(losses.dtype), losses))[0]
+
+        sweep = _per_example.gradients_of(
+          losses_only, params, batch, seen, micro_batch_size
+        )
+        again = lambda finite: step_args(finite, losses, aux)
+        grads, new_state = _run_apart(
+          step, step_state, params, finite, again, sweep, num_sweeps, weighted
+        )
+        return losses, aux, grads, new_state
+      weights = shards.own(weights).astype(losses.dtype)
+      (grads,) = pull_back(_numerics.per_row(weights, losses))
+    grads = (reduce or shards.sum)(grads)
+    leaf = jnp.zeros([shards.total], jnp.float32)
+    _, new_state = step.update(leaf, step_state, None, **args)
+    return losses, aux, grads, new_state
+
+  return function
+
+
+def _gathered(
+  shards: _shards.Shards,
+  extra_args: dict[str, Any],
+  find_neighbors: Callable[..., _types.Neighbors] | None,
+) -> Callable[..., dict[str, Any]]:
+  """Makes the step's extra args of this device's: rows of all devices, gathered."""
+  by_row = lambda name, arg: name in _shards.ROWS or shards.is_apart(arg)
+  args = {
+    name: shards.gather(arg) if by_row(name, arg) else arg
+    for name, arg in extra_args.items()
+    if arg is not None and name != "smoothed"
+  }
+
+  def step_args(finite, losses, aux):
+    weights, _, num_dropped = _members.clean_weights(
+      args.get("member_weights"), shards.total, finite=shards.gather(finite)
+    )
+    own = {"member_weights": weights, "num_dropped": num_dropped}
+    own["losses"] = (
+      jnp.zeros([shards.total]) if losses is None else shards.gather(losses)
+    )
+    if find_neighbors is not None:
+      own["neighbors"] = _find(find_neighbors, shards, args, extra_args, aux, weights)
+    return {**args, **own}
+
+  return step_args
+
+
+def _find(find_neighbors, shards, args, extra_args, aux, weights) -> _types.Neighbors:
+  """Neighbors among the rows of all devices; those that are absent have none."""
+  accepts = accepted_names(find_neighbors)
+  local = {**(aux if isinstance(aux, dict) else {})}
+  local.update({name: extra_args[name] for name in ("smoothed",) if name in extra_args})
+  rows = {name: shards.gather(arg) for name, arg in local.items() if accepts(name)}
+  rows.update({name: arg for name, arg in args.items() if accepts(name)})
+
+  def absent(leaf):
+    leaf = jax.lax.stop_gradient(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
+    gone = _numerics.per_row(weights > 0, leaf)
+    return jnp.where(gone, leaf, jnp.full_like(leaf, jnp.nan))
+
+  return find_neighbors(**jax.tree.map(absent, rows))
 
 
 def _run_apart(
@@ -275,7 +387,7 @@ def _stand_in_rows(finite: _types.Array, leaf: Any) -> _types.Array:
   return _members.keep_rows(finite, leaf)
 
 
-def _accepted_names(function: Callable[..., Any]) -> Callable[[str], bool]:
+def accepted_names(function: Callable[..., Any]) -> Callable[[str], bool]:
   """Which keywords a function takes."""
   parameters = inspect.signature(function).parameters.values()
   if any(one.kind is one.VAR_KEYWORD for one in parameters):

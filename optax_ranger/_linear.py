@@ -128,11 +128,21 @@ def uses_gramian(
   extra_args: dict[str, Any],
 ) -> bool:
   """Whether a step would decide on inner products of its n members, given them."""
+  gramian = jnp.zeros([n, n], jnp.float32)
+  return uses(step, n, state, {**extra_args, "gramian": gramian}, "gramian")
+
+
+def uses(
+  step: optax.GradientTransformationExtraArgs,
+  n: int,
+  state: _types.PyTree,
+  extra_args: dict[str, Any],
+  name: str,
+) -> bool:
+  """Whether a step looks at the array that it is given as one of its extra args."""
   leaf = jnp.zeros([n], jnp.float32)
-  apply = lambda gramian: step.update(
-    leaf, state, None, **{**extra_args, "gramian": gramian}
-  )
-  traced = jax.make_jaxpr(apply)(jnp.zeros([n, n], jnp.float32)).jaxpr
+  apply = lambda array: step.update(leaf, state, None, **{**extra_args, name: array})
+  traced = jax.make_jaxpr(apply)(extra_args[name]).jaxpr
   used = [variable for equation in traced.eqns for variable in equation.invars]
   return any(variable is traced.invars[0] for variable in used)
 

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 import optax
 
 from optax_ranger import _numerics
+from optax_ranger import _shards
 from optax_ranger import _tree
 from optax_ranger import _types
 from optax_ranger import _validate
@@ -63,16 +64,16 @@ def smooth_predictions(
     sharding: where the table lives, such as
       ``NamedSharding(mesh, PartitionSpec("data"))``, split over examples; None
       for the default device.
-    axis_name: inside ``jax.shard_map`` or ``jax.pmap``, the axis over which the
-      state's table is split by rows, and the batch by examples. Ids stay those
-      of the whole data set: predictions are gathered, n C numbers, and each
-      device keeps those of its own rows.
+    axis_name: inside ``jax.pmap`` (``jax.shard_map`` tells by types), the axis over which the state's table is split by rows, and the batch by
+      examples. Ids stay those of the whole data set: predictions are gathered,
+      n C numbers, and each device keeps those of its own rows.
 
   Extra args of ``update``:
     predictions: ``float [n, C]``, probabilities, one row an example. A row that
       is not finite is dropped.
-    example_ids: ``int [n]``, each in [0, N); an id out of range is dropped.
-      Rows with the same id count as one visit with their mean.
+    example_ids: ``int [n]``, each in [0, N); an id out of range is dropped, and
+      counted unless it is -1, which stands for no example. Rows with the same
+      id count as one visit with their mean.
 
   Shapes:
     Any tree to the same tree, untouched. The state holds ``[N, C]``: 4 N C bytes
@@ -154,16 +155,14 @@ def smooth_predictions(
     new = jnp.asarray(predictions).astype(jnp.float32)
     ids = _as_ids(example_ids)
     _validate.shape("predictions", new, (ids.shape[0], num_classes))
+    if gather_over := axis_name or _shards.axes_of(ids, new):
+      ids, new = (_shards.gather_rows(part, gather_over) for part in (ids, new))
     good = jnp.logical_and(ids >= 0, ids < num_examples)
     good = jnp.logical_and(good, jnp.isfinite(new).all(axis=1))
-    dropped = jnp.logical_not(good).sum(dtype=jnp.int32)
-    if axis_name is not None:
-      dropped = jax.lax.psum(dropped, axis_name)
-      ids, new, good = (
-        jax.lax.all_gather(part, axis_name, tiled=True) for part in (ids, new, good)
-      )
+    dropped = jnp.logical_and(ids != -1, jnp.logical_not(good)).sum(dtype=jnp.int32)
+    split_over = axis_name or _shards.axes_of(state.smoothed)
     rate = 1 - _numerics.scalar(decay)
-    visit = functools.partial(_visit, axis_name=axis_name)
+    visit = functools.partial(_visit, axis_name=split_over)
     smoothed = _numerics.automatic(visit, state.smoothed, state.smoothed)(
       state.smoothed, state.count, ids, new, good, rate
     )
@@ -184,8 +183,8 @@ def smoothed_predictions(
   Args:
     state: an optimizer's state with one ``smooth_predictions`` anywhere in it.
     example_ids: ``int [n]``; None for the whole table as it is stored.
-    axis_name: as in ``smooth_predictions``, where the table is split by rows;
-      the ids are those of the whole data set, and differ from device to device.
+    axis_name: as in ``smooth_predictions``, inside ``jax.pmap``, where the table
+      is split by rows; the ids are those of the whole data set.
 
   Returns:
     ``[N, C]`` in the table's type, or ``float32 [n, C]``; an id out of range has
@@ -213,12 +212,16 @@ def smoothed_predictions(
   if example_ids is None:
     return table
   ids = _as_ids(example_ids)
-  if axis_name is None:
+  split_over = axis_name or _shards.axes_of(table)
+  if not split_over:
     return _numerics.automatic(_rows, table, ids)(table, ids)
-  everyone = jax.lax.all_gather(ids, axis_name, tiled=True)
-  rows = _rows(table, _local(everyone, table, axis_name))
-  rows = jax.lax.psum(rows, axis_name)
-  first = jax.lax.axis_index(axis_name) * ids.shape[0]
+  apart = axis_name or _shards.axes_of(ids)
+  everyone = _shards.gather_rows(ids, apart) if apart else ids
+  rows = _rows(table, _local(everyone, table, split_over))
+  rows = jax.lax.psum(rows, split_over)
+  if not apart:
+    return rows
+  first = jax.lax.axis_index(apart) * ids.shape[0]
   return jax.lax.dynamic_slice_in_dim(rows, first, ids.shape[0])
 
 
@@ -238,7 +241,9 @@ def _as_ids(example_ids: Any) -> _types.Array:
   return ids.astype(jnp.int32)
 
 
-def _local(ids: _types.Array, table: _types.Array, axis_name: str) -> _types.Array:
+def _local(
+  ids: _types.Array, table: _types.Array, axis_name: str | tuple[str, ...]
+) -> _types.Array:
   """Ids of the whole data set as rows of this device's part of the table."""
   return ids - jax.lax.axis_index(axis_name) * table.shape[0]
 
@@ -259,11 +264,11 @@ def _visit(
   good: _types.Array,
   rate: _types.Array,
   *,
-  axis_name: str | None,
+  axis_name: str | tuple[str, ...] | None,
 ) -> _types.Array:
   """The table after a visit of these ids."""
   everywhere = ids
-  if axis_name is not None:
+  if axis_name:
     ids = _local(ids, table, axis_name)
   good = jnp.logical_and(good, jnp.logical_and(ids >= 0, ids < table.shape[0]))
   ids = jnp.where(good, ids, jnp.full_like(ids, table.shape[0]))

@@ -47,10 +47,10 @@ def test_repeated_ids_are_one_visit():
 
 def test_bad_predictions_are_dropped():
   step = ranger.smooth_predictions(3, 2, decay=0.5)
-  rows = np.array([[np.nan, 1], [1, 0], [1, 0], [1, 0]], np.float32)
-  state = visit(step, step.init({}), [0, -1, 3, 2], rows)
+  rows = np.array([[np.nan, 1], [1, 0], [1, 0], [1, 0], [1, 0]], np.float32)
+  state = visit(step, step.init({}), [0, -2, 3, 2, -1], rows)
   np.testing.assert_array_equal(state.smoothed, [[0, 0], [0, 0], [0.5, 0]])
-  assert int(state.num_dropped) == 3
+  assert int(state.num_dropped) == 3  # -1 is no example
 
 
 def test_no_visit_changes_nothing():

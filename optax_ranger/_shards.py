@@ -1,0 +1,99 @@
+"""Rows of a batch that is split over devices: gather them, take one's own, add up."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger import _numerics
+from optax_ranger import _types
+
+# Extra args that hold one row an example.
+ROWS = (
+  "beliefs",
+  "example_ids",
+  "features",
+  "labels",
+  "member_weights",
+  "neighbors",
+  "regions",
+  "smoothed",
+)
+AxisName = str | tuple[str, ...] | None
+
+
+class Shards:
+  """What a device knows of the batch: n rows of its own, and an axis of devices.
+
+  Without an axis the whole batch is here, and nothing is sent.
+  """
+
+  def __init__(self, axis_name: AxisName, n: int):
+    self.axis_name = axis_name
+    self.n = n
+    self.total = n if axis_name is None else n * jax.lax.axis_size(axis_name)
+
+  def vary(self, tree: _types.PyTree) -> _types.PyTree:
+    """Keeps what is computed from `tree` apart on each device."""
+    if not is_typed(self.axis_name):
+      return tree
+    return jax.tree.map(lambda leaf: _numerics.vary(leaf, self.axis_name), tree)
+
+  def gather(self, tree: _types.PyTree) -> _types.PyTree:
+    """The rows of all devices, in their order; the same everywhere."""
+    if self.axis_name is None:
+      return tree
+    return jax.tree.map(lambda leaf: gather_rows(leaf, self.axis_name), tree)
+
+  def own(self, rows: _types.Array) -> _types.Array:
+    """This device's part of the rows of all devices."""
+    if self.axis_name is None:
+      return rows
+    first = jax.lax.axis_index(self.axis_name) * self.n
+    return jax.lax.dynamic_slice_in_dim(rows, first, self.n)
+
+  def sum(self, tree: _types.PyTree) -> _types.PyTree:
+    """Adds up over devices, in one collective."""
+    if self.axis_name is None:
+      return tree
+    return jax.lax.psum(self.vary(tree), self.axis_name)
+
+  def is_apart(self, tree: _types.PyTree) -> bool:
+    """Whether a tree is known to differ from device to device."""
+    return any(
+      not axes(self.axis_name).isdisjoint(_numerics.varying_axes(leaf))
+      for leaf in jax.tree.leaves(tree)
+      if isinstance(leaf, jax.Array)
+    )
+
+
+def axes(axis_name: AxisName) -> frozenset[str]:
+  """The names of an axis, of several, or of none."""
+  if axis_name is None:
+    return frozenset()
+  return frozenset((axis_name,) if isinstance(axis_name, str) else axis_name)
+
+
+def is_typed(axis_name: AxisName) -> bool:
+  """Whether types tell what differs over the axis: ``shard_map(check_vma=True)``."""
+  if axis_name is None:
+    return False
+  return _numerics.varying_axes(jax.lax.axis_index(axis_name)) >= axes(axis_name)
+
+
+def gather_rows(leaf: Any, axis_name: AxisName) -> _types.Array:
+  """Puts the rows of all devices after each other, the same on all of them."""
+  typed = is_typed(axis_name)
+  leaf = jnp.asarray(leaf)
+  if typed:
+    leaf = _numerics.vary(leaf, axis_name)
+  return jax.lax.all_gather(
+    leaf, axis_name, tiled=True, to="invarying" if typed else "varying"
+  )
+
+
+def axes_of(*arrays: Any) -> tuple[str, ...]:
+  """The mesh axes over which one of some arrays differs, in the mesh's order."""
+  found = frozenset().union(*map(_numerics.varying_axes, arrays))
+  names = jax.sharding.get_abstract_mesh().axis_names if found else ()
+  return tuple(name for name in names if name in found)
