@@ -16,6 +16,8 @@ from optax_ranger._aggregation import (
   aggregate_by_worst_regions as aggregate_by_worst_regions,
 )
 from optax_ranger._averaging import average_neighbors as average_neighbors
+from optax_ranger._collectives import Collective as Collective
+from optax_ranger._collectives import collectives as collectives
 from optax_ranger._devices import across_devices as across_devices
 from optax_ranger._evaluation import eval_params as eval_params
 from optax_ranger._fusion import example_weights as example_weights
@@ -60,4 +62,7 @@ from optax_ranger._targets import (
   early_learning_regularizer as early_learning_regularizer,
 )
 from optax_ranger._targets import refine_targets as refine_targets
+from optax_ranger._training import TrainStep as TrainStep
+from optax_ranger._training import train_step as train_step
 from optax_ranger._types import Neighbors as Neighbors
+from optax_ranger._update import TrainStepState as TrainStepState

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_ranger import _numerics
+from optax_ranger import _shards
 from optax_ranger import _tree
 from optax_ranger import _types
 from optax_ranger import _validate
@@ -89,11 +90,16 @@ def accumulate(
     * A window of zero weight gives zeros and leaves `inner`'s state alone
       (``test_window_of_zero_weight``).
     * `inner` runs on emission only (``test_inner_runs_on_emission_only``).
+    * Where accumulators and gradients are one part of a sum on each device of a
+      ``jax.shard_map``, parts are added up on emission only, and all devices
+      leave out what is not finite on one
+      (``test_a_call_that_emits_nothing_sends_scalars``).
 
   Raises:
     ValueError: for ``every`` below 1, another ``reduce``, and gradients that
-      differ from device to device under ``jax.shard_map``: each device would
-      decide alone. Reduce them first, or use ``micro_batched``.
+      differ from device to device under ``jax.shard_map`` where the accumulator
+      does not: each device would decide alone. Reduce them first, or use
+      ``micro_batched``, or ``train_step(..., reduce="on_emission")``.
     TypeError: for parameters that hold integers.
 
   Examples:
@@ -143,6 +149,10 @@ def accumulate(
     weight = _numerics.scalar(1 if weight is None else weight)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
     good = jnp.logical_and(good, _tree.all_finite(updates))
+    apart = _shards.axes_of(*jax.tree.leaves(state.accumulated))
+    if apart:  # All devices decide alike.
+      bad = _numerics.vary(jnp.logical_not(good).astype(jnp.int32), apart)
+      good = jax.lax.psum(bad, apart) == 0
     weight = jnp.where(good, weight, jnp.zeros_like(weight))
     weight_sum = state.weight_sum + weight
     window = every(state.gradient_step) if callable(every) else every
@@ -163,27 +173,14 @@ def accumulate(
 
     accumulated = jax.tree.map(add, state.accumulated, updates)
 
-    # The inner update comes back in the accumulator's place, so that the
-    # branches carry nothing else of the parameters' size.
-    def run_inner(carry):
-      total, inner_state = carry
+    def run_inner(total, inner_state):
       gradient = jax.tree.map(lambda a, u: a.astype(u.dtype), total, updates)
-      result, inner_state = inner.update(gradient, inner_state, params, **extra_args)
-      result = jax.tree.map(lambda r, a: r.astype(a.dtype), result, total)
-      return result, inner_state
+      return inner.update(gradient, inner_state, params, **extra_args)
 
-    carried, inner_state = jax.lax.cond(
-      step_now,
-      run_inner,
-      lambda carry: carry,
-      (accumulated, state.inner_state),
+    take_step = _step_reduced if apart else _step_in_place
+    emitted, kept, inner_state = take_step(
+      run_inner, emit, step_now, accumulated, updates, state.inner_state, apart
     )
-    emitted = jax.tree.map(
-      lambda c, u: jnp.where(emit, c, jnp.zeros_like(c)).astype(u.dtype),
-      carried,
-      updates,
-    )
-    kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), carried)
     return emitted, AccumulateState(
       mini_step=jnp.where(emit, jnp.zeros_like(state.mini_step), state.mini_step + 1),
       gradient_step=_numerics.increment(state.gradient_step, step_now),
@@ -194,6 +191,61 @@ def accumulate(
     )
 
   return _types.transformation(init, update)
+
+
+def _step_in_place(
+  run_inner: Callable[..., Any],
+  emit: _types.Array,
+  step_now: _types.Array,
+  accumulated: _types.PyTree,
+  updates: _types.PyTree,
+  inner_state: _types.PyTree,
+  apart: tuple[str, ...],
+) -> tuple[_types.PyTree, _types.PyTree, _types.PyTree]:
+  """What to emit, what to keep, and the inner state, after the step if it is time."""
+  del apart
+
+  # The inner update comes back in the accumulator's place, so that the
+  # branches carry nothing else of the parameters' size.
+  def step(carry):
+    total, inner_state = carry
+    result, inner_state = run_inner(total, inner_state)
+    result = jax.tree.map(lambda r, a: r.astype(a.dtype), result, total)
+    return result, inner_state
+
+  carried, inner_state = jax.lax.cond(
+    step_now, step, lambda carry: carry, (accumulated, inner_state)
+  )
+  emitted = jax.tree.map(
+    lambda c, u: jnp.where(emit, c, jnp.zeros_like(c)).astype(u.dtype),
+    carried,
+    updates,
+  )
+  kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), carried)
+  return emitted, kept, inner_state
+
+
+def _step_reduced(
+  run_inner: Callable[..., Any],
+  emit: _types.Array,
+  step_now: _types.Array,
+  accumulated: _types.PyTree,
+  updates: _types.PyTree,
+  inner_state: _types.PyTree,
+  apart: tuple[str, ...],
+) -> tuple[_types.PyTree, _types.PyTree, _types.PyTree]:
+  """The same where each device accumulates its part: they meet at the step only."""
+
+  def step(inner_state):
+    result, inner_state = run_inner(jax.lax.psum(accumulated, apart), inner_state)
+    return jax.tree.map(lambda r, u: r.astype(u.dtype), result, updates), inner_state
+
+  def wait(inner_state):
+    return jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates), inner_state
+
+  emitted, inner_state = jax.lax.cond(step_now, step, wait, inner_state)
+  kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), accumulated)
+  return emitted, kept, inner_state
 
 
 def large_step(learning_rate: Any, every: int, *, rule: str = "linear") -> Any:

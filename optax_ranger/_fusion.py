@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 import functools
-import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_ranger import _arguments
 from optax_ranger import _gramian
 from optax_ranger import _linear
 from optax_ranger import _members
@@ -189,7 +189,7 @@ def value_and_grad(
     state: _types.PyTree = None,
     **extra_args: Any,
   ) -> Any:
-    losses, aux, grads, new_state = gradient(params, batch, state, extra_args)
+    losses, aux, grads, new_state, _ = gradient(params, batch, state, extra_args)
     value = (losses, aux) if has_aux else losses
     return (value, grads) if state is None else (value, grads, new_state)
 
@@ -207,16 +207,17 @@ def gradient_of(
   axis_name: _shards.AxisName = None,
   find_neighbors: Callable[..., _types.Neighbors] | None = None,
   reduce: Callable[[_types.PyTree], _types.PyTree] | None = None,
-) -> Callable[..., tuple[Any, Any, _types.PyTree, _types.PyTree]]:
+) -> Callable[..., tuple[Any, Any, _types.PyTree, _types.PyTree, _types.Array]]:
   """What ``value_and_grad`` and ``train_step`` have in common.
 
   Returns:
-    ``(params, batch, state, extra_args) -> (losses, aux, grads, new_state)``.
+    ``(params, batch, state, extra_args) -> (losses, aux, grads, new_state,
+    finite)``; the last tells which of this device's examples are.
   """
   _validate.static_count("micro_batch_size", micro_batch_size)
   _validate.static_count("num_sweeps", num_sweeps)
   step = optax.with_extra_args_support(step)
-  accepts = accepted_names(per_example_losses)
+  accepts = _arguments.accepted_names(per_example_losses)
 
   def losses_and_aux(params, batch, seen):
     result = per_example_losses(params, batch, **seen)
@@ -232,15 +233,14 @@ def gradient_of(
     finite = _tree.finite_rows(batch, n)
     batch = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
     seen = {name: arg for name, arg in extra_args.items() if accepts(name)}
-    step_args = _gathered(shards, extra_args, find_neighbors)
+    step_args = _arguments.gathered(shards, batch, extra_args, find_neighbors)
     step_state = step.init(params) if state is None else state
     if num_micro_batches > 1:
       call = functools.partial(losses_and_aux, params)
-      needs = find_neighbors is not None or _linear.uses(
-        step, shards.total, step_state, step_args(finite, None, None), "losses"
-      )
       losses, aux = None, None
-      if needs:
+      if _arguments.needs_values(find_neighbors, batch, extra_args) or _linear.uses(
+        step, shards.total, step_state, step_args(finite, None, None), "losses"
+      ):
         losses, aux = _weighted.values(call, batch, seen, num_micro_batches)
         finite = jnp.logical_and(finite, jnp.isfinite(losses))
       args = step_args(finite, losses, aux)
@@ -277,61 +277,15 @@ def gradient_of(
         grads, new_state = _run_apart(
           step, step_state, params, finite, again, sweep, num_sweeps, weighted
         )
-        return losses, aux, grads, new_state
+        return losses, aux, grads, new_state, finite
       weights = shards.own(weights).astype(losses.dtype)
       (grads,) = pull_back(_numerics.per_row(weights, losses))
     grads = (reduce or shards.sum)(grads)
     leaf = jnp.zeros([shards.total], jnp.float32)
     _, new_state = step.update(leaf, step_state, None, **args)
-    return losses, aux, grads, new_state
+    return losses, aux, grads, new_state, finite
 
   return function
-
-
-def _gathered(
-  shards: _shards.Shards,
-  extra_args: dict[str, Any],
-  find_neighbors: Callable[..., _types.Neighbors] | None,
-) -> Callable[..., dict[str, Any]]:
-  """Makes the step's extra args of this device's: rows of all devices, gathered."""
-  by_row = lambda name, arg: name in _shards.ROWS or shards.is_apart(arg)
-  args = {
-    name: shards.gather(arg) if by_row(name, arg) else arg
-    for name, arg in extra_args.items()
-    if arg is not None and name != "smoothed"
-  }
-
-  def step_args(finite, losses, aux):
-    weights, _, num_dropped = _members.clean_weights(
-      args.get("member_weights"), shards.total, finite=shards.gather(finite)
-    )
-    own = {"member_weights": weights, "num_dropped": num_dropped}
-    own["losses"] = (
-      jnp.zeros([shards.total]) if losses is None else shards.gather(losses)
-    )
-    if find_neighbors is not None:
-      own["neighbors"] = _find(find_neighbors, shards, args, extra_args, aux, weights)
-    return {**args, **own}
-
-  return step_args
-
-
-def _find(find_neighbors, shards, args, extra_args, aux, weights) -> _types.Neighbors:
-  """Neighbors among the rows of all devices; those that are absent have none."""
-  accepts = accepted_names(find_neighbors)
-  local = {**(aux if isinstance(aux, dict) else {})}
-  local.update({name: extra_args[name] for name in ("smoothed",) if name in extra_args})
-  rows = {name: shards.gather(arg) for name, arg in local.items() if accepts(name)}
-  rows.update({name: arg for name, arg in args.items() if accepts(name)})
-
-  def absent(leaf):
-    leaf = jax.lax.stop_gradient(leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return leaf
-    gone = _numerics.per_row(weights > 0, leaf)
-    return jnp.where(gone, leaf, jnp.full_like(leaf, jnp.nan))
-
-  return find_neighbors(**jax.tree.map(absent, rows))
 
 
 def _run_apart(
@@ -385,12 +339,3 @@ def _stand_in_rows(finite: _types.Array, leaf: Any) -> _types.Array:
     row = jnp.where(finite[first], leaf[first], jnp.zeros_like(leaf[0]))
     return jnp.where(_numerics.per_row(finite, leaf), leaf, row[None])
   return _members.keep_rows(finite, leaf)
-
-
-def accepted_names(function: Callable[..., Any]) -> Callable[[str], bool]:
-  """Which keywords a function takes."""
-  parameters = inspect.signature(function).parameters.values()
-  if any(one.kind is one.VAR_KEYWORD for one in parameters):
-    return lambda name: True
-  names = {one.name for one in parameters if one.kind is not one.VAR_POSITIONAL}
-  return lambda name: name in names

@@ -126,7 +126,7 @@ def gather_rows(leaf: _types.Array) -> _types.Array:
   """Gathers members that are split over explicit axes; other axes stay split."""
   if _numerics.is_sharded(leaf):
     rest = jax.typeof(leaf).sharding.spec[1:]
-    return jax.sharding.reshard(leaf, PartitionSpec(None, *rest))
+    return _numerics.reshard(leaf, PartitionSpec(None, *rest))
   return leaf
 
 

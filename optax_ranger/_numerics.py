@@ -68,7 +68,7 @@ def per_row(vector: _types.Array, leaf: _types.Array) -> _types.Array:
   """Gives a vector [n] the rank of a leaf [n, ...], to broadcast against it."""
   rows = jax.typeof(leaf).sharding.spec[:1]
   if is_sharded(leaf):
-    vector = jax.sharding.reshard(vector, PartitionSpec(*rows))
+    vector = reshard(vector, PartitionSpec(*rows), jax.typeof(leaf).sharding.mesh)
   return jnp.expand_dims(vector, tuple(range(1, jnp.ndim(leaf))))
 
 
@@ -80,8 +80,26 @@ def is_sharded(array: _types.Array) -> bool:
 def replicate(array: _types.Array) -> _types.Array:
   """Gathers a small array that is split over explicit axes; others stay."""
   if is_sharded(array):
-    return jax.sharding.reshard(array, PartitionSpec())
+    return reshard(array, PartitionSpec())
   return array
+
+
+def reshard(array: _types.Array, spec: PartitionSpec, mesh: Any = None) -> _types.Array:
+  """Splits an array anew, over its own mesh, whatever mesh is set."""
+  mesh = jax.typeof(array).sharding.mesh if mesh is None else mesh
+  return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+
+
+def place(array: _types.Array, sharding: jax.sharding.Sharding) -> _types.Array:
+  """Puts an array where it shall live, under jit as well."""
+  if not isinstance(sharding, NamedSharding):
+    return jax.lax.with_sharding_constraint(array, sharding)
+  if AxisType.Explicit in sharding.mesh.axis_types:
+    inside = jax.sharding.get_abstract_mesh()
+    if inside.empty or AxisType.Explicit in inside.axis_types:
+      return jax.device_put(array, sharding)
+    sharding = NamedSharding(inside, sharding.spec)
+  return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def automatic(

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 import optax
 
 from optax_ranger import _numerics
@@ -64,8 +63,9 @@ def smooth_predictions(
     sharding: where the table lives, such as
       ``NamedSharding(mesh, PartitionSpec("data"))``, split over examples; None
       for the default device.
-    axis_name: inside ``jax.pmap`` (``jax.shard_map`` tells by types), the axis over which the state's table is split by rows, and the batch by
-      examples. Ids stay those of the whole data set: predictions are gathered,
+    axis_name: inside ``jax.pmap`` (``jax.shard_map`` tells by types), the axis
+      over which the state's table is split by rows, and the batch by examples.
+      Ids stay those of the whole data set: predictions are gathered,
       n C numbers, and each device keeps those of its own rows.
 
   Extra args of ``update``:
@@ -133,7 +133,7 @@ def smooth_predictions(
     del params
     table = jnp.zeros([num_examples, num_classes], dtype)
     if sharding is not None:
-      table = _place(table, sharding)
+      table = _numerics.place(table, sharding)
     return PredictionState(
       count=_numerics.zero_count(),
       num_dropped=_numerics.zero_count(),
@@ -223,14 +223,6 @@ def smoothed_predictions(
     return rows
   first = jax.lax.axis_index(apart) * ids.shape[0]
   return jax.lax.dynamic_slice_in_dim(rows, first, ids.shape[0])
-
-
-def _place(table: _types.Array, sharding: jax.sharding.Sharding) -> _types.Array:
-  """Puts the table where it shall live, under jit as well."""
-  mesh = getattr(sharding, "mesh", None)
-  if mesh is not None and AxisType.Explicit in mesh.axis_types:
-    return jax.device_put(table, sharding)
-  return jax.lax.with_sharding_constraint(table, sharding)
 
 
 def _as_ids(example_ids: Any) -> _types.Array:

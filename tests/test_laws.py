@@ -553,8 +553,8 @@ def test_layers_import_downward_only():
     {"_types"},
     {"_numerics"},
     {"_validate", "_tree"},
-    {"_factor", "_members", "_neighbors", "_regions", "_targets"},
-    {"_gramian"},
+    {"_collectives", "_factor", "_members", "_neighbors", "_regions", "_targets"},
+    {"_gramian", "_shards"},
     {
       "_averaging",
       "_aggregation",
@@ -568,10 +568,11 @@ def test_layers_import_downward_only():
       "_robust",
       "_smoothing",
     },
-    {"_linear"},
-    {"_devices", "_per_example"},
+    {"_arguments", "_linear", "_weighted"},
+    {"_devices", "_per_example", "_placement"},
     {"_evaluation", "_fusion"},
-    {"_ranger", "_ranger_radam"},
+    {"_ranger", "_ranger_radam", "_update"},
+    {"_training"},
     {"__init__"},
   ]
   level = {name: i for i, names in enumerate(order) for name in names}

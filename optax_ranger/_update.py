@@ -1,0 +1,151 @@
+"""What one device does in a training step: losses, gradient, optimizer."""
+
+from collections.abc import Callable
+import inspect
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ranger import _accumulation
+from optax_ranger import _arguments
+from optax_ranger import _fusion
+from optax_ranger import _numerics
+from optax_ranger import _predictions
+from optax_ranger import _shards
+from optax_ranger import _tree
+from optax_ranger import _types
+from optax_ranger import _validate
+
+
+class TrainStepState(NamedTuple):
+  """The state of ``train_step``.
+
+  Attributes:
+    step: the state of the step over examples: counters.
+    optimizer: the optimizer's state.
+  """
+
+  step: _types.PyTree
+  optimizer: _types.PyTree
+
+
+class Update(NamedTuple):
+  """What one device does: losses, gradient, optimizer."""
+
+  losses: Callable[..., Any]
+  optimizer: optax.GradientTransformationExtraArgs
+  step: optax.GradientTransformationExtraArgs
+  has_aux: bool
+  options: dict[str, Any]
+
+  def __call__(self, axis_name, late, params, state, batch, rows, shared):
+    """The whole update; with `late`, the optimizer gets this device's part."""
+    if late:
+      state = map_apart(lambda leaf: leaf[0], state)
+    tables = list(_tree.find_states(state, _predictions.PredictionState))
+    reduce = (lambda grads: grads) if late else None
+    grads, step_state, by_row, others, metrics = self.forward(
+      axis_name, reduce, params, state.step, tables, batch, rows, shared
+    )
+    params, optimizer_state = self.apply(
+      params, state.optimizer, grads, {**by_row, **others}
+    )
+    state = TrainStepState(step_state, optimizer_state)
+    if late:
+      state = map_apart(lambda leaf: leaf[None], state)
+    return params, state, metrics
+
+  def apply(self, params, optimizer_state, grads, extra_args):
+    updates, optimizer_state = self.optimizer.update(
+      grads, optimizer_state, params, **extra_args
+    )
+    return optax.apply_updates(params, updates), optimizer_state
+
+  def forward(self, axis_name, reduce, params, step_state, tables, batch, rows, shared):
+    """Gradient, the step's state, extra args by row, other ones, and metrics."""
+    n = _validate.leading_axis("batch", batch) or 0
+    shards = _shards.Shards(axis_name, n)
+    gradient = _fusion.gradient_of(
+      self.losses,
+      self.step,
+      has_aux=self.has_aux,
+      axis_name=axis_name,
+      reduce=reduce,
+      **self.options,
+    )
+    seen = {**self._smoothed(tables, rows), **rows, **shared}
+    losses, aux, grads, step_state, finite = gradient(params, batch, step_state, seen)
+    aux = aux if isinstance(aux, dict) else {}
+    by_row = {name: item for name, item in aux.items() if _has_rows(item, n)}
+    asked = rows.get("member_weights", jnp.ones([n], losses.dtype))
+    present = jnp.logical_and(finite, asked > 0)
+    weights = jnp.where(present, asked.astype(losses.dtype), 0)
+    means = {name: item for name, item in aux.items() if _is_metric(item, n)}
+    # One small reduction for all.
+    spread = lambda item: jnp.broadcast_to(item, [n]).astype(losses.dtype)
+    add = lambda item: jnp.where(present, weights * spread(item), 0).sum()
+    sums, total, dropped = shards.sum(
+      (
+        jax.tree.map(add, {**means, "loss": losses}),
+        weights.sum(),
+        jnp.logical_and(asked != 0, jnp.logical_not(present)).sum(dtype=jnp.int32),
+      )
+    )
+    metrics = {name: _numerics.divide(sum_, total) for name, sum_ in sums.items()}
+    others = {"weight": total, "value": metrics["loss"], **shared}
+    others.update({name: metrics[name] for name in means if name not in by_row})
+    by_row.update({name: arg for name, arg in rows.items() if name != "member_weights"})
+    if axis_name is not None and not _shards.is_typed(axis_name):
+      # No types tell smooth_predictions that it sees a part of the batch.
+      for name in {"predictions", "example_ids"} & by_row.keys():
+        by_row[name] = shards.gather(by_row[name])
+    return (
+      grads,
+      step_state,
+      by_row,
+      others,
+      {**metrics, "weight": total, "num_dropped": dropped},
+    )
+
+  def _smoothed(self, tables, rows) -> dict[str, Any]:
+    """Smoothed predictions of the batch's examples, for losses that take them."""
+    parameters = inspect.signature(self.losses).parameters
+    ids = rows.get("example_ids")
+    if (
+      tables and ids is not None and _arguments.accepted_names(self.losses)("smoothed")
+    ):
+      return {"smoothed": _predictions.smoothed_predictions(tables, ids)}
+    named = parameters.get("smoothed")
+    if named is not None and named.default is named.empty:
+      raise ValueError(
+        "per_example_losses takes smoothed=: that needs smooth_predictions in the"
+        " optimizer, and update(..., example_ids=...)."
+      )
+    return {}
+
+
+def _has_rows(item: Any, n: int) -> bool:
+  leaves = jax.tree.leaves(item)
+  return bool(leaves) and all(jnp.shape(leaf)[:1] == (n,) for leaf in leaves)
+
+
+def _is_metric(item: Any, n: int) -> bool:
+  """Numbers, one an example or one in all, that have a mean."""
+  if not isinstance(item, jax.Array) or item.shape not in ((), (n,)):
+    return False
+  return jnp.issubdtype(item.dtype, jnp.floating) or item.dtype == bool
+
+
+def map_apart(function: Callable[[Any], Any], state: _types.PyTree) -> _types.PyTree:
+  """Maps the accumulators that are kept apart on each device."""
+  is_one = lambda node: isinstance(node, _accumulation.AccumulateState)
+
+  def visit(node):
+    if not is_one(node):
+      return node
+    return node._replace(accumulated=jax.tree.map(function, node.accumulated))
+
+  return jax.tree.map(visit, state, is_leaf=is_one)
