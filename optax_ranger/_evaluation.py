@@ -8,6 +8,7 @@ from optax_ranger import _numerics
 from optax_ranger import _smoothing
 from optax_ranger import _tree
 from optax_ranger import _types
+from optax_ranger import _validate
 
 
 def eval_params(state: _types.PyTree, params: _types.PyTree) -> _types.PyTree:
@@ -66,6 +67,11 @@ def eval_params(state: _types.PyTree, params: _types.PyTree) -> _types.PyTree:
 def _evaluated(
   slow: _types.Array, param: _types.Array, rate: _types.Array
 ) -> _types.Array:
+  here = jax.typeof(param).sharding
+  if jax.typeof(slow).sharding != here and not here.mesh.empty:
+    # Of a state that is split; on concrete arrays no mesh need be set.
+    known = _validate.is_known(param)
+    slow = jax.device_put(slow, param.sharding if known else here)
   mean = _numerics.step_towards(slow, param, rate)
   mean = jnp.where(jnp.isfinite(mean), mean, slow).astype(param.dtype)
   return jnp.where(rate == 1, param, mean)

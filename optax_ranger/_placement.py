@@ -171,8 +171,11 @@ class Placement:
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted)
     if jax.process_count() > 1 and getattr(leaf, "is_fully_addressable", True):
       leaf = np.asarray(leaf)
-    # A copy: what is donated later must not be the caller's own array.
-    return jax.device_put(leaf, wanted, may_alias=False)
+    elif isinstance(leaf, jax.Array):
+      # What is donated later must not share a buffer with the caller's array;
+      # may_alias=False does not see to that for several devices.
+      leaf = jnp.copy(leaf)
+    return jax.device_put(leaf, wanted)
 
   def place_rows(self, tree: _types.PyTree) -> _types.PyTree:
     """Splits rows over the devices; every process gives its own."""
