@@ -25,6 +25,8 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -87,6 +89,7 @@ def make_step(graphdef: Any, mesh: Any, options: argparse.Namespace) -> Any:
     find_neighbors=find_neighbors,
     has_aux=True,
     mesh=mesh,
+    reduce=options.reduce,
     batch_size=options.batch_size,  # the last batch of an epoch is smaller
   )
 
@@ -104,11 +107,15 @@ def load_digits(noise: float) -> tuple[np.ndarray, ...]:
   return *train, images[NUM_EXAMPLES:], labels[NUM_EXAMPLES:]
 
 
-def own_ids(position: int, options: argparse.Namespace) -> np.ndarray:
-  """The ids of this process's rows of a batch: a function of the position alone."""
+def batch_ids(position: int, options: argparse.Namespace) -> np.ndarray:
+  """The ids of a batch's examples: a function of its position alone."""
   epoch, i = divmod(position, batches_per_epoch(options))
   order = np.random.default_rng([options.seed, epoch]).permutation(NUM_EXAMPLES)
-  ids = order[i * options.batch_size : (i + 1) * options.batch_size].astype(np.int32)
+  return order[i * options.batch_size : (i + 1) * options.batch_size].astype(np.int32)
+
+
+def own_part(ids: np.ndarray) -> np.ndarray:
+  """Those that this process loads."""
   return np.array_split(ids, jax.process_count())[jax.process_index()]
 
 
@@ -123,43 +130,57 @@ def open_checkpoints(options: argparse.Namespace) -> ocp.CheckpointManager | Non
     return None
   return ocp.CheckpointManager(
     options.checkpoints.absolute(),
+    item_handlers={
+      "train": ocp.StandardCheckpointHandler(),
+      "data": ocp.JsonCheckpointHandler(),
+    },
     options=ocp.CheckpointManagerOptions(
       max_to_keep=2, save_interval_steps=options.save_every
     ),
   )
 
 
-def restore(manager: ocp.CheckpointManager, params: Any, state: Any) -> Any:
-  """Parameters, state and position of the newest checkpoint, on this run's mesh."""
-  like = jax.tree.map(
-    ocp.utils.to_shape_dtype_struct, {"params": params, "state": state}
-  )
+def restore(manager: ocp.CheckpointManager, step: int, params: Any, state: Any) -> Any:
+  """Parameters, state and position of a checkpoint, on this run's mesh."""
+  saved = jax.tree.leaves(manager.item_metadata(step)["train"].tree)
+  shapes = {leaf.name: leaf.shape for leaf in saved}
+
+  def like(path, leaf):
+    shape = shapes[jax.tree_util.keystr(path, simple=True, separator=".")]
+    sharding = leaf.sharding
+    if shape != leaf.shape:
+      # Parts of a sum, one for each device there was: the step adds them up.
+      sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+  train = {"params": params, "state": state}
+  train = jax.tree_util.tree_map_with_path(like, train)
   restored = manager.restore(
-    manager.latest_step(),
+    step,
     args=ocp.args.Composite(
-      train=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+      train=ocp.args.StandardRestore(train), data=ocp.args.JsonRestore()
     ),
   )
-  saved = restored["train"]
-  return saved["params"], saved["state"], restored["data"]["position"]
+  train = restored["train"]
+  return train["params"], train["state"], restored["data"]["position"]
 
 
-def train(options: argparse.Namespace) -> tuple[Any, Any, float]:
+def train(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any, float]:
   """Trains; returns parameters, state and the accuracy on test images."""
   images, labels, test_images, test_labels = load_digits(options.noise)
   graphdef, params = nnx.split(Mlp(rngs=nnx.Rngs(options.seed)))
-  mesh = jax.make_mesh((jax.device_count(),), ("data",))
   update = make_step(graphdef, mesh, options)
   state, first = update.init(params), 0
   manager = open_checkpoints(options)
-  if options.resume and manager and manager.latest_step() is not None:
-    params, state, first = restore(manager, params, state)
+  newest = manager.latest_step() if manager and options.resume else None
+  if manager and newest is not None:
+    params, state, first = restore(manager, newest, params, state)
   end = options.epochs * batches_per_epoch(options)
   progress = tqdm.tqdm(
     total=end, initial=first, unit="batch", disable=jax.process_index() != 0
   )
   for position in range(first, end):
-    ids = own_ids(position, options)
+    ids = own_part(batch_ids(position, options))
     batch = {"image": images[ids], "label": labels[ids]}
     params, state, metrics = update(
       params, state, batch, example_ids=ids, last=position + 1 == end
@@ -195,6 +216,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--devices", type=int, help="CPU devices of each process")
   parser.add_argument("--epochs", type=int, default=40)
   parser.add_argument("--batch-size", type=int, default=128, help="of all processes")
+  parser.add_argument(
+    "--reduce", default="every_call", help="or on_emission, which sends less"
+  )
   parser.add_argument("--noise", type=float, default=0.4, help="share of wrong labels")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--checkpoints", type=pathlib.Path, help="folder, shared by all")
@@ -219,7 +243,8 @@ def main() -> None:
       heartbeat_timeout_seconds=options.patience,
     )
   try:
-    _, _, accuracy = train(options)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    _, _, accuracy = train(options, mesh)
   except jax.errors.JaxRuntimeError as error:
     if options.processes == 1:
       raise
