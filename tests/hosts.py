@@ -1,7 +1,7 @@
 """`examples/multi_host.py` as a program that tells what it did, and dies if told to.
 
-`python -m tests.hosts --results FILE [--die-at POSITION] [--once-there FOLDER]` and
-the arguments of the example.
+`python -m tests.hosts --results FILE [--die-at POSITION] [--signal NAME]
+[--once-there FOLDER]` and the arguments of the example.
 """
 
 import argparse
@@ -29,6 +29,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--results", type=pathlib.Path, required=True)
   parser.add_argument("--die-at", type=int)
+  parser.add_argument("--signal", default="SIGKILL")
   parser.add_argument("--once-there", type=pathlib.Path)
   told, arguments = parser.parse_known_args()
   make_step, train, batch_ids, parse = (
@@ -58,7 +59,7 @@ def main() -> None:
     if position == told.die_at:
       while told.once_there and not told.once_there.exists():
         time.sleep(0.01)
-      os.kill(os.getpid(), signal.SIGKILL)
+      os.kill(os.getpid(), signal.Signals[told.signal])
     return batch_ids(position, options)
 
   multi_host.parse = lambda: parse(arguments)

@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,17 +18,16 @@ from tests import hosts
 
 pytestmark = pytest.mark.xdist_group("hosts")
 ROOT = pathlib.Path(__file__).parent.parent
-PATIENCE = 10  # seconds until a process that is silent counts as dead
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def start(folder, *arguments, devices=(4, 4), extra=((), ())):
+def start(folder, *arguments, devices=(4, 4), extra=((), ()), patience=300):
   """Starts one process for each entry of `devices`."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
   common = [*hosts.ARGUMENTS, "--port", port, "--processes", str(len(devices))]
-  common += ["--patience", str(PATIENCE), "--save-every", str(hosts.SAVED_AT)]
+  common += ["--patience", str(patience), "--save-every", str(hosts.SAVED_AT)]
   processes = []
   for i, count in enumerate(devices):
     own = ["--process", str(i), "--devices", str(count), *extra[i]]
@@ -115,3 +116,71 @@ def test_two_processes_equal_one(one_process, two_processes):
 def test_resumes_on_fewer_devices(num_devices, one_process):
   params, folder = one_process
   close(train(num_devices, "--checkpoints", str(folder), "--resume"), params)
+
+
+def survivor(folder, processes, victim):
+  """How the other process ended, after how many seconds, and what it said."""
+  try:
+    os.waitid(os.P_PID, processes[victim].pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+    died = time.monotonic()
+    code = processes[1 - victim].wait(timeout=60)
+    seconds = time.monotonic() - died
+  finally:
+    for process in processes:
+      process.kill()
+  print(f"process {victim} is gone: the other ended with {code}, {seconds:.2f} s later")
+  return code, seconds, (folder / f"{1 - victim}.err").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("victim", "saved"), [(0, False), (1, True)], ids=["0-while-saving", "1-saved"]
+)
+def test_a_process_that_is_killed(victim, saved, two_processes, tmp_path):
+  """In mid-epoch and mid-window; the other ends, and both start again."""
+  checkpoints = tmp_path / "checkpoints"
+  save = ["--checkpoints", str(checkpoints)]
+  extra = [[], []]
+  extra[victim] = ["--die-at", str(hosts.SAVED_AT + saved)]
+  if saved:
+    extra[victim] += ["--once-there", str(checkpoints / str(hosts.SAVED_AT))]
+  processes = start(tmp_path, *save, extra=extra)
+  code, seconds, errors = survivor(tmp_path, processes, victim)
+  # Who polls the first process may hear of it from JAX, which ends the program.
+  assert code == 1 or (victim == 0 and code == -signal.SIGABRT), errors[-3000:]
+  assert "another one is gone" in errors or "another task died" in errors
+  assert seconds < 10
+
+  began = time.monotonic()
+  arrays, _ = finish(tmp_path, start(tmp_path, *save, "--resume"))
+  print(f"started again and finished after {time.monotonic() - began:.2f} s")
+  for leaves, undisturbed in zip(arrays, two_processes[0], strict=True):
+    bit_for_bit(leaves, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_silent(victim, tmp_path):
+  """Its connections stay open: JAX misses its heartbeat and ends the other."""
+  patience = 20
+  extra = [[], []]
+  extra[victim] = ["--die-at", "1", "--signal", "SIGSTOP"]
+  processes = start(tmp_path, extra=extra, patience=patience)
+  code, seconds, errors = survivor(tmp_path, processes, victim)
+  assert code == -signal.SIGABRT, errors[-3000:]
+  assert "JAX distributed service detected fatal errors" in errors
+  assert seconds < patience + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduce", ["every_call", "on_emission"])
+def test_resumes_on_other_devices_of_two_processes(reduce, one_process, tmp_path):
+  """From eight devices, to six of one process and two of the other, or to three."""
+  params, _ = one_process
+  save = ["--checkpoints", str(tmp_path / "c"), "--reduce", reduce]
+  train(8, *save, "--save-every", str(hosts.SAVED_AT))
+  (first, second), _ = finish(
+    tmp_path, start(tmp_path, *save, "--resume", devices=(4, 2))
+  )
+  bit_for_bit(first, second)
+  close(first[: len(params)], params)
