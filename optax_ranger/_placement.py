@@ -47,6 +47,8 @@ class Placement:
   def split_dim(self, leaf: Any) -> int | None:
     """The dimension over which a leaf of a split state is split: its largest."""
     taken = _spec_of(leaf)
+    if any(not _names(entry).isdisjoint(self.names) for entry in taken):
+      return None  # It is split already.
     fits = [
       (size, -dim)
       for dim, size in enumerate(jnp.shape(leaf))
@@ -217,6 +219,13 @@ def padded(tree: Any, name: str, to: int) -> Any:
 
 def _is_special(node: Any) -> bool:
   return isinstance(node, (_predictions.PredictionState, _accumulation.AccumulateState))
+
+
+def _names(entry: Any) -> frozenset[str]:
+  """The mesh axes over which a dimension is split."""
+  if entry is None:
+    return frozenset()
+  return frozenset((entry,) if isinstance(entry, str) else entry)
 
 
 def _spec_of(leaf: Any) -> tuple[Any, ...]:
