@@ -23,7 +23,7 @@ import optax
 from benchmarks import _measure
 import optax_ranger as ranger
 
-_BATCH, _CLASSES, _EXAMPLES, _K = 1024, 10, 60_000, 10
+_CLASSES, _EXAMPLES, _K = 10, 60_000, 10
 _SIZES = (784, 512, 512, _CLASSES)
 
 
@@ -38,13 +38,13 @@ def _start() -> list[dict[str, jax.Array]]:
   ]
 
 
-def _batch() -> tuple[dict[str, np.ndarray], np.ndarray, ranger.Neighbors]:
+def _batch(size: int) -> tuple[dict[str, np.ndarray], np.ndarray, ranger.Neighbors]:
   rng = np.random.default_rng(1)
-  images = rng.standard_normal([_BATCH, _SIZES[0]]).astype(np.float32)
-  labels = rng.integers(0, _CLASSES, _BATCH)
+  images = rng.standard_normal([size, _SIZES[0]]).astype(np.float32)
+  labels = rng.integers(0, _CLASSES, size)
   neighbors = ranger.nearest_neighbors(images, _K)
   neighbors = ranger.weigh_neighbors(neighbors, labels=labels)
-  ids = rng.permutation(_EXAMPLES)[:_BATCH].astype(np.int32)
+  ids = rng.permutation(_EXAMPLES)[:size].astype(np.int32)
   return {"image": images, "label": labels}, ids, neighbors
 
 
@@ -112,10 +112,10 @@ def _contender(call: Any, lower: Any, params: Any, state: Any, args: Any, extra:
   return _measure.Contender(turn, _measure._temporaries(compiled))
 
 
-def rows_of_time(mesh: Any, rounds: int = 30) -> list[_measure.Row]:
+def rows_of_time(mesh: Any, size: int, rounds: int = 20) -> list[_measure.Row]:
   """The whole Ranger, and AdamW by train_step, against AdamW by hand."""
   split = NamedSharding(mesh, PartitionSpec("data"))
-  batch, ids, neighbors = jax.device_put(_batch(), split)
+  batch, ids, neighbors = jax.device_put(_batch(size), split)
   whole = lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
   adamw = optax.adamw(1e-3)
   hand = _by_hand(mesh, adamw)
@@ -133,7 +133,7 @@ def rows_of_time(mesh: Any, rounds: int = 30) -> list[_measure.Row]:
   what = ("the whole Ranger", "AdamW by train_step")
   return [
     _measure.Row(
-      f"{name}, MLP, batch {_BATCH} on 8 devices",
+      f"{name}, MLP, batch {size}, {mesh.size} devices",
       "AdamW, data-parallel, by hand",
       own.mean(axis=1),
       rival.mean(axis=1),
@@ -147,9 +147,9 @@ def rows_of_time(mesh: Any, rounds: int = 30) -> list[_measure.Row]:
   ]
 
 
-def table_of_bytes(mesh: Any) -> str:
+def table_of_bytes(mesh: Any, size: int = 1024) -> str:
   """What one call sends, in gradients and in all else, for each way."""
-  batch, ids, neighbors = _batch()
+  batch, ids, neighbors = _batch(size)
   gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(_start()))
   extra = {"neighbors": neighbors, "example_ids": ids}
   adamw = optax.adamw(1e-3)
@@ -184,12 +184,21 @@ def table_of_bytes(mesh: Any) -> str:
   return "\n".join(lines)
 
 
+def _mesh(count: int) -> Any:
+  devices = jax.devices()[:count]
+  return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices)
+
+
 def main() -> None:
   """Prints both tables."""
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   print(_measure.machine())
-  print(_measure.table(rows_of_time(mesh)))
-  print(table_of_bytes(mesh))
+  rows = [
+    row
+    for count, size in ((2, 1024), (2, 4096), (8, 1024), (8, 4096))
+    for row in rows_of_time(_mesh(count), size)
+  ]
+  print(_measure.table(rows))
+  print(table_of_bytes(_mesh(8)))
 
 
 if __name__ == "__main__":
