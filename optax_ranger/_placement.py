@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from optax_ranger import _accumulation
+from optax_ranger import _numerics
 from optax_ranger import _predictions
 from optax_ranger import _tree
 from optax_ranger import _types
@@ -148,12 +149,60 @@ class Placement:
 
     return jax.tree.map(put, state, self.state_specs(state, late=late))
 
+  def fit_windows(
+    self, state: _types.PyTree, like: _types.PyTree, *, late: bool
+  ) -> _types.PyTree:
+    """Brings sums of open windows into this run's form, whatever form they had.
+
+    With `late` each device has its part: the sum goes to the first device, and
+    the others start from zero.
+
+    Args:
+      state: the optimizer's, such as a checkpoint's of other devices.
+      like: what ``init`` makes for one device, or its shapes.
+      late: whether the devices keep their own parts.
+    """
+    wanted = iter([leaf.shape for leaf in jax.tree.leaves(windows(like))])
+
+    def fit(path, leaf):
+      shape = next(wanted)
+      apart = (self.num_devices, *shape)
+      if jnp.shape(leaf) == (apart if late else shape):
+        return leaf
+      if jnp.shape(leaf) != shape and jnp.shape(leaf)[1:] != shape:
+        raise ValueError(
+          f"accumulated{jax.tree_util.keystr(path)} must have the parameter's shape"
+          f" {list(shape)}, or that of parts of it, one a device, got"
+          f" {list(jnp.shape(leaf))}."
+        )
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(apart if late else shape, leaf.dtype)
+      total = _on_host(leaf, f"accumulated{jax.tree_util.keystr(path)}")
+      if total.shape != shape:
+        total = total.sum(axis=0, dtype=_numerics.wide(total.dtype)).astype(total.dtype)
+      if not late:
+        return total
+      return np.concatenate([total[None], np.zeros_like(total, shape=apart)[1:]])
+
+    visit = lambda node: (
+      node._replace(accumulated=jax.tree_util.tree_map_with_path(fit, node.accumulated))
+      if _is_window(node)
+      else node
+    )
+    return jax.tree.map(visit, state, is_leaf=_is_window)
+
   @property
   def num_local_devices(self) -> int:
     """Of the data axes, those that this process feeds."""
     if self.mesh is None:
       return 1
-    return max(1, self.num_devices // jax.process_count())
+    axes = [self.mesh.axis_names.index(name) for name in self.names]
+    grid = np.moveaxis(self.mesh.devices, axes, range(len(axes)))
+    me = jax.process_index()
+    return sum(
+      any(device.process_index == me for device in feeds)
+      for feeds in grid.reshape(self.num_devices, -1)
+    )
 
   def is_global(self, tree: _types.PyTree) -> bool:
     """Whether arrays hold the rows of all processes already."""
@@ -192,7 +241,10 @@ class Placement:
       if isinstance(now, NamedSharding) and now.mesh == self.mesh:
         return leaf if now.spec == self.rows else jax.device_put(leaf, wanted)
       if jax.process_count() > 1:
-        return jax.make_array_from_process_local_data(wanted, np.asarray(leaf))
+        rows = jnp.shape(leaf)[0] * self.num_devices // self.num_local_devices
+        return jax.make_array_from_process_local_data(
+          wanted, np.asarray(leaf), (rows, *jnp.shape(leaf)[1:])
+        )
       return jax.device_put(leaf, wanted)
 
     return jax.tree.map(put, tree)
@@ -217,8 +269,28 @@ def padded(tree: Any, name: str, to: int) -> Any:
   return jax.tree.map(pad, tree)
 
 
+def windows(state: _types.PyTree) -> list[Any]:
+  """The sums of the windows that are open, each like the parameters."""
+  found = _tree.find_states(state, _accumulation.AccumulateState)
+  return [node.accumulated for node in found]
+
+
+def _is_window(node: Any) -> bool:
+  return isinstance(node, _accumulation.AccumulateState)
+
+
 def _is_special(node: Any) -> bool:
-  return isinstance(node, (_predictions.PredictionState, _accumulation.AccumulateState))
+  return isinstance(node, _predictions.PredictionState) or _is_window(node)
+
+
+def _on_host(leaf: Any, name: str) -> np.ndarray:
+  everywhere = lambda leaf: leaf.is_fully_addressable or leaf.is_fully_replicated
+  if isinstance(leaf, jax.Array) and not everywhere(leaf):
+    raise ValueError(
+      f"{name}, of shape {list(leaf.shape)}, is that of another number of devices or"
+      " another reduce=, and no process has all of it: restore it whole on each."
+    )
+  return np.asarray(leaf)
 
 
 def _names(entry: Any) -> frozenset[str]:

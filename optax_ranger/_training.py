@@ -200,6 +200,7 @@ class TrainStep:
     self._batch_size = batch_size
     self._donate = donate
     self._compiled: dict[Any, Any] = {}
+    self._window_shapes: list[Any] | None = None
 
   def init(self, params: _types.PyTree) -> _update.TrainStepState:
     """The state at the start, placed on the mesh as ``update`` keeps it."""
@@ -263,11 +264,23 @@ class TrainStep:
     params = place.place_params(params)
     return (
       params,
-      place.place_state(state, late=self._late),
+      place.place_state(self._fitted(params, state), late=self._late),
       batch,
       rows,
       place.place_shared(shared),
     )
+
+  def _fitted(self, params, state):
+    """The state of a run on other devices, in mid-window too, as this one keeps it."""
+    shapes = lambda: [
+      jnp.shape(leaf) for leaf in jax.tree.leaves(_placement.windows(state))
+    ]
+    if shapes() != self._window_shapes:
+      like = jax.eval_shape(self._body.optimizer.init, params)
+      fitted = self._placement.fit_windows(state.optimizer, like, late=self._late)
+      state = state._replace(optimizer=fitted)
+      self._window_shapes = shapes()
+    return state
 
   def _rows_to_pad_to(self, n: int, batch: _types.PyTree) -> int:
     """Rows that this process's part of the batch needs to be cut evenly."""
@@ -277,7 +290,7 @@ class TrainStep:
     shares = place.num_local_devices * micro
     if self._batch_size is None:
       return -(-n // shares) * shares
-    to = self._batch_size // jax.process_count() if place.mesh else self._batch_size
+    to = self._batch_size * place.num_local_devices // place.num_devices
     if to % shares or n > to:
       raise ValueError(
         f"batch_size must hold the batch, of {n} rows in this process, and its part"
