@@ -25,7 +25,8 @@ class AccumulateState(NamedTuple):
     weight_sum: ``float32``, the weight of the open window.
     num_left_out: ``int32``, micro-batches left out so far because their
       gradient or weight was not finite.
-    accumulated: the weighted sum of the open window's gradients.
+    accumulated: the weighted sum of the open window's gradients; empty where every
+      window is of one micro-batch.
     inner_state: the state of the inner transformation.
   """
 
@@ -76,7 +77,8 @@ def accumulate(
 
   Shapes:
     Any tree to the same tree; updates have the gradients' types. The state
-    holds one accumulator of the parameters' size beside `inner`'s state.
+    holds one accumulator of the parameters' size beside `inner`'s state, and none
+    where ``every`` is the Python integer 1.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``.
@@ -115,6 +117,7 @@ def accumulate(
   """
   if not callable(every):
     _validate.count("every", every)
+  keeps = not (isinstance(every, int) and every == 1)
   _validate.choice("reduce", reduce, ("mean", "sum"))
   inner = optax.with_extra_args_support(inner)
 
@@ -123,6 +126,10 @@ def accumulate(
       return leaf.dtype
     return _numerics.widest(leaf.dtype, accumulator_dtype)
 
+  def start(tree: _types.PyTree) -> _types.PyTree:
+    zeros = lambda leaf: jnp.zeros_like(leaf, dtype=accumulator_type(leaf))
+    return jax.tree.map(zeros, tree)
+
   def init(params: _types.PyTree) -> AccumulateState:
     _validate.inexact_leaves("params", params, "accumulate")
     return AccumulateState(
@@ -130,9 +137,7 @@ def accumulate(
       gradient_step=_numerics.zero_count(),
       weight_sum=jnp.zeros([], jnp.float32),
       num_left_out=_numerics.zero_count(),
-      accumulated=jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=accumulator_type(p)), params
-      ),
+      accumulated=start(params) if keeps else (),
       inner_state=inner.init(params),
     )
 
@@ -145,11 +150,12 @@ def accumulate(
     last: Any = False,
     **extra_args: Any,
   ) -> tuple[_types.PyTree, AccumulateState]:
-    _validate.reduced("updates", updates, state.accumulated, "accumulate")
+    totals = state.accumulated if keeps else start(updates)
+    _validate.reduced("updates", updates, totals, "accumulate")
     weight = _numerics.scalar(1 if weight is None else weight)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
     good = jnp.logical_and(good, _tree.all_finite(updates))
-    apart = _shards.axes_of(*jax.tree.leaves(state.accumulated))
+    apart = _shards.axes_of(*jax.tree.leaves(totals))
     if apart:  # All devices decide alike.
       bad = _numerics.vary(jnp.logical_not(good).astype(jnp.int32), apart)
       good = jax.lax.psum(bad, apart) == 0
@@ -171,7 +177,7 @@ def accumulate(
       mean = _numerics.divide(one, weight_sum.astype(one.dtype))
       return new * jnp.where(emit, mean, one).astype(total.dtype)
 
-    accumulated = jax.tree.map(add, state.accumulated, updates)
+    accumulated = jax.tree.map(add, totals, updates)
 
     def run_inner(total, inner_state):
       gradient = jax.tree.map(lambda a, u: a.astype(u.dtype), total, updates)
@@ -186,7 +192,7 @@ def accumulate(
       gradient_step=_numerics.increment(state.gradient_step, step_now),
       weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),
       num_left_out=_numerics.increment(state.num_left_out, jnp.logical_not(good)),
-      accumulated=kept,
+      accumulated=kept if keeps else (),
       inner_state=inner_state,
     )
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from optax_ranger import _linear
 from optax_ranger import _members
 from optax_ranger import _numerics
 from optax_ranger import _shards
@@ -30,34 +32,91 @@ def needs_values(find_neighbors: Any, batch: Any, extra_args: dict[str, Any]) ->
   return not set(inspect.signature(find_neighbors).parameters) <= known
 
 
-def gathered(
-  shards: _shards.Shards,
-  batch: _types.PyTree,
-  extra_args: dict[str, Any],
-  find_neighbors: Callable[..., _types.Neighbors] | None,
-) -> Callable[..., dict[str, Any]]:
-  """Makes the step's extra args of this device's: rows of all devices, gathered."""
-  by_row = lambda name, arg: name in _shards.ROWS or shards.is_apart(arg)
-  args = {
-    name: shards.gather(arg) if by_row(name, arg) else arg
-    for name, arg in extra_args.items()
-    if arg is not None and name != "smoothed"
-  }
+class Gathered:
+  """The extra args of a step over examples, with the rows of all devices.
 
-  def step_args(finite, losses, aux):
+  One collective brings them, together with what is known of the examples only
+  after the losses: `meet` names items of aux that shall come along, to `met`.
+  """
+
+  def __init__(
+    self,
+    shards: _shards.Shards,
+    step: optax.GradientTransformationExtraArgs,
+    state: _types.PyTree,
+    batch: _types.PyTree,
+    extra_args: dict[str, Any],
+    find_neighbors: Callable[..., _types.Neighbors] | None,
+    meet: tuple[str, ...] = (),
+  ):
+    self.met: dict[str, Any] = {}
+    self._shards, self._meet = shards, meet
+    self._find = find_neighbors
+    self._items = {**_items(batch), **extra_args}
+    args = {name: arg for name, arg in extra_args.items() if arg is not None}
+    args.pop("smoothed", None)
+    self._rows = {
+      name: jax.tree.map(jnp.asarray, arg)
+      for name, arg in args.items()
+      if name in _shards.ROWS or shards.is_apart(arg)
+    }
+    blank = jax.tree.map(
+      lambda leaf: jnp.zeros([shards.total, *leaf.shape[1:]], leaf.dtype), self._rows
+    )
+    blank["losses"] = jnp.zeros([shards.total])
+    self._read = jax.tree.map(lambda _: True, blank)
+    if shards.axis_name is not None:
+      given = {"neighbors": blank_neighbors(shards.total)} if find_neighbors else {}
+      self._read = _linear.reads(step, shards.total, state, {**args, **given}, blank)
+    self._args = {**args, **blank}
+
+  def args(self, finite: _types.Array, losses: Any, aux: Any) -> dict[str, Any]:
+    """For these examples; losses are zeros while they are not known."""
+    local: dict[str, Any] = {"finite": finite}
+    # What is not read is not sent; what was sent is not sent again.
+    wanted = lambda name: [
+      leaf for leaf, read in self._flags(self._rows[name], name) if read
+    ]
+    local["rows"] = {name: wanted(name) for name in self._rows}
+    if losses is not None and self._read["losses"]:
+      local["losses"] = losses
+    aux = _items(aux)
+    if losses is not None:
+      local["met"] = {name: aux[name] for name in self._meet if name in aux}
+    if self._find is not None:
+      items = {**aux, **self._items}
+      accepts = accepted_names(self._find)
+      local["found"] = {name: item for name, item in items.items() if accepts(name)}
+    everywhere = self._shards.gather(local)
+    for name, leaves in everywhere["rows"].items():
+      found = iter(leaves)
+      structure = jax.tree.structure(self._rows[name])
+      self._args[name] = structure.unflatten(
+        next(found) if read else blank
+        for blank, read in self._flags(self._args[name], name)
+      )
+    self._rows = {}
+    self.met = everywhere.get("met", self.met)
     weights, _, num_dropped = _members.clean_weights(
-      args.get("member_weights"), shards.total, finite=shards.gather(finite)
+      self._args.get("member_weights"), self._shards.total, finite=everywhere["finite"]
     )
     own: dict[str, Any] = {"member_weights": weights, "num_dropped": num_dropped}
-    own["losses"] = (
-      jnp.zeros([shards.total]) if losses is None else shards.gather(losses)
-    )
-    if find_neighbors is not None:
-      local = {**_items(batch), **_items(aux), **extra_args}
-      own["neighbors"] = _find(find_neighbors, shards, local, weights)
-    return {**args, **own}
+    if "losses" in everywhere:
+      own["losses"] = everywhere["losses"]
+    if self._find is not None:
+      own["neighbors"] = _find(self._find, everywhere["found"], weights)
+    return {**self._args, **own}
 
-  return step_args
+  def _flags(self, tree: _types.PyTree, name: str) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return zip(leaves, structure.flatten_up_to(self._read[name]), strict=True)
+
+
+def blank_neighbors(n: int) -> _types.Neighbors:
+  """No neighbors, of n examples."""
+  return _types.Neighbors(
+    jnp.full([n, 1], -1, jnp.int32), jnp.zeros([n, 1]), jnp.zeros([n, 1])
+  )
 
 
 def _items(tree: _types.PyTree) -> dict[str, Any]:
@@ -66,13 +125,10 @@ def _items(tree: _types.PyTree) -> dict[str, Any]:
 
 def _find(
   find_neighbors: Callable[..., _types.Neighbors],
-  shards: _shards.Shards,
-  local: dict[str, Any],
+  rows: dict[str, Any],
   weights: _types.Array,
 ) -> _types.Neighbors:
   """Neighbors among the rows of all devices; those that are absent have none."""
-  accepts = accepted_names(find_neighbors)
-  rows = {name: arg for name, arg in local.items() if accepts(name)}
 
   def present(leaf):
     leaf = jax.lax.stop_gradient(leaf)
@@ -81,4 +137,4 @@ def _find(
     here = _numerics.per_row(weights > 0, leaf)
     return jnp.where(here, leaf, jnp.full_like(leaf, jnp.nan))
 
-  return find_neighbors(**jax.tree.map(present, shards.gather(rows)))
+  return find_neighbors(**jax.tree.map(present, rows))

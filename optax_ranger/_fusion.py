@@ -189,7 +189,7 @@ def value_and_grad(
     state: _types.PyTree = None,
     **extra_args: Any,
   ) -> Any:
-    losses, aux, grads, new_state, _ = gradient(params, batch, state, extra_args)
+    losses, aux, grads, new_state, *_ = gradient(params, batch, state, extra_args)
     value = (losses, aux) if has_aux else losses
     return (value, grads) if state is None else (value, grads, new_state)
 
@@ -207,12 +207,18 @@ def gradient_of(
   axis_name: _shards.AxisName = None,
   find_neighbors: Callable[..., _types.Neighbors] | None = None,
   reduce: Callable[[_types.PyTree], _types.PyTree] | None = None,
-) -> Callable[..., tuple[Any, Any, _types.PyTree, _types.PyTree, _types.Array]]:
+  is_mean: bool = False,
+  meet: tuple[str, ...] = (),
+) -> Callable[..., tuple[Any, ...]]:
   """What ``value_and_grad`` and ``train_step`` have in common.
+
+  With `is_mean`, `step` is known to be ``aggregate_by_mean``, whose divisor may
+  come after the sum over devices: nothing needs to be gathered for it.
 
   Returns:
     ``(params, batch, state, extra_args) -> (losses, aux, grads, new_state,
-    finite)``; the last tells which of this device's examples are.
+    finite, met)``; `finite` tells which of this device's examples are, and `met`
+    are the items of aux that `meet` names, of all devices, where they came along.
   """
   _validate.static_count("micro_batch_size", micro_batch_size)
   _validate.static_count("num_sweeps", num_sweeps)
@@ -233,14 +239,24 @@ def gradient_of(
     finite = _tree.finite_rows(batch, n)
     batch = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
     seen = {name: arg for name, arg in extra_args.items() if accepts(name)}
-    step_args = _arguments.gathered(shards, batch, extra_args, find_neighbors)
     step_state = step.init(params) if state is None else state
+    if is_mean:
+      return _mean_gradient(
+        losses_and_aux, step, step_state, shards, params, batch, seen,
+        finite, extra_args.get("member_weights"), num_micro_batches, reduce,
+      )  # fmt: skip
+    gathered = _arguments.Gathered(
+      shards, step, step_state, batch, extra_args, find_neighbors, meet
+    )
+    step_args = gathered.args
     if num_micro_batches > 1:
       call = functools.partial(losses_and_aux, params)
       losses, aux = None, None
-      if _arguments.needs_values(find_neighbors, batch, extra_args) or _linear.uses(
+      first = _arguments.needs_values(find_neighbors, batch, extra_args)
+      first = first or _linear.uses(
         step, shards.total, step_state, step_args(finite, None, None), "losses"
-      ):
+      )
+      if first:
         losses, aux = _weighted.values(call, batch, seen, num_micro_batches)
         finite = jnp.logical_and(finite, jnp.isfinite(losses))
       args = step_args(finite, losses, aux)
@@ -248,8 +264,9 @@ def gradient_of(
       losses, aux, grads = _weighted.gradient(
         losses_and_aux, params, batch, seen, shards.own(weights), num_micro_batches
       )
-      finite = jnp.logical_and(finite, jnp.isfinite(losses))
-      args = step_args(finite, losses, aux)
+      if not first:
+        finite = jnp.logical_and(finite, jnp.isfinite(losses))
+        args = step_args(finite, losses, aux)
     else:
       losses, pull_back, aux = jax.vjp(
         lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
@@ -277,15 +294,54 @@ def gradient_of(
         grads, new_state = _run_apart(
           step, step_state, params, finite, again, sweep, num_sweeps, weighted
         )
-        return losses, aux, grads, new_state, finite
+        return losses, aux, grads, new_state, finite, {}
       weights = shards.own(weights).astype(losses.dtype)
       (grads,) = pull_back(_numerics.per_row(weights, losses))
     grads = (reduce or shards.sum)(grads)
     leaf = jnp.zeros([shards.total], jnp.float32)
     _, new_state = step.update(leaf, step_state, None, **args)
-    return losses, aux, grads, new_state, finite
+    return losses, aux, grads, new_state, finite, gathered.met
 
   return function
+
+
+def _mean_gradient(
+  losses_and_aux, step, state, shards, params, batch, seen,
+  finite, member_weights, num_micro_batches, reduce,
+) -> tuple[Any, ...]:  # fmt: skip
+  """The weighted mean over the examples of all devices, divided at the end."""
+  asked, _, _ = _members.clean_weights(member_weights, shards.n)
+  weights = jnp.where(finite, asked, jnp.zeros_like(asked)) / shards.total
+  if num_micro_batches > 1:
+    losses, aux, grads = _weighted.gradient(
+      losses_and_aux, params, batch, seen, weights, num_micro_batches
+    )
+    good = jnp.isfinite(losses)
+  else:
+    losses, pull_back, aux = jax.vjp(
+      lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
+    )
+    _validate.shape("the value of per_example_losses", losses, (shards.n,))
+    good = _numerics.replicate(jnp.isfinite(losses))
+    kept = jnp.where(good, weights, jnp.zeros_like(weights)).astype(losses.dtype)
+    (grads,) = pull_back(_numerics.per_row(kept, losses))
+  finite = jnp.logical_and(finite, good)
+  weight = jnp.where(finite, weights, jnp.zeros_like(weights)).sum()
+  dropped = jnp.logical_and(asked > 0, jnp.logical_not(finite)).sum(dtype=weight.dtype)
+  if reduce is None:
+    grads, weight, dropped = shards.sum((grads, weight, dropped))
+  else:
+    grads, (weight, dropped) = reduce(grads), shards.sum((weight, dropped))
+  scale = lambda leaf: _numerics.divide(leaf, weight.astype(_numerics.real(leaf.dtype)))
+  grads = jax.tree.map(scale, grads)
+  _, new_state = step.update(
+    jnp.zeros([shards.n]),
+    state,
+    None,
+    member_weights=jnp.ones([shards.n]),
+    num_dropped=dropped.astype(jnp.int32),
+  )
+  return losses, aux, grads, new_state, finite, {}
 
 
 def _run_apart(

@@ -108,13 +108,21 @@ def _refuse_other_than_one_weight(
 
 
 def _stand_in(tree: _types.PyTree) -> _types.PyTree:
-  """Replaces traced arrays by concrete ones of the same shapes: zeros and ones."""
+  """Replaces traced arrays by concrete ones of the same shapes.
+
+  Zeros and ones; tables of positions go round, as thousands of neighbors at one
+  place would add up to a rounding error.
+  """
 
   def concrete(leaf):
     if not isinstance(leaf, jax.core.Tracer):
       return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    if jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.ndim == 2 and leaf.size:
+      n, k = leaf.shape
+      round_ = np.arange(1, n + 1)[:, None] + np.arange(k)
+      return jnp.asarray(round_ % n, leaf.dtype)
     fill = 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
     return jnp.full(leaf.shape, fill, leaf.dtype)
 
@@ -145,6 +153,26 @@ def uses(
   traced = jax.make_jaxpr(apply)(extra_args[name]).jaxpr
   used = [variable for equation in traced.eqns for variable in equation.invars]
   return any(variable is traced.invars[0] for variable in used)
+
+
+def reads(
+  step: optax.GradientTransformationExtraArgs,
+  n: int,
+  state: _types.PyTree,
+  extra_args: dict[str, Any],
+  rows: dict[str, Any],
+) -> dict[str, Any]:
+  """Which of the arrays in `rows`, given as extra args, a step looks at."""
+  ones = {"member_weights": jnp.ones([n]), "num_dropped": jnp.int32(0)}
+  others = {name: arg for name, arg in extra_args.items() if name not in rows}
+  # One leaf [n] as in a fusion; the step may take no array for granted.
+  apply = lambda rows: step.update(
+    jnp.zeros([n], jnp.float32), state, None, **{**ones, **others, **rows}
+  )
+  jaxpr = jax.make_jaxpr(apply)(rows).jaxpr
+  used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+  structure = jax.tree.structure(rows)
+  return structure.unflatten(id(variable) in used for variable in jaxpr.invars)
 
 
 def refuse_unless_entrywise(

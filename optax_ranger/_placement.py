@@ -48,6 +48,8 @@ class Placement:
   def split_dim(self, leaf: Any) -> int | None:
     """The dimension over which a leaf of a split state is split: its largest."""
     taken = _spec_of(leaf)
+    if any(not _names(entry).isdisjoint(self.names) for entry in taken):
+      return None  # It is split already.
     fits = [
       (size, -dim)
       for dim, size in enumerate(jnp.shape(leaf))
@@ -289,6 +291,13 @@ def _on_host(leaf: Any, name: str) -> np.ndarray:
       " another reduce=, and no process has all of it: restore it whole on each."
     )
   return np.asarray(leaf)
+
+
+def _names(entry: Any) -> frozenset[str]:
+  """The mesh axes over which a dimension is split."""
+  if entry is None:
+    return frozenset()
+  return frozenset((entry,) if isinstance(entry, str) else entry)
 
 
 def _spec_of(leaf: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_ranger import _numerics
 from optax_ranger import _types
@@ -43,7 +44,7 @@ class Shards:
     """The rows of all devices, in their order; the same everywhere."""
     if self.axis_name is None:
       return tree
-    return jax.tree.map(lambda leaf: gather_rows(leaf, self.axis_name), tree)
+    return gather_rows(tree, self.axis_name)
 
   def own(self, rows: _types.Array) -> _types.Array:
     """This device's part of the rows of all devices."""
@@ -81,15 +82,47 @@ def is_typed(axis_name: AxisName) -> bool:
   return _numerics.varying_axes(jax.lax.axis_index(axis_name)) >= axes(axis_name)
 
 
-def gather_rows(leaf: Any, axis_name: AxisName) -> _types.Array:
-  """Puts the rows of all devices after each other, the same on all of them."""
+def gather_rows(tree: _types.PyTree, axis_name: AxisName) -> _types.PyTree:
+  """Puts the rows of all devices after each other, the same on all of them.
+
+  In one collective: what has four bytes a number, or is a flag, travels as bits.
+  """
   typed = is_typed(axis_name)
-  leaf = jnp.asarray(leaf)
-  if typed:
-    leaf = _numerics.vary(leaf, axis_name)
-  return jax.lax.all_gather(
-    leaf, axis_name, tiled=True, to="invarying" if typed else "varying"
+
+  def gather(leaf):
+    leaf = _numerics.vary(leaf, axis_name) if typed else leaf
+    return jax.lax.all_gather(
+      leaf, axis_name, tiled=True, to="invarying" if typed else "varying"
+    )
+
+  leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
+  packed = [leaf for leaf in leaves if _fits(leaf)]
+  if len(packed) < 2:
+    return structure.unflatten(map(gather, leaves))
+  bits = [_as_bits(leaf).reshape(leaf.shape[0], -1) for leaf in packed]
+  rows = gather(jnp.concatenate(bits, axis=1))
+  ends = np.cumsum([part.shape[1] for part in bits])[:-1]
+  parts = iter(jnp.split(rows, ends, axis=1))
+  return structure.unflatten(
+    _from_bits(next(parts), leaf) if _fits(leaf) else gather(leaf) for leaf in leaves
   )
+
+
+def _fits(leaf: _types.Array) -> bool:
+  return leaf.dtype == bool or (leaf.dtype.itemsize == 4 and leaf.dtype.kind in "fiu")
+
+
+def _as_bits(leaf: _types.Array) -> _types.Array:
+  if leaf.dtype == bool:
+    return leaf.astype(jnp.uint32)
+  return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+
+
+def _from_bits(bits: _types.Array, like: _types.Array) -> _types.Array:
+  bits = bits.reshape(-1, *like.shape[1:])
+  if like.dtype == bool:
+    return bits.astype(bool)
+  return jax.lax.bitcast_convert_type(bits, like.dtype)
 
 
 def axes_of(*arrays: Any) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def train_step(
       (``test_a_device_that_fails_is_skipped_by_all``).
 
     An example whose loss, but none of its inputs, is not finite has weight zero;
-    with several micro-batches others do not make up for it in the mean.
+    with a `step` and several micro-batches others do not make up for it.
 
   Raises:
     ValueError: for arguments that do not fit together, rows of another number
@@ -164,7 +164,11 @@ def train_step(
       _aggregation.aggregate_by_mean() if step is None else step
     ),
     has_aux,
-    {"find_neighbors": find_neighbors, "num_micro_batches": num_micro_batches},
+    {
+      "find_neighbors": find_neighbors,
+      "num_micro_batches": num_micro_batches,
+      "is_mean": step is None,
+    },
   )
   return TrainStep(
     body,
@@ -328,7 +332,7 @@ class TrainStep:
       update = functools.partial(body, None, False)
       if place.shard_state:
         update = self._with_split_state(
-          params, functools.partial(body.forward, None, None)
+          params, functools.partial(body.forward, None, None, False)
         )
       return place.automatic(update, (params, state))
     if not place.shard_state:
@@ -340,7 +344,7 @@ class TrainStep:
     dims = jax.tree.map(place.scatter_dim, params)
     tables = list(_tree.find_states(specs, _predictions.PredictionState))
     forward = map_(
-      functools.partial(body.forward, place.names, place.scatter(dims)),
+      functools.partial(body.forward, place.names, place.scatter(dims), False),
       in_specs=(_WHOLE, _WHOLE, tables, rows, rows, _WHOLE),
       out_specs=(place.scattered_specs(dims), _WHOLE, rows, _WHOLE, _WHOLE),
     )

@@ -48,7 +48,7 @@ class Update(NamedTuple):
     tables = list(_tree.find_states(state, _predictions.PredictionState))
     reduce = (lambda grads: grads) if late else None
     grads, step_state, by_row, others, metrics = self.forward(
-      axis_name, reduce, params, state.step, tables, batch, rows, shared
+      axis_name, reduce, True, params, state.step, tables, batch, rows, shared
     )
     params, optimizer_state = self.apply(
       params, state.optimizer, grads, {**by_row, **others}
@@ -64,20 +64,31 @@ class Update(NamedTuple):
     )
     return optax.apply_updates(params, updates), optimizer_state
 
-  def forward(self, axis_name, reduce, params, step_state, tables, batch, rows, shared):
-    """Gradient, the step's state, extra args by row, other ones, and metrics."""
+  def forward(
+    self, axis_name, reduce, meet, params, step_state, tables, batch, rows, shared
+  ):
+    """Gradient, the step's state, extra args by row, other ones, and metrics.
+
+    With `meet`, predictions and their ids are those of all devices.
+    """
     n = _validate.leading_axis("batch", batch) or 0
     shards = _shards.Shards(axis_name, n)
+    ids = None
+    if tables and "example_ids" in rows:
+      ids = shards.gather(rows["example_ids"])
     gradient = _fusion.gradient_of(
       self.losses,
       self.step,
       has_aux=self.has_aux,
       axis_name=axis_name,
       reduce=reduce,
+      meet=("predictions",) if meet and ids is not None else (),
       **self.options,
     )
-    seen = {**self._smoothed(tables, rows), **rows, **shared}
-    losses, aux, grads, step_state, finite = gradient(params, batch, step_state, seen)
+    seen = {**self._smoothed(tables, ids, shards), **rows, **shared}
+    losses, aux, grads, step_state, finite, met = gradient(
+      params, batch, step_state, seen
+    )
     aux = aux if isinstance(aux, dict) else {}
     by_row = {name: item for name, item in aux.items() if _has_rows(item, n)}
     asked = rows.get("member_weights", jnp.ones([n], losses.dtype))
@@ -91,33 +102,30 @@ class Update(NamedTuple):
       (
         jax.tree.map(add, {**means, "loss": losses}),
         weights.sum(),
-        jnp.logical_and(asked != 0, jnp.logical_not(present)).sum(dtype=jnp.int32),
+        # A float, so that it rides along with the others.
+        jnp.logical_and(asked != 0, jnp.logical_not(present)).sum(dtype=losses.dtype),
       )
     )
     metrics = {name: _numerics.divide(sum_, total) for name, sum_ in sums.items()}
     others = {"weight": total, "value": metrics["loss"], **shared}
     others.update({name: metrics[name] for name in means if name not in by_row})
     by_row.update({name: arg for name, arg in rows.items() if name != "member_weights"})
-    if axis_name is not None and not _shards.is_typed(axis_name):
-      # No types tell smooth_predictions that it sees a part of the batch.
-      for name in {"predictions", "example_ids"} & by_row.keys():
-        by_row[name] = shards.gather(by_row[name])
+    if meet and ids is not None and "predictions" in aux:
+      by_row["example_ids"] = ids
+      by_row["predictions"] = met.get("predictions", shards.gather(aux["predictions"]))
     return (
       grads,
       step_state,
       by_row,
       others,
-      {**metrics, "weight": total, "num_dropped": dropped},
+      {**metrics, "weight": total, "num_dropped": dropped.astype(jnp.int32)},
     )
 
-  def _smoothed(self, tables, rows) -> dict[str, Any]:
+  def _smoothed(self, tables, ids, shards) -> dict[str, Any]:
     """Smoothed predictions of the batch's examples, for losses that take them."""
     parameters = inspect.signature(self.losses).parameters
-    ids = rows.get("example_ids")
-    if (
-      tables and ids is not None and _arguments.accepted_names(self.losses)("smoothed")
-    ):
-      return {"smoothed": _predictions.smoothed_predictions(tables, ids)}
+    if ids is not None and _arguments.accepted_names(self.losses)("smoothed"):
+      return {"smoothed": shards.own(_predictions.smoothed_predictions(tables, ids))}
     named = parameters.get("smoothed")
     if named is not None and named.default is named.empty:
       raise ValueError(

@@ -310,3 +310,62 @@ def test_examples_of_different_devices_are_kept_apart():
   np.testing.assert_array_equal(run(local, split), [2, 4, 6, 8])
   with pytest.raises(ValueError, match="params is the same over the mesh axis 'data'"):
     run(lambda params, x: grad_fn(params, x)[1], PartitionSpec())
+
+
+@pytest.mark.parametrize("map_", ["shard_map", "pmap"])
+def test_a_split_batch_has_the_gradient_of_the_whole(map_):
+  """Two examples on each of three devices; one of them is bad."""
+  step = optax.chain(
+    ranger.average_neighbors(include_self=False), ranger.aggregate_by_regions(3)
+  )
+  batch = {**BATCH, "x": BATCH["x"].at[4].set(jnp.nan)}
+  state = step.init(PARAMS)
+  whole = ranger.value_and_grad(losses, step)
+  values, expected, new_state = whole(PARAMS, batch, state=state, **EXTRA)
+  split = ranger.value_and_grad(losses, step, axis_name="data")
+  call = lambda batch, extra: split(PARAMS, batch, state=state, **extra)
+  cut = lambda tree: jax.tree.map(lambda a: a.reshape(3, 2, *a.shape[1:]), tree)
+  if map_ == "pmap":
+    mapped = jax.pmap(call, axis_name="data", devices=jax.devices()[:3])
+    own, grads, after = mapped(cut(batch), cut(EXTRA))
+    grads, after = jax.tree.map(lambda leaf: leaf[2], (grads, after))
+  else:
+    mesh = jax.make_mesh((3,), ("data",), (AxisType.Auto,), devices=jax.devices()[:3])
+    rows = PartitionSpec("data")
+    over = jax.shard_map(
+      call, mesh=mesh, in_specs=rows, out_specs=(rows, PartitionSpec(), PartitionSpec())
+    )
+    own, grads, after = jax.jit(over)(batch, EXTRA)
+  good = np.arange(N) != 4
+  close(np.asarray(own).reshape(-1)[good], values[good])
+  close(grads, expected)
+  jax.tree.map(np.testing.assert_array_equal, after, new_state)
+
+
+def test_a_step_that_is_not_linear_is_refused_over_devices():
+  mesh = jax.make_mesh((3,), ("data",), (AxisType.Auto,), devices=jax.devices()[:3])
+  split = ranger.value_and_grad(losses, ranger.aggregate_by_max(), axis_name="data")
+  over = jax.shard_map(
+    lambda batch: split(PARAMS, batch)[1],
+    mesh=mesh,
+    in_specs=PartitionSpec("data"),
+    out_specs=PartitionSpec(),
+  )
+  with pytest.raises(ValueError, match="never leave their device"):
+    jax.jit(over)(BATCH)
+
+
+def test_many_neighbors_are_no_rounding_error():
+  """The trial of a step on stand-ins must not add up thousands at one place."""
+  n, k = 4096, 10
+  neighbors = ranger.Neighbors(
+    (jnp.arange(n)[:, None] + jnp.arange(1, k + 1)[None]) % n,
+    jnp.ones([n, k]),
+    jnp.full([n, k], 1 / k),
+  )
+  weights = jax.jit(
+    lambda neighbors: ranger.example_weights(
+      ranger.ranger_head(), n, neighbors=neighbors
+    )
+  )(neighbors)
+  np.testing.assert_allclose(weights, np.full(n, 1 / n), rtol=1e-5)
