@@ -1,21 +1,17 @@
 """Nearest neighbors, what they weigh, and how far they back a label: arrays only."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_ranger import _numerics
+from optax_ranger import _search
 from optax_ranger import _types
 from optax_ranger import _validate
 
 _METRICS = ("euclidean", "cosine")
 _KERNELS = ("uniform", "inverse_distance", "gaussian")
-# Candidates kept beside the k best: rounding can swap near ties in the tiles,
-# and exact distances of a few more put them right.
-_SPARE = 8
 
 
 def nearest_neighbors(
@@ -85,100 +81,17 @@ def nearest_neighbors(
     )
   _validate.choice("metric", metric, _METRICS)
   _validate.static_count("block_size", block_size)
-  return _search(features, k=k, metric=metric, block_size=min(block_size, n))
+  distances, indices, _ = _search.search(
+    features, k=k, metric=metric, block_size=block_size
+  )
+  return uniform(indices, distances)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "metric", "block_size"))
-def _search(
-  features: _types.Array, *, k: int, metric: str, block_size: int
-) -> _types.Neighbors:
-  n = features.shape[0]
-  dtype = np.dtype(np.float32)
-  if jnp.issubdtype(features.dtype, jnp.floating):
-    dtype = _numerics.wide(features.dtype)
-  rows = features.astype(dtype)
-  finite = jnp.isfinite(rows).all(axis=1)
-  rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))
-  if metric == "cosine":
-    norm = jnp.sqrt((rows * rows).sum(axis=1, keepdims=True))
-    rows = _numerics.divide(rows, norm)
-  else:
-    # Distances do not change, and the squares below cancel less.
-    rows = rows - rows.mean(axis=0, keepdims=True)
-  keep = min(k + _SPARE, n - 1)
-  blocks = -(-n // block_size)
-  padding = blocks * block_size - n
-  padded = jnp.pad(rows, ((0, padding), (0, 0)))
-  tiles = padded.reshape(blocks, block_size, -1)
-  usable = jnp.pad(finite, (0, padding)).reshape(blocks, block_size)
-  starts = jnp.arange(blocks, dtype=jnp.int32) * block_size
-  within = jnp.arange(block_size, dtype=jnp.int32)
-  infinite = jnp.asarray(jnp.inf, dtype)
-
-  def search_tile(tile):
-    queries, alive, start = tile
-    ids = start + within
-
-    def visit(best, other):
-      keys, usable_keys, key_start = other
-      distances = _tile_distances(queries, keys, metric)
-      others = key_start + within
-      valid = usable_keys[None] & alive[:, None] & (ids[:, None] != others[None])
-      distances = jnp.where(valid, distances, infinite)
-      others = jnp.broadcast_to(others[None], distances.shape)
-      distances = jnp.concatenate([best[0], distances], axis=1)
-      others = jnp.concatenate([best[1], others], axis=1)
-      # top_k keeps the first of equals, and tiles come in order of index.
-      closest, place = jax.lax.top_k(-distances, keep)
-      return (-closest, jnp.take_along_axis(others, place, axis=1)), None
-
-    start_best = (
-      jnp.full([block_size, keep], infinite, dtype),
-      jnp.full([block_size, keep], -1, jnp.int32),
-    )
-    (distances, indices), _ = jax.lax.scan(visit, start_best, (tiles, usable, starts))
-    found = distances < infinite
-    indices = jnp.where(found, indices, n)
-    distances = _exact_distances(queries, padded, indices % n, metric)
-    distances = jnp.where(found, distances, infinite)
-    distances, indices = jax.lax.sort((distances, indices), num_keys=2)
-    return distances[:, :k], jnp.where(indices < n, indices, -1)[:, :k]
-
-  distances, indices = jax.lax.map(search_tile, (tiles, usable, starts))
-  distances = distances.reshape(-1, k)[:n]
-  indices = indices.reshape(-1, k)[:n]
-  uniform = jnp.full([n, k], 1 / k, dtype)
-  weights = jnp.where(indices >= 0, uniform, jnp.zeros_like(uniform))
+def uniform(indices: _types.Array, distances: _types.Array) -> _types.Neighbors:
+  """Neighbors that weigh alike, one over k each; empty places weigh nothing."""
+  weights = jnp.full_like(distances, 1 / indices.shape[1])
+  weights = jnp.where(indices >= 0, weights, jnp.zeros_like(weights))
   return _types.Neighbors(indices, distances, weights)
-
-
-def _tile_distances(
-  queries: _types.Array, keys: _types.Array, metric: str
-) -> _types.Array:
-  product = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
-  if metric == "cosine":
-    return jnp.maximum(1 - product, jnp.zeros_like(product))
-  squares = (queries * queries).sum(axis=1)[:, None]
-  squares = squares + (keys * keys).sum(axis=1)[None]
-  return jnp.maximum(squares - 2 * product, jnp.zeros_like(product))
-
-
-def _exact_distances(
-  queries: _types.Array, rows: _types.Array, indices: _types.Array, metric: str
-) -> _types.Array:
-  """Distances without the cancellation of the tiles, for the few that were kept."""
-  empty = ~queries.any(axis=1)
-
-  def one_place(column):
-    keys = rows[column]
-    difference = queries - keys
-    squares = (difference * difference).sum(axis=1)
-    if metric == "euclidean":
-      return jnp.sqrt(squares)
-    # Of unit vectors: |a - b|^2 / 2 = 1 - <a, b>.
-    return jnp.where(empty | ~keys.any(axis=1), 1, squares / 2)
-
-  return jax.lax.map(one_place, indices.T).T
 
 
 def sample_neighbors(

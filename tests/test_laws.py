@@ -553,6 +553,7 @@ def test_layers_import_downward_only():
     {"_types"},
     {"_numerics"},
     {"_validate", "_tree"},
+    {"_search"},
     {"_factor", "_members", "_neighbors", "_regions", "_targets"},
     {"_gramian"},
     {

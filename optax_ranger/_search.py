@@ -1,0 +1,362 @@
+"""The exact search for nearest neighbors: lower bounds by tiles, then a certificate.
+
+One matrix product per tile gives a lower bound of every squared distance: its
+terms, less what rounding can have added. The few best are measured exactly. An
+example is sure when nothing that was left out can be nearer than what it has;
+the others are measured against all examples, which is slow, and rare.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_ranger import _numerics
+from optax_ranger import _types
+
+# Candidates kept beside the k best: with none, ordinary data needs repairs.
+SPARE = 8
+# Examples that are repaired at a time.
+_REPAIRS = 64
+# Keys of a tile for each of its queries: merging costs less in wide tiles.
+_WIDTH = 8
+# Widths are multiples of this, so that they can be cut into groups.
+_GROUPS = 32
+
+
+class Points(NamedTuple):
+  """Features that are ready to be compared.
+
+  Attributes:
+    rows: ``[n, d]``, scaled by a power of two, or of unit length (cosine).
+    term: ``[n]``, the squared length that stands in a lower bound, a little less
+      than the real one; infinite for a row that is nobody's neighbor.
+    center: ``[1, d]``, the mean of all rows: around it, products cancel less.
+    scale: the exponent of the power of two, ``int32 []``.
+  """
+
+  rows: _types.Array
+  term: _types.Array
+  center: _types.Array
+  scale: _types.Array
+
+
+class Found(NamedTuple):
+  """The best so far: ``[n, k]``, nearest first; index `total` where there is none.
+
+  Attributes:
+    distances: squared, in the unit of ``Points.rows``.
+    indices: positions.
+    bound: ``[n]``, no example that was left out is nearer than this.
+  """
+
+  distances: _types.Array
+  indices: _types.Array
+  bound: _types.Array
+
+
+def prepare(
+  features: _types.Array,
+  metric: str,
+  n: int,
+  padded: int,
+  *,
+  add: Callable[[_types.Array], _types.Array] = lambda x: x,
+  most: Callable[[_types.Array], _types.Array] = lambda x: x,
+) -> Points:
+  """Casts, scales and pads; `add` and `most` go over all devices.
+
+  Args:
+    features: rows of this device.
+    metric: as everywhere.
+    n: the number of rows of all devices.
+    padded: the number of rows to return.
+    add: sums over devices.
+    most: the maximum over devices.
+  """
+  dtype = np.dtype(np.float32)
+  if jnp.issubdtype(features.dtype, jnp.floating):
+    dtype = _numerics.wide(features.dtype)
+  more = padded - features.shape[0]
+  rows = jnp.pad(features.astype(dtype), ((0, more), (0, 0)))
+  finite = jnp.isfinite(rows).all(axis=1)
+  rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))
+  largest = jnp.abs(rows).max(axis=1, initial=0)
+  center = jnp.zeros([1, rows.shape[1]], dtype)
+  if metric == "euclidean":
+    # A power of two: the features keep their digits, and squares stay in range.
+    scale = jnp.frexp(most(largest.max()))[1]
+    rows = _shift(rows, -scale)
+    center = add(rows.sum(axis=0, keepdims=True)) / n
+    term = ((rows - center) ** 2).sum(axis=1)
+  else:
+    rows = _shift(rows, -jnp.frexp(largest)[1][:, None])
+    norm = jnp.sqrt((rows * rows).sum(axis=1, keepdims=True))
+    rows = rows / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    scale = jnp.zeros([], jnp.int32)
+    # All at length one, those without a direction too: distance one from all.
+    term = jnp.ones_like(largest)
+  # The product and the squared lengths round by at most d ulps each.
+  alive = finite & (jnp.arange(padded) < padded - more)
+  term = jnp.where(alive, term * (1 - _slack(rows)), jnp.inf)
+  return Points(rows, term, center, scale)
+
+
+def sizes(n: int, block_size: int) -> tuple[int, int, int]:
+  """Queries and keys of a tile, and the number of rows that makes both fit."""
+  blocks = -(-n // (_WIDTH * block_size))
+  tiles = -(-n // (blocks * block_size))
+  queries = -(-n // (blocks * tiles))
+  if queries > _GROUPS:
+    queries = -(-queries // _GROUPS) * _GROUPS
+  return queries, tiles * queries, blocks * tiles * queries
+
+
+def _slack(rows: _types.Array) -> float:
+  return 2 * (rows.shape[1] + 8) * float(jnp.finfo(rows.dtype).eps)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "metric", "block_size", "repairs"))
+def search(
+  features: _types.Array,
+  *,
+  k: int,
+  metric: str,
+  block_size: int,
+  repairs: bool = True,
+) -> tuple[_types.Array, _types.Array, _types.Array]:
+  """Distances and indices, [n, k], and which examples are sure, [n]."""
+  n = features.shape[0]
+  queries, keys, padded = sizes(n, block_size)
+  points = prepare(features, metric, n, padded)
+
+  def fetch(block):
+    return cut(points, block * keys, keys), block * keys
+
+  over = Sweep(fetch, padded // keys, metric, n)
+  ids = jnp.arange(padded, dtype=jnp.int32)
+  found = look_everywhere(points, ids, over, k, queries)
+  sure = is_sure(found, points, n)
+  if repairs:
+    found, sure = repair(found, sure, points, ids, over, lambda x: x)
+  distances, indices = finish(found, points.scale, metric, n)
+  return distances[:n], indices[:n], sure[:n]
+
+
+class Sweep(NamedTuple):
+  """How to go through all n points, block by block, in order of index.
+
+  Attributes:
+    fetch: gives a block and the index of its first point.
+    blocks: how many there are.
+    metric: as everywhere.
+    n: the number of all points; an index that is not less is a padding.
+  """
+
+  fetch: Callable[[Any], tuple[Points, Any]]
+  blocks: int
+  metric: str
+  n: int
+
+  def run(self, visit: Callable[..., Found], start: Found, like: Points) -> Found:
+    """Folds `visit(best, keys, first index)`; `like` tells on how many devices."""
+    axes = _numerics.varying_axes(like.rows)
+    start = jax.tree.map(lambda leaf: _numerics.vary(leaf, axes), start)
+    step = lambda best, block: (visit(best, *self.fetch(block)), None)
+    return jax.lax.scan(step, start, jnp.arange(self.blocks, dtype=jnp.int32))[0]
+
+
+def cut(points: Points, first: Any, count: int) -> Points:
+  """The `count` points from `first` on."""
+  part = lambda array: jax.lax.dynamic_slice_in_dim(array, first, count)
+  return points._replace(rows=part(points.rows), term=part(points.term))
+
+
+def _nothing(shape: tuple[int, ...], n: int, dtype: Any) -> Found:
+  infinite = jnp.full(shape, jnp.inf, dtype)
+  return Found(infinite, jnp.full(shape, n, jnp.int32), infinite[..., 0])
+
+
+def look_everywhere(
+  points: Points, ids: _types.Array, over: Sweep, k: int, queries: int
+) -> Found:
+  """Compares these points with all points, tile by tile.
+
+  Args:
+    points: the queries, those of this device.
+    ids: their indices among all points.
+    over: goes through all points.
+    k: how many neighbors.
+    queries: how many of them make a tile; divides their number.
+  """
+  local, d = points.rows.shape
+  tiles = local // queries
+  rows = points.rows.reshape(tiles, queries, d)
+  terms, ids = points.term.reshape(tiles, queries), ids.reshape(tiles, queries)
+
+  def visit(best, keys, first):
+    def one_tile(tile):
+      best, rows, term, ids = tile
+      some = points._replace(rows=rows, term=term)
+      return _tile(best, some, ids, keys, first, over.metric)
+
+    return jax.lax.map(one_tile, (best, rows, terms, ids))
+
+  start = _nothing((tiles, queries, k), over.n, rows.dtype)
+  found = over.run(visit, start, points)
+  return jax.tree.map(lambda leaf: leaf.reshape(local, *leaf.shape[2:]), found)
+
+
+def _tile(
+  best: Found, points: Points, ids: _types.Array, keys: Points, first: Any, metric: str
+) -> Found:
+  """Merges the nearest of one block of keys into the best of some queries."""
+  k, width = best.indices.shape[1], keys.term.shape[0]
+  keep = min(k + SPARE, width)
+  product = jnp.matmul(
+    points.rows - points.center,
+    (keys.rows - keys.center).T,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  bounds = keys.term[None] - 2 * product
+  columns = first + jnp.arange(width, dtype=jnp.int32)
+  bounds = jnp.where(ids[:, None] == columns[None], jnp.inf, bounds)
+  bounds, places = _least(bounds, keep)
+  if keep < width:
+    left_out = jnp.minimum(best.bound, points.term + bounds[:, -1])
+  else:
+    left_out = best.bound
+  distances = _measure(points.rows, keys.rows, places, metric)
+  nobody = jnp.isinf(bounds) | jnp.isinf(points.term)[:, None]
+  distances = jnp.where(nobody, jnp.inf, distances)
+  return _merge(best, distances, first + places, left_out)
+
+
+def _merge(
+  best: Found, distances: _types.Array, indices: _types.Array, bound: _types.Array
+) -> Found:
+  """The k least of those at hand and the new ones; ties go to the lower index."""
+  k = best.indices.shape[1]
+  largest = jnp.iinfo(jnp.int32).max
+  indices = jnp.where(jnp.isinf(distances), largest, indices)
+  both = (
+    jnp.concatenate([best.distances, distances], axis=1),
+    jnp.concatenate([best.indices, indices], axis=1),
+  )
+  distances, indices = jax.lax.sort(both, num_keys=2)
+  return Found(distances[:, :k], indices[:, :k], bound)
+
+
+def _least(values: _types.Array, keep: int) -> tuple[_types.Array, _types.Array]:
+  """The least values of each row and their places; of equals, the first.
+
+  The groups with the `keep` least minima hold the `keep` least values.
+  """
+  rows, width = values.shape
+  group = 1 << max(0, int(np.log2(max(1, width / keep)) / 2))
+  while width % group:
+    group //= 2
+  if group == 1:
+    least, places = jax.lax.top_k(-values, keep)
+    return -least, places
+  grouped = values.reshape(rows, width // group, group)
+  _, groups = jax.lax.top_k(-grouped.min(axis=2), keep)
+  groups = jnp.sort(groups, axis=1)
+  chosen = jnp.take_along_axis(grouped, groups[:, :, None], axis=1)
+  least, places = jax.lax.top_k(-chosen.reshape(rows, -1), keep)
+  column = jnp.take_along_axis(groups, places // group, axis=1)
+  return -least, column * group + places % group
+
+
+def _measure(
+  queries: _types.Array, rows: _types.Array, places: _types.Array, metric: str
+) -> _types.Array:
+  """Squared distances without cancellation, for the few that were kept."""
+
+  def one_place(column):
+    return squared_distance(queries, rows[column], metric)
+
+  return jax.lax.map(one_place, places.T).T
+
+
+def squared_distance(a: _types.Array, b: _types.Array, metric: str) -> _types.Array:
+  """Of rows; of unit vectors (cosine), where a zero row has no direction."""
+  difference = a - b
+  squares = (difference * difference).sum(axis=-1)
+  if metric == "euclidean":
+    return squares
+  empty = ~a.any(axis=-1) | ~b.any(axis=-1)
+  # |a - b|^2 = 2 (1 - <a, b>).
+  return jnp.where(empty, jnp.full_like(squares, 2), squares)
+
+
+def is_sure(found: Found, points: Points, n: int) -> _types.Array:
+  """Whether nothing that was left out can be among the k nearest."""
+  last = found.distances[:, -1] * (1 + _slack(points.rows))
+  full = found.indices[:, -1] < n
+  nearer = (full & (last < found.bound)) | jnp.isinf(found.bound)
+  return nearer | jnp.isinf(points.term)
+
+
+def repair(
+  found: Found,
+  sure: _types.Array,
+  points: Points,
+  ids: _types.Array,
+  over: Sweep,
+  most: Callable[[_types.Array], _types.Array],
+) -> tuple[Found, _types.Array]:
+  """Measures those that are not sure against all others, a few at a time."""
+  local, k = found.indices.shape
+  count = min(_REPAIRS, local)
+
+  def some_are_left(carry):
+    return most((~carry[1]).sum()) > 0
+
+  def repair_some(carry):
+    found, sure = carry
+    (chosen,) = jnp.nonzero(~sure, size=count, fill_value=local)
+    queries = points.rows.at[chosen].get(mode="fill", fill_value=0)
+    own = ids.at[chosen].get(mode="fill", fill_value=over.n)
+
+    def visit(best, keys, first):
+      columns = first + jnp.arange(keys.term.shape[0], dtype=jnp.int32)
+
+      def one(query, own):
+        squares = squared_distance(query[None], keys.rows, over.metric)
+        return jnp.where(jnp.isinf(keys.term) | (columns == own), jnp.inf, squares)
+
+      squares = jax.lax.map(lambda pair: one(*pair), (queries, own))
+      squares, places = _least(squares, min(k, squares.shape[1]))
+      return _merge(best, squares, first + places, best.bound)
+
+    best = over.run(visit, _nothing((count, k), over.n, queries.dtype), points)
+    put = lambda leaf, new: leaf.at[chosen].set(new, mode="drop")
+    return jax.tree.map(put, found, best), put(sure, True)
+
+  return jax.lax.while_loop(some_are_left, repair_some, (found, sure))
+
+
+def finish(
+  found: Found, scale: _types.Array, metric: str, n: int
+) -> tuple[_types.Array, _types.Array]:
+  """Distances in the unit of the features, and -1 where there is no neighbor."""
+  filled = found.indices < n
+  if metric == "cosine":
+    distances = found.distances / 2
+  else:
+    largest = float(jnp.finfo(found.distances.dtype).max)
+    distances = jnp.minimum(_shift(jnp.sqrt(found.distances), scale), largest)
+  distances = jnp.where(filled, distances, jnp.inf)
+  return distances, jnp.where(filled, found.indices, -1)
+
+
+def _shift(values: _types.Array, exponent: _types.Array) -> _types.Array:
+  """Times a power of two, in two steps: one factor could leave the range."""
+  half = exponent // 2
+  one = jnp.ones([], values.dtype)
+  return values * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)
