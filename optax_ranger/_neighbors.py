@@ -10,7 +10,7 @@ from optax_ranger import _search
 from optax_ranger import _types
 from optax_ranger import _validate
 
-_METRICS = ("euclidean", "cosine")
+METRICS = ("euclidean", "cosine")
 _KERNELS = ("uniform", "inverse_distance", "gaussian")
 
 
@@ -64,9 +64,9 @@ def nearest_neighbors(
     >>> print(neighbors.indices[:, 0], neighbors.distances[:, 0])
     [1 0 1] [1. 1. 2.]
   """
-  if jnp.ndim(features) != 2:
+  if jnp.ndim(features) != 2 or not jnp.shape(features)[1]:
     raise ValueError(
-      "features must have shape [n, d], got"
+      "features must have shape [n, d], d at least 1, got"
       f" {list(jnp.shape(features))}; flatten each example first."
     )
   features = jnp.asarray(features)
@@ -79,7 +79,7 @@ def nearest_neighbors(
       f"k must be less than the number of examples, n = {n}, got {k}: an"
       " example is not its own neighbor."
     )
-  _validate.choice("metric", metric, _METRICS)
+  _validate.choice("metric", metric, METRICS)
   _validate.static_count("block_size", block_size)
   distances, indices, _ = _search.search(
     features, k=k, metric=metric, block_size=block_size

@@ -59,6 +59,7 @@ class Found(NamedTuple):
   bound: _types.Array
 
 
+@functools.partial(jax.jit, static_argnames=("metric", "n", "padded", "add", "most"))
 def prepare(
   features: _types.Array,
   metric: str,
@@ -95,14 +96,14 @@ def prepare(
     term = ((rows - center) ** 2).sum(axis=1)
   else:
     rows = _shift(rows, -jnp.frexp(largest)[1][:, None])
-    norm = jnp.sqrt((rows * rows).sum(axis=1, keepdims=True))
+    norm = jnp.sqrt(sum_of_squares(rows))[:, None]
     rows = rows / jnp.where(norm > 0, norm, jnp.ones_like(norm))
     scale = jnp.zeros([], jnp.int32)
     # All at length one, those without a direction too: distance one from all.
     term = jnp.ones_like(largest)
   # The product and the squared lengths round by at most d ulps each.
   alive = finite & (jnp.arange(padded) < padded - more)
-  term = jnp.where(alive, term * (1 - _slack(rows)), jnp.inf)
+  term = jnp.where(alive, term * (1 - slack(rows)), jnp.inf)
   return Points(rows, term, center, scale)
 
 
@@ -116,7 +117,8 @@ def sizes(n: int, block_size: int) -> tuple[int, int, int]:
   return queries, tiles * queries, blocks * tiles * queries
 
 
-def _slack(rows: _types.Array) -> float:
+def slack(rows: _types.Array) -> float:
+  """What rounding can add to a squared distance, in units of the squared lengths."""
   return 2 * (rows.shape[1] + 8) * float(jnp.finfo(rows.dtype).eps)
 
 
@@ -145,6 +147,54 @@ def search(
     found, sure = repair(found, sure, points, ids, over, lambda x: x)
   distances, indices = finish(found, points.scale, metric, n)
   return distances[:n], indices[:n], sure[:n]
+
+
+@functools.partial(
+  jax.jit, static_argnames=("k", "metric", "n", "queries", "keys", "count")
+)
+def search_some(
+  points: Points,
+  first: _types.Array,
+  *,
+  k: int,
+  metric: str,
+  n: int,
+  queries: int,
+  keys: int,
+  count: int,
+) -> tuple[_types.Array, _types.Array, _types.Array]:
+  """As `search`, of the `count` points from `first` on, without repairs."""
+  fetch = lambda block: (cut(points, block * keys, keys), block * keys)
+  over = Sweep(fetch, points.term.shape[0] // keys, metric, n)
+  some = cut(points, first, count)
+  ids = first + jnp.arange(count, dtype=jnp.int32)
+  found = look_everywhere(some, ids, over, k, queries)
+  return *finish(found, points.scale, metric, n), is_sure(found, some, n)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "metric", "n"))
+def rank(
+  points: Points,
+  ids: _types.Array,
+  candidates: _types.Array,
+  *,
+  k: int,
+  metric: str,
+  n: int,
+) -> tuple[_types.Array, _types.Array, _types.Array]:
+  """The k nearest of given candidates, [count, m], negative where there is none.
+
+  Returns:
+    Distances and indices, [count, k], and the last squared distance, [count].
+  """
+  nobody = (candidates < 0) | (candidates == ids[:, None])
+  nobody |= jnp.isinf(points.term)[candidates] | jnp.isinf(points.term[ids])[:, None]
+  queries = points.rows[ids]
+  distances = _measure(queries, points.rows, candidates, metric)
+  distances = jnp.where(nobody, jnp.inf, distances)
+  start = _nothing((len(ids), k), n, distances.dtype)
+  found = _merge(start, distances, candidates, start.bound)
+  return *finish(found, points.scale, metric, n), found.distances[:, -1]
 
 
 class Sweep(NamedTuple):
@@ -285,8 +335,7 @@ def _measure(
 
 def squared_distance(a: _types.Array, b: _types.Array, metric: str) -> _types.Array:
   """Of rows; of unit vectors (cosine), where a zero row has no direction."""
-  difference = a - b
-  squares = (difference * difference).sum(axis=-1)
+  squares = sum_of_squares(a - b)
   if metric == "euclidean":
     return squares
   empty = ~a.any(axis=-1) | ~b.any(axis=-1)
@@ -294,9 +343,25 @@ def squared_distance(a: _types.Array, b: _types.Array, metric: str) -> _types.Ar
   return jnp.where(empty, jnp.full_like(squares, 2), squares)
 
 
+def sum_of_squares(rows: _types.Array) -> _types.Array:
+  """By halves, entry by entry: the same bits in every program and shape.
+
+  A compiler chooses the order of a reduction by its size, and fuses a product
+  with a sum; it may not reorder additions, and a minimum keeps the two apart.
+  """
+  squares = jnp.minimum(rows * rows, float(jnp.finfo(rows.dtype).max))
+  while squares.shape[-1] > 1:
+    half = -(-squares.shape[-1] // 2)
+    rest = squares[..., half:]
+    if rest.shape[-1] < half:
+      rest = jnp.pad(rest, [(0, 0)] * (rest.ndim - 1) + [(0, 1)])
+    squares = squares[..., :half] + rest
+  return squares[..., 0]
+
+
 def is_sure(found: Found, points: Points, n: int) -> _types.Array:
   """Whether nothing that was left out can be among the k nearest."""
-  last = found.distances[:, -1] * (1 + _slack(points.rows))
+  last = found.distances[:, -1] * (1 + slack(points.rows))
   full = found.indices[:, -1] < n
   nearer = (full & (last < found.bound)) | jnp.isinf(found.bound)
   return nearer | jnp.isinf(points.term)
