@@ -117,7 +117,7 @@ def sizes(n: int, block_size: int) -> tuple[int, int, int]:
   return queries, tiles * queries, blocks * tiles * queries
 
 
-def slack(rows: _types.Array) -> float:
+def slack(rows: Any) -> float:
   """What rounding can add to a squared distance, in units of the squared lengths."""
   return 2 * (rows.shape[1] + 8) * float(jnp.finfo(rows.dtype).eps)
 

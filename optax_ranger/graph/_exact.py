@@ -67,9 +67,9 @@ def build(
       _repair(points, bad, distances, indices, metric, progress)
   if u < n:
     # A zero row has no direction: it is at distance one from its copies too.
-    empty = metric == "cosine" and np.asarray(~points.rows.any(axis=1))
     distances, indices = _duplicates.expand(groups, distances, indices, k, 0.0)
-    if np.any(empty):
+    if metric == "cosine":
+      empty = ~np.asarray(points.rows).any(axis=1)
       lost = np.flatnonzero(empty[groups.group] & alive)
       distances[lost], indices[lost] = _directionless(lost, alive, k)
     distances[~alive], indices[~alive] = np.inf, -1
@@ -148,10 +148,11 @@ def _measured(points, ids, candidates, k, metric):
     )
     for i in range(0, len(ids), size)
   ]
-  return tuple(
+  distances, indices, last = (
     np.concatenate([np.asarray(part) for part in column])[:count]
     for column in zip(*parts, strict=True)
   )
+  return distances, indices, last
 
 
 def _repair(
@@ -183,9 +184,9 @@ def _repair(
     found[:, ~alive] = np.inf
     found[np.arange(len(own)), own] = np.inf
     if metric == "cosine":
-      empty = ~rows.any(axis=1)
-      found[:, empty & alive] = 2
-      found[empty[own]] = np.where(np.isinf(found[empty[own]]), np.inf, 2)
+      full = np.asarray(rows.any(axis=1))
+      apart = ~full[None] | ~full[own][:, None]
+      found = np.where(apart & np.isfinite(found), 2, found)
     limit = np.partition(found, k - 1, axis=1)[:, k - 1]
     limit += slack * (squares[own] + squares[alive].max(initial=0))
     for row, i in enumerate(own):
