@@ -1,6 +1,7 @@
 """Nearest neighbors, what they weigh, and how far they back a label: arrays only."""
 
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -281,3 +282,56 @@ def _agreement(
 
   # One place at a time: [n, k, C] would be k times the table of beliefs.
   return jax.lax.map(one_place, places.T).T
+
+
+class WeightReport(NamedTuple):
+  """How evenly weights are spread over examples.
+
+  Attributes:
+    effective_sample_size: as many examples of equal weight would average as
+      well: :math:`(\\sum w)^2 / \\sum w^2`, in [1, n]; 0 when all are zero.
+    top_share: the share of the weight that the 1 % heaviest have, at least one
+      example: hubs, that many others have as their neighbor.
+    zero_share: the share of examples that have no weight.
+  """
+
+  effective_sample_size: _types.Array
+  top_share: _types.Array
+  zero_share: _types.Array
+
+
+def weight_report(weights: _types.ArrayLike) -> WeightReport:
+  r"""Tells how evenly weights are spread: what averaging loses, and hubs.
+
+  Args:
+    weights: ``float [n]``, not negative; those of ``example_weights``, say.
+
+  Returns:
+    ``WeightReport(effective_sample_size, top_share, zero_share)``, scalars.
+
+  Guarantees:
+    * Uniform weights have n effective examples, and one example with all the
+      weight has one (``test_weight_report_limits``).
+
+  Raises:
+    ValueError: for weights that are not ``[n]``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> report = ranger.weight_report(jnp.array([1.0, 1.0, 0.0, 2.0]))
+    >>> print(*(round(float(number), 3) for number in report))
+    2.667 0.5 0.25
+  """
+  weights = jnp.asarray(weights)
+  if weights.ndim != 1 or not weights.shape[0]:
+    raise ValueError(f"weights must have shape [n], got {list(weights.shape)}.")
+  weights = weights.astype(_numerics.wide(weights.dtype))
+  # Around one, so that squares stay in range.
+  weights = _numerics.divide(weights, weights.max())
+  total = weights.sum()
+  heaviest, _ = jax.lax.top_k(weights, -(-weights.shape[0] // 100))
+  return WeightReport(
+    _numerics.divide(total * total, (weights * weights).sum()),
+    _numerics.divide(heaviest.sum(), total),
+    (weights == 0).mean(dtype=weights.dtype),
+  )

@@ -70,7 +70,7 @@ def build(
     distances, indices = _duplicates.expand(groups, distances, indices, k, 0.0)
     if metric == "cosine":
       empty = ~np.asarray(points.rows).any(axis=1)
-      lost = np.flatnonzero(empty[groups.group] & alive)
+      lost = np.flatnonzero(np.take(empty, groups.group) & alive)
       distances[lost], indices[lost] = _directionless(lost, alive, k)
     distances[~alive], indices[~alive] = np.inf, -1
     distances = distances.astype(dtype)

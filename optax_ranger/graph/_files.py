@@ -122,7 +122,9 @@ def load(path: str | os.PathLike[str], *, features: Any = None) -> _types.Neighb
     with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
       found = {name: content[name] for name in _FIELDS if name in content.files}
   except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
-    kind = "is damaged" if zipfile.is_zipfile(path) else f"is not a graph of {_FORMAT[:12]}"
+    kind = (
+      "is damaged" if zipfile.is_zipfile(path) else f"is not a graph of {_FORMAT[:12]}"
+    )
     raise ValueError(f"{path} {kind}.") from error
   if str(found.get("format")) != _FORMAT:
     raise ValueError(f"{path} is not a graph of optax_ranger.")
