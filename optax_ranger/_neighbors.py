@@ -285,11 +285,11 @@ def _agreement(
 
 
 class WeightReport(NamedTuple):
-  """How evenly weights are spread over examples.
+  r"""How evenly weights are spread over examples.
 
   Attributes:
     effective_sample_size: as many examples of equal weight would average as
-      well: :math:`(\\sum w)^2 / \\sum w^2`, in [1, n]; 0 when all are zero.
+      well: :math:`(\sum w)^2 / \sum w^2`, in [1, n]; 0 when all are zero.
     top_share: the share of the weight that the 1 % heaviest have, at least one
       example: hubs, that many others have as their neighbor.
     zero_share: the share of examples that have no weight.

@@ -1,4 +1,4 @@
-"""Graphs in files: arrays only, with a version, a checksum and the data's fingerprint."""
+"""Graphs in files: arrays, a version, a checksum, a fingerprint of the features."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ def fingerprint(features: Any) -> str:
   for part in parts:
     array = np.ascontiguousarray(part)
     digest.update(f"{array.dtype.str}{array.shape}".encode())
-    digest.update(memoryview(array.reshape(-1).view(np.uint8)))
+    digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 
@@ -118,14 +118,13 @@ def load(path: str | os.PathLike[str], *, features: Any = None) -> _types.Neighb
     is not a graph of optax_ranger.
   """
   path = pathlib.Path(path)
+  if path.stat() and not zipfile.is_zipfile(path):
+    raise ValueError(f"{path} is not a graph of optax_ranger.")
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
       found = {name: content[name] for name in _FIELDS if name in content.files}
   except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
-    kind = (
-      "is damaged" if zipfile.is_zipfile(path) else f"is not a graph of {_FORMAT[:12]}"
-    )
-    raise ValueError(f"{path} {kind}.") from error
+    raise ValueError(f"{path} is damaged.") from error
   if str(found.get("format")) != _FORMAT:
     raise ValueError(f"{path} is not a graph of optax_ranger.")
   if int(found.get("version", 0)) != _VERSION:
