@@ -16,33 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_ranger import _numerics
+from optax_ranger import _points
 from optax_ranger import _types
 
 # Candidates kept beside the k best: with none, ordinary data needs repairs.
 SPARE = 8
 # Examples that are repaired at a time.
 _REPAIRS = 64
-# Keys of a tile for each of its queries: merging costs less in wide tiles.
-_WIDTH = 8
-# Widths are multiples of this, so that they can be cut into groups.
-_GROUPS = 32
-
-
-class Points(NamedTuple):
-  """Features that are ready to be compared.
-
-  Attributes:
-    rows: ``[n, d]``, scaled by a power of two, or of unit length (cosine).
-    term: ``[n]``, the squared length that stands in a lower bound, a little less
-      than the real one; infinite for a row that is nobody's neighbor.
-    center: ``[1, d]``, the mean of all rows: around it, products cancel less.
-    scale: the exponent of the power of two, ``int32 []``.
-  """
-
-  rows: _types.Array
-  term: _types.Array
-  center: _types.Array
-  scale: _types.Array
 
 
 class Found(NamedTuple):
@@ -59,69 +39,6 @@ class Found(NamedTuple):
   bound: _types.Array
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "n", "padded", "add", "most"))
-def prepare(
-  features: _types.Array,
-  metric: str,
-  n: int,
-  padded: int,
-  *,
-  add: Callable[[_types.Array], _types.Array] = lambda x: x,
-  most: Callable[[_types.Array], _types.Array] = lambda x: x,
-) -> Points:
-  """Casts, scales and pads; `add` and `most` go over all devices.
-
-  Args:
-    features: rows of this device.
-    metric: as everywhere.
-    n: the number of rows of all devices.
-    padded: the number of rows to return.
-    add: sums over devices.
-    most: the maximum over devices.
-  """
-  dtype = np.dtype(np.float32)
-  if jnp.issubdtype(features.dtype, jnp.floating):
-    dtype = _numerics.wide(features.dtype)
-  more = padded - features.shape[0]
-  rows = jnp.pad(features.astype(dtype), ((0, more), (0, 0)))
-  finite = jnp.isfinite(rows).all(axis=1)
-  rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))
-  largest = jnp.abs(rows).max(axis=1, initial=0)
-  center = jnp.zeros([1, rows.shape[1]], dtype)
-  if metric == "euclidean":
-    # A power of two: the features keep their digits, and squares stay in range.
-    scale = jnp.frexp(most(largest.max()))[1]
-    rows = _shift(rows, -scale)
-    center = add(rows.sum(axis=0, keepdims=True)) / n
-    term = ((rows - center) ** 2).sum(axis=1)
-  else:
-    rows = _shift(rows, -jnp.frexp(largest)[1][:, None])
-    norm = jnp.sqrt(sum_of_squares(rows))[:, None]
-    rows = rows / jnp.where(norm > 0, norm, jnp.ones_like(norm))
-    scale = jnp.zeros([], jnp.int32)
-    # All at length one, those without a direction too: distance one from all.
-    term = jnp.ones_like(largest)
-  # The product and the squared lengths round by at most d ulps each.
-  alive = finite & (jnp.arange(padded) < padded - more)
-  term = jnp.where(alive, term * (1 - slack(rows)), jnp.inf)
-  return Points(rows, term, center, scale)
-
-
-def sizes(n: int, block_size: int) -> tuple[int, int, int]:
-  """Queries and keys of a tile, and the number of rows that makes both fit."""
-  blocks = -(-n // (_WIDTH * block_size))
-  tiles = -(-n // (blocks * block_size))
-  queries = -(-n // (blocks * tiles))
-  if queries > _GROUPS:
-    queries = -(-queries // _GROUPS) * _GROUPS
-  return queries, tiles * queries, blocks * tiles * queries
-
-
-def slack(rows: Any) -> float:
-  """What rounding can add to a squared distance, in units of the squared lengths."""
-  return 2 * (rows.shape[1] + 8) * float(jnp.finfo(rows.dtype).eps)
-
-
 @functools.partial(jax.jit, static_argnames=("k", "metric", "block_size", "repairs"))
 def search(
   features: _types.Array,
@@ -133,11 +50,11 @@ def search(
 ) -> tuple[_types.Array, _types.Array, _types.Array]:
   """Distances and indices, [n, k], and which examples are sure, [n]."""
   n = features.shape[0]
-  queries, keys, padded = sizes(n, block_size)
-  points = prepare(features, metric, n, padded)
+  queries, keys, padded = _points.sizes(n, block_size)
+  points = _points.prepare(features, metric, n, padded)
 
   def fetch(block):
-    return cut(points, block * keys, keys), block * keys
+    return _points.cut(points, block * keys, keys), block * keys
 
   over = Sweep(fetch, padded // keys, metric, n)
   ids = jnp.arange(padded, dtype=jnp.int32)
@@ -153,7 +70,7 @@ def search(
   jax.jit, static_argnames=("k", "metric", "n", "queries", "keys", "count")
 )
 def search_some(
-  points: Points,
+  points: _points.Points,
   first: _types.Array,
   *,
   k: int,
@@ -164,9 +81,9 @@ def search_some(
   count: int,
 ) -> tuple[_types.Array, _types.Array, _types.Array]:
   """As `search`, of the `count` points from `first` on, without repairs."""
-  fetch = lambda block: (cut(points, block * keys, keys), block * keys)
+  fetch = lambda block: (_points.cut(points, block * keys, keys), block * keys)
   over = Sweep(fetch, points.term.shape[0] // keys, metric, n)
-  some = cut(points, first, count)
+  some = _points.cut(points, first, count)
   ids = first + jnp.arange(count, dtype=jnp.int32)
   found = look_everywhere(some, ids, over, k, queries)
   return *finish(found, points.scale, metric, n), is_sure(found, some, n)
@@ -174,7 +91,7 @@ def search_some(
 
 @functools.partial(jax.jit, static_argnames=("k", "metric", "n"))
 def rank(
-  points: Points,
+  points: _points.Points,
   ids: _types.Array,
   candidates: _types.Array,
   *,
@@ -207,23 +124,19 @@ class Sweep(NamedTuple):
     n: the number of all points; an index that is not less is a padding.
   """
 
-  fetch: Callable[[Any], tuple[Points, Any]]
+  fetch: Callable[[Any], tuple[_points.Points, Any]]
   blocks: int
   metric: str
   n: int
 
-  def run(self, visit: Callable[..., Found], start: Found, like: Points) -> Found:
+  def run(
+    self, visit: Callable[..., Found], start: Found, like: _points.Points
+  ) -> Found:
     """Folds `visit(best, keys, first index)`; `like` tells on how many devices."""
     axes = _numerics.varying_axes(like.rows)
     start = jax.tree.map(lambda leaf: _numerics.vary(leaf, axes), start)
     step = lambda best, block: (visit(best, *self.fetch(block)), None)
     return jax.lax.scan(step, start, jnp.arange(self.blocks, dtype=jnp.int32))[0]
-
-
-def cut(points: Points, first: Any, count: int) -> Points:
-  """The `count` points from `first` on."""
-  part = lambda array: jax.lax.dynamic_slice_in_dim(array, first, count)
-  return points._replace(rows=part(points.rows), term=part(points.term))
 
 
 def _nothing(shape: tuple[int, ...], n: int, dtype: Any) -> Found:
@@ -232,7 +145,7 @@ def _nothing(shape: tuple[int, ...], n: int, dtype: Any) -> Found:
 
 
 def look_everywhere(
-  points: Points, ids: _types.Array, over: Sweep, k: int, queries: int
+  points: _points.Points, ids: _types.Array, over: Sweep, k: int, queries: int
 ) -> Found:
   """Compares these points with all points, tile by tile.
 
@@ -262,7 +175,12 @@ def look_everywhere(
 
 
 def _tile(
-  best: Found, points: Points, ids: _types.Array, keys: Points, first: Any, metric: str
+  best: Found,
+  points: _points.Points,
+  ids: _types.Array,
+  keys: _points.Points,
+  first: Any,
+  metric: str,
 ) -> Found:
   """Merges the nearest of one block of keys into the best of some queries."""
   k, width = best.indices.shape[1], keys.term.shape[0]
@@ -328,40 +246,14 @@ def _measure(
   """Squared distances without cancellation, for the few that were kept."""
 
   def one_place(column):
-    return squared_distance(queries, rows[column], metric)
+    return _points.squared_distance(queries, rows[column], metric)
 
   return jax.lax.map(one_place, places.T).T
 
 
-def squared_distance(a: _types.Array, b: _types.Array, metric: str) -> _types.Array:
-  """Of rows; of unit vectors (cosine), where a zero row has no direction."""
-  squares = sum_of_squares(a - b)
-  if metric == "euclidean":
-    return squares
-  empty = ~a.any(axis=-1) | ~b.any(axis=-1)
-  # |a - b|^2 = 2 (1 - <a, b>).
-  return jnp.where(empty, jnp.full_like(squares, 2), squares)
-
-
-def sum_of_squares(rows: _types.Array) -> _types.Array:
-  """By halves, entry by entry: the same bits in every program and shape.
-
-  A compiler chooses the order of a reduction by its size, and fuses a product
-  with a sum; it may not reorder additions, and a minimum keeps the two apart.
-  """
-  squares = jnp.minimum(rows * rows, float(jnp.finfo(rows.dtype).max))
-  while squares.shape[-1] > 1:
-    half = -(-squares.shape[-1] // 2)
-    rest = squares[..., half:]
-    if rest.shape[-1] < half:
-      rest = jnp.pad(rest, [(0, 0)] * (rest.ndim - 1) + [(0, 1)])
-    squares = squares[..., :half] + rest
-  return squares[..., 0]
-
-
-def is_sure(found: Found, points: Points, n: int) -> _types.Array:
+def is_sure(found: Found, points: _points.Points, n: int) -> _types.Array:
   """Whether nothing that was left out can be among the k nearest."""
-  last = found.distances[:, -1] * (1 + slack(points.rows))
+  last = found.distances[:, -1] * (1 + _points.slack(points.rows))
   full = found.indices[:, -1] < n
   nearer = (full & (last < found.bound)) | jnp.isinf(found.bound)
   return nearer | jnp.isinf(points.term)
@@ -370,7 +262,7 @@ def is_sure(found: Found, points: Points, n: int) -> _types.Array:
 def repair(
   found: Found,
   sure: _types.Array,
-  points: Points,
+  points: _points.Points,
   ids: _types.Array,
   over: Sweep,
   most: Callable[[_types.Array], _types.Array],
@@ -392,7 +284,7 @@ def repair(
       columns = first + jnp.arange(keys.term.shape[0], dtype=jnp.int32)
 
       def one(query, own):
-        squares = squared_distance(query[None], keys.rows, over.metric)
+        squares = _points.squared_distance(query[None], keys.rows, over.metric)
         return jnp.where(jnp.isinf(keys.term) | (columns == own), jnp.inf, squares)
 
       squares = jax.lax.map(lambda pair: one(*pair), (queries, own))
@@ -415,13 +307,6 @@ def finish(
     distances = found.distances / 2
   else:
     largest = float(jnp.finfo(found.distances.dtype).max)
-    distances = jnp.minimum(_shift(jnp.sqrt(found.distances), scale), largest)
+    distances = jnp.minimum(_points.shift(jnp.sqrt(found.distances), scale), largest)
   distances = jnp.where(filled, distances, jnp.inf)
   return distances, jnp.where(filled, found.indices, -1)
-
-
-def _shift(values: _types.Array, exponent: _types.Array) -> _types.Array:
-  """Times a power of two, in two steps: one factor could leave the range."""
-  half = exponent // 2
-  one = jnp.ones([], values.dtype)
-  return values * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)

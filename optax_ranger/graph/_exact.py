@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger import _points
 from optax_ranger import _search
 from optax_ranger.graph import _duplicates
 from optax_ranger.graph import _progress
@@ -45,7 +46,7 @@ def build(
 ) -> Exact:
   """Searches among the distinct rows, and lists the copies of what was found."""
   n = len(features)
-  points = _search.prepare(jnp.asarray(features), metric, n, n)
+  points = _points.prepare(jnp.asarray(features), metric, n, n)
   groups = _duplicates.find(np.asarray(points.rows))
   alive = np.isfinite(np.asarray(points.term))
   # Rows that are not finite are zeros by now, and not equal to a row of zeros.
@@ -53,7 +54,7 @@ def build(
   u = len(groups.first)
   if u < n:
     features = jnp.asarray(features)[groups.first]
-    points = _search.prepare(features, metric, u, u)
+    points = _points.prepare(features, metric, u, u)
   dtype = np.asarray(points.rows[:0]).dtype
   fewer = min(k, u - 1)
   if fewer == 0:
@@ -77,7 +78,7 @@ def build(
   return Exact(distances, indices, repaired, n - u)
 
 
-def _marked(points: _search.Points, alive: np.ndarray) -> np.ndarray:
+def _marked(points: _points.Points, alive: np.ndarray) -> np.ndarray:
   """Rows that are not finite, made different from all the others and alike."""
   rows = np.array(points.rows)
   rows[~alive] = np.inf
@@ -98,10 +99,10 @@ def _directionless(
   return distances, indices
 
 
-def by_jax(points: _search.Points, k: int, metric: str, progress: bool) -> Any:
+def by_jax(points: _points.Points, k: int, metric: str, progress: bool) -> Any:
   """The engine in JAX: tiles of lower bounds, on any accelerator."""
   n = points.term.shape[0]
-  queries, keys, padded = _search.sizes(n, _BLOCK)
+  queries, keys, padded = _points.sizes(n, _BLOCK)
   more = padded - n
   rows = jnp.pad(points.rows, ((0, more), (0, 0)))
   term = jnp.pad(points.term, (0, more), constant_values=jnp.inf)
@@ -130,7 +131,7 @@ def by_jax(points: _search.Points, k: int, metric: str, progress: bool) -> Any:
 
 
 def measured(
-  points: _search.Points, candidates: np.ndarray, k: int, metric: str
+  points: _points.Points, candidates: np.ndarray, k: int, metric: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Distances and indices of the k nearest candidates; the last one, squared."""
   return _measured(points, np.arange(len(candidates)), candidates, k, metric)
@@ -156,7 +157,7 @@ def _measured(points, ids, candidates, k, metric):
 
 
 def _repair(
-  points: _search.Points,
+  points: _points.Points,
   bad: np.ndarray,
   distances: np.ndarray,
   indices: np.ndarray,
@@ -211,7 +212,7 @@ def _squares(rows: np.ndarray, center: np.ndarray) -> np.ndarray:
 def of_some(features: Any, chosen: np.ndarray, k: int, metric: str) -> np.ndarray:
   """Distances of the true k nearest neighbors of some examples, [chosen, k]."""
   n = len(features)
-  points = _search.prepare(jnp.asarray(features), metric, n, n)
+  points = _points.prepare(jnp.asarray(features), metric, n, n)
   distances = np.full([n, k], np.inf, np.asarray(points.rows[:0]).dtype)
   indices = np.full([n, k], -1, np.int32)
   _repair(points, chosen, distances, indices, metric, False)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from optax_ranger import _points
 from optax_ranger import _search
 from optax_ranger.graph import _exact
 from optax_ranger.graph import _progress
@@ -32,7 +33,7 @@ def is_installed() -> bool:
   return True
 
 
-def flat(points: _search.Points, k: int, metric: str, progress: bool) -> Any:
+def flat(points: _points.Points, k: int, metric: str, progress: bool) -> Any:
   """Exact: the index's candidates, measured again, and which of them are sure."""
   rows, terms = centered(points)
   index = library().IndexFlatL2(rows.shape[1])
@@ -45,7 +46,7 @@ def flat(points: _search.Points, k: int, metric: str, progress: bool) -> Any:
   distances, indices, last = _exact.measured(points, candidates, k, metric)
   if keep == len(keys):
     return distances, indices, np.ones([len(rows)], bool)
-  slack = _search.slack(rows)
+  slack = _points.slack(rows)
   lengths = np.where(np.isfinite(terms), terms, 0)
   bound = squares[:, -1] - slack * (lengths + lengths.max())
   # Two of 2: a row without a direction stands elsewhere for FAISS.
@@ -56,7 +57,7 @@ def flat(points: _search.Points, k: int, metric: str, progress: bool) -> Any:
 
 
 def approximate(
-  points: _search.Points,
+  points: _points.Points,
   k: int,
   metric: str,
   progress: bool,
@@ -102,7 +103,7 @@ def ask(
   return squares, candidates
 
 
-def centered(points: _search.Points) -> tuple[np.ndarray, np.ndarray]:
+def centered(points: _points.Points) -> tuple[np.ndarray, np.ndarray]:
   """Rows around their mean, float32, and their squared lengths."""
   rows = np.asarray(points.rows - points.center, np.float32)
   return np.ascontiguousarray(rows), np.asarray(points.term)

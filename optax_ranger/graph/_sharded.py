@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from optax_ranger import _neighbors
+from optax_ranger import _points
 from optax_ranger import _search
 from optax_ranger import _types
 
@@ -50,13 +51,13 @@ def _search_of(
 
   def search(features):
     rows = features.shape[0]
-    queries, keys, padded = _search.sizes(rows, _BLOCK)
-    points = _search.prepare(features, metric, n, padded, add=add, most=most)
+    queries, keys, padded = _points.sizes(rows, _BLOCK)
+    points = _points.prepare(features, metric, n, padded, add=add, most=most)
     me, parts = jax.lax.axis_index(axis_name), padded // keys
 
     def fetch(block):
       owner, part = block // parts, block % parts
-      mine = _search.cut(points, part * keys, keys)
+      mine = _points.cut(points, part * keys, keys)
       # A sum with zeros: what every platform's collectives can do. One at a time:
       # two that don't wait for each other may start in another order elsewhere.
       both = jnp.concatenate([mine.rows, mine.term[:, None]], axis=1)
