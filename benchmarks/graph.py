@@ -5,6 +5,7 @@ normal numbers of the same shape.
 """
 
 import argparse
+import itertools
 import pathlib
 import resource
 import subprocess
@@ -97,7 +98,7 @@ def refresh_row(examples: int = 10_000) -> str:
   widths = (784, 256, 256, 10)
   params = [
     jnp.asarray(rng.standard_normal([i, o]) / np.sqrt(i), jnp.float32)
-    for i, o in zip(widths[:-1], widths[1:], strict=True)
+    for i, o in itertools.pairwise(widths)
   ]
 
   def features_of(params, batch):

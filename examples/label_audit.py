@@ -48,7 +48,8 @@ def load_digits(folder: pathlib.Path) -> tuple[Any, np.ndarray, Any, Any]:
   del folder
   pixels, labels = datasets.load_digits(return_X_y=True)
   names = [str(digit) for digit in range(10)]
-  return pixels.astype(np.float32), labels, names, pixels.reshape(-1, 8, 8)
+  images = np.asarray(pixels, np.float32)
+  return images, np.asarray(labels), names, images.reshape(-1, 8, 8)
 
 
 def load_text(folder: pathlib.Path) -> tuple[Any, np.ndarray, Any, Any]:
