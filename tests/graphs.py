@@ -32,11 +32,11 @@ def points(n: int = 400, d: int = 12, seed: int = 0) -> np.ndarray:
   return rows
 
 
-def clusters(ratio: float, seed: int = 0, n: int = 400) -> np.ndarray:
+def clusters(ratio: float, seed: int = 0, n: int = 400, d: int = 12) -> np.ndarray:
   """Five clusters that lie `ratio` of their radii apart."""
   rng = np.random.default_rng(seed)
-  centers = ratio * np.eye(5, 12)
-  rows = centers[np.arange(n) % 5] + rng.standard_normal([n, 12])
+  centers = ratio * np.eye(5, d)
+  rows = centers[np.arange(n) % 5] + rng.standard_normal([n, d])
   return rows.astype(np.float32)
 
 
