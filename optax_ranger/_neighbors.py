@@ -24,11 +24,12 @@ def nearest_neighbors(
 ) -> _types.Neighbors:
   r"""Finds the k nearest other examples of each example, by trying them all.
 
-  Distances are computed tile by tile and the best k kept, nearest first; ties
-  go to the lower index. Candidates are chosen up to the float32 rounding of the
-  squared norms around the mean: standardize features whose clusters lie
-  thousands of their radii apart, or that are below 1e-15 or above 1e15. An
-  example whose features are not finite has no neighbors and is nobody's neighbor.
+  Tiles of products tell which may be near, and those are measured, nearest first;
+  ties go to the lower index. An example that rounding leaves in doubt is measured
+  against all others, which is slow where clusters lie thousands of radii apart
+  (``optax_ranger.graph.build`` does that faster, and equal rows once). Differences
+  below 1e-19 of the largest feature count as none. An example whose features are
+  not finite has no neighbors and is nobody's neighbor.
 
   .. math::
     d_{ij} = \lVert x_i - x_j \rVert_2 \quad (\text{"euclidean"}), \qquad
@@ -40,7 +41,8 @@ def nearest_neighbors(
     k: how many, in [1, n - 1]; a static Python integer.
     metric: ``"euclidean"``: distances, not their squares. ``"cosine"``: an
       all-zero row is at distance 1 from every other.
-    block_size: rows and columns of a tile. Memory is O(n k + n d + block^2).
+    block_size: rows of a tile, and an eighth of its columns. Memory is
+      O(n k + n d + block^2).
 
   Returns:
     ``Neighbors`` with arrays of ``[n, k]``; weights are ``1 / k``, the uniform
@@ -48,7 +50,9 @@ def nearest_neighbors(
     -1, distance infinity and weight 0.
 
   Guarantees:
-    * The same neighbors as a full sort (``test_neighbors_equal_a_full_sort``).
+    * The same neighbors as a full sort (``test_neighbors_equal_a_full_sort``), for
+      clusters far apart and at any scale too
+      (``test_exact_where_rounding_is_worst``).
     * Ties go to the lower index (``test_ties_go_to_the_lower_index``).
     * Memory does not grow with n squared
       (``test_neighbor_memory_grows_linearly``).
