@@ -151,7 +151,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 EDGES = {
-  "duplicates": np.repeat(np.eye(4), [3, 3, 12, 12], axis=0),
+  "duplicates": np.repeat(np.eye(12), [1] * 6 + [4] * 6, axis=0),
   "constant": np.full([30, 4], 3.3),
   "nan_rows": np.where(np.arange(30)[:, None] % 3 == 0, np.nan, normal(30, 4)),
   "all_nan": np.full([30, 4], np.nan),
@@ -240,7 +240,7 @@ def texts(n: int = 300) -> sparse.csr_array:
   rng = np.random.default_rng(0)
   dense = rng.random([n, 500]) * (rng.random([n, 500]) < 0.02)
   dense[7] = 0
-  dense[20:26] = dense[10] * np.arange(1, 7)[:, None]
+  dense[20:26] = dense[10] * np.array([0.1, 0.3, 0.7, 1.1, 1.3, 1.7])[:, None]
   dense[30, 3] = np.nan
   return sparse.csr_array(dense)
 
