@@ -104,7 +104,7 @@ def refresh(
     >>> data = np.array([[0.0, 5.0], [1.0, 1.0], [3.0, 6.0]])
     >>> first = graph.build(data[:, :1], 1, backend="jax")
     >>> column = lambda params, batch: batch * params
-    >>> second = graph.refresh(column, np.array([0.0, 1.0]), data, first)
+    >>> second = graph.refresh(column, np.array([[0.0, 1.0]]), data, first)
     >>> print(first.indices[:, 0], second.indices[:, 0])
     [1 0 1] [2 0 0]
   """
