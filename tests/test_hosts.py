@@ -53,14 +53,19 @@ def finish(folder, processes):
       code = process.wait(timeout=300)
       assert code == 0, (folder / f"{i}.err").read_text()[-3000:]
   finally:
-    for process in processes:
-      process.kill()
+    end(processes)
   arrays, kinds = [], []
   for i in range(len(processes)):
     with np.load(folder / f"{i}.npz") as saved:
       arrays.append([saved[name] for name in saved.files])
     kinds.append(json.loads((folder / f"{i}.json").read_text()))
   return arrays, kinds
+
+
+def end(processes):
+  for process in processes:
+    process.kill()
+    process.wait()
 
 
 def bit_for_bit(leaves, others):
@@ -126,8 +131,7 @@ def survivor(folder, processes, victim):
     code = processes[1 - victim].wait(timeout=60)
     seconds = time.monotonic() - died
   finally:
-    for process in processes:
-      process.kill()
+    end(processes)
   print(f"process {victim} is gone: the other ended with {code}, {seconds:.2f} s later")
   return code, seconds, (folder / f"{1 - victim}.err").read_text()
 
@@ -174,13 +178,21 @@ def test_a_process_that_is_silent(victim, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", ["every_call", "on_emission"])
-def test_resumes_on_other_devices_of_two_processes(reduce, one_process, tmp_path):
-  """From eight devices, to six of one process and two of the other, or to three."""
+def test_resumes_on_two_processes(reduce, one_process, tmp_path):
+  """From eight devices of one process, in mid-window, to three of each of two."""
   params, _ = one_process
-  save = ["--checkpoints", str(tmp_path / "c"), "--reduce", reduce]
+  save = ["--checkpoints", str(tmp_path / "checkpoints"), "--reduce", reduce]
   train(8, *save, "--save-every", str(hosts.SAVED_AT))
-  (first, second), _ = finish(
-    tmp_path, start(tmp_path, *save, "--resume", devices=(4, 2))
-  )
+  processes = start(tmp_path, *save, "--resume", devices=(3, 3))
+  (first, second), _ = finish(tmp_path, processes)
   bit_for_bit(first, second)
+  close(first[: len(params)], params)
+
+
+@pytest.mark.slow
+def test_processes_may_share_rows(one_process, tmp_path):
+  """Where another axis of the mesh lies across them, both give the same rows."""
+  (first, second), _ = finish(tmp_path, start(tmp_path, "--share-rows"))
+  bit_for_bit(first, second)
+  params, _ = one_process
   close(first[: len(params)], params)
