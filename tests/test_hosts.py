@@ -10,10 +10,13 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from examples import multi_host
+import optax_ranger as ranger
 from tests import hosts
 
 pytestmark = pytest.mark.xdist_group("hosts")
@@ -121,6 +124,54 @@ def test_two_processes_equal_one(one_process, two_processes):
 def test_resumes_on_fewer_devices(num_devices, one_process):
   params, folder = one_process
   close(train(num_devices, "--checkpoints", str(folder), "--resume"), params)
+
+
+def window_of_three(mesh, reduce):
+  tx = ranger.accumulate(optax.sgd(0.1, momentum=0.9), 3)
+  losses = lambda params, batch: (
+    (jnp.tanh(batch["x"] @ params["w"]).sum(axis=1) - batch["y"]) ** 2
+  )
+  return ranger.train_step(losses, tx, mesh=mesh, reduce=reduce)
+
+
+def calls(update, params, state, first, last):
+  """Calls on batches of eight, and what a checkpoint would hold after them."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal([8, 8, 5]).astype(np.float32)
+  for i in range(first, last):
+    batch = {"x": x[i], "y": x[i, :, 0]}
+    params, state, _ = jax.block_until_ready(update(params, state, batch))
+  return jax.tree.map(np.asarray, (params, state))
+
+
+def test_open_windows_move_to_other_devices():
+  """From the parts of eight devices to those of others, and to one sum, and back."""
+  ways = [
+    (mesh_of(8), "on_emission"),
+    (mesh_of(4), "on_emission"),
+    (mesh_of(2), "every_call"),
+    (None, "every_call"),
+    (mesh_of(4), "on_emission"),
+  ]
+  single = window_of_three(None, "every_call")
+  expected = {"w": np.random.default_rng(1).standard_normal([5, 4]).astype("float32")}
+  params, expected_state = expected, single.init(expected)
+  state = window_of_three(*ways[0]).init(params)
+  for call, way in enumerate(ways):
+    update = window_of_three(*way)
+    params, state = calls(update, params, state, call, call + 1)
+    expected, expected_state = calls(single, expected, expected_state, call, call + 1)
+    close([params["w"]], [expected["w"]])
+    assert int(state.optimizer.mini_step) == (call + 1) % 3
+    total, apart = state.optimizer.accumulated["w"], way[1] == "on_emission"
+    assert total.shape == ((way[0].size, 5, 4) if apart else (5, 4))
+    total = total.sum(axis=0) if apart else total
+    np.testing.assert_allclose(
+      total, expected_state.optimizer.accumulated["w"], rtol=1e-5, atol=1e-6
+    )
+  wrong = state.optimizer._replace(accumulated={"w": np.zeros([4, 4, 5], "float32")})
+  with pytest.raises(ValueError, match=r"accumulated\['w'\] must have .* \[5, 4\]"):
+    calls(update, params, state._replace(optimizer=wrong), 5, 6)
 
 
 def survivor(folder, processes, victim):
