@@ -54,9 +54,7 @@ def digits(quick: bool) -> Problem:
 
 def fashion(quick: bool, folder: pathlib.Path = FASHION_FOLDER) -> Problem:
   """Fashion-MNIST, 10,000 training images, MLP 784-256-256-10, batch 128, 5 epochs."""
-  train, given, test, test_labels = (
-    _read_idx(folder / name) for name in _FASHION_FILES
-  )
+  train, given, test, test_labels = (read_idx(folder / name) for name in _FASHION_FILES)
   flat = lambda images: images.reshape(len(images), -1).astype(np.float32) / 255
   size = 1000 if quick else 10_000
   return _images(
@@ -182,7 +180,7 @@ def _normalized(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6)
 
 
-def _read_idx(path: pathlib.Path) -> np.ndarray:
+def read_idx(path: pathlib.Path) -> np.ndarray:
   """Reads one file of the IDX format: a magic number, the shape, then bytes."""
   raw = gzip.decompress(path.read_bytes())
   rank = raw[3]

@@ -32,10 +32,12 @@ from optax_ranger._lookahead import smooth_by_lookahead as smooth_by_lookahead
 from optax_ranger._members import MemberState as MemberState
 from optax_ranger._micro_batching import MicroBatchReport as MicroBatchReport
 from optax_ranger._micro_batching import micro_batched as micro_batched
+from optax_ranger._neighbors import WeightReport as WeightReport
 from optax_ranger._neighbors import label_support as label_support
 from optax_ranger._neighbors import nearest_neighbors as nearest_neighbors
 from optax_ranger._neighbors import sample_neighbors as sample_neighbors
 from optax_ranger._neighbors import weigh_neighbors as weigh_neighbors
+from optax_ranger._neighbors import weight_report as weight_report
 from optax_ranger._predictions import PredictionState as PredictionState
 from optax_ranger._predictions import smooth_predictions as smooth_predictions
 from optax_ranger._predictions import smoothed_predictions as smoothed_predictions

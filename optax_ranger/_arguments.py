@@ -84,9 +84,7 @@ class Gathered:
     if losses is not None:
       local["met"] = {name: aux[name] for name in self._meet if name in aux}
     if self._find is not None:
-      items = {**aux, **self._items}
-      accepts = accepted_names(self._find)
-      local["found"] = {name: item for name, item in items.items() if accepts(name)}
+      local["found"] = _named(self._find, {**aux, **self._items})
     everywhere = self._shards.gather(local)
     for name, leaves in everywhere["rows"].items():
       found = iter(leaves)
@@ -121,6 +119,19 @@ def blank_neighbors(n: int) -> _types.Neighbors:
 
 def _items(tree: _types.PyTree) -> dict[str, Any]:
   return dict(tree) if isinstance(tree, dict) else {}
+
+
+def _named(find_neighbors: Callable[..., Any], items: dict[str, Any]) -> dict[str, Any]:
+  """What a function asks for, or a refusal that names what is not there."""
+  for one in inspect.signature(find_neighbors).parameters.values():
+    required = one.default is one.empty and one.kind is not one.VAR_KEYWORD
+    if required and one.name not in items:
+      raise ValueError(
+        f"find_neighbors asks for {one.name!r}, which is neither in the batch, nor in"
+        f" aux, nor an extra arg; there are {sorted(items)}."
+      )
+  accepts = accepted_names(find_neighbors)
+  return {name: item for name, item in items.items() if accepts(name)}
 
 
 def _find(

@@ -1,21 +1,18 @@
 """Nearest neighbors, what they weigh, and how far they back a label: arrays only."""
 
-import functools
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optax_ranger import _numerics
+from optax_ranger import _search
 from optax_ranger import _types
 from optax_ranger import _validate
 
-_METRICS = ("euclidean", "cosine")
+METRICS = ("euclidean", "cosine")
 _KERNELS = ("uniform", "inverse_distance", "gaussian")
-# Candidates kept beside the k best: rounding can swap near ties in the tiles,
-# and exact distances of a few more put them right.
-_SPARE = 8
 
 
 def nearest_neighbors(
@@ -27,11 +24,12 @@ def nearest_neighbors(
 ) -> _types.Neighbors:
   r"""Finds the k nearest other examples of each example, by trying them all.
 
-  Distances are computed tile by tile and the best k kept, nearest first; ties
-  go to the lower index. Candidates are chosen up to the float32 rounding of the
-  squared norms around the mean: standardize features whose clusters lie
-  thousands of their radii apart, or that are below 1e-15 or above 1e15. An
-  example whose features are not finite has no neighbors and is nobody's neighbor.
+  Tiles of products tell which may be near, and those are measured, nearest first;
+  ties go to the lower index. An example that rounding leaves in doubt is measured
+  against all others, which is slow where clusters lie thousands of radii apart
+  (``optax_ranger.graph.build`` does that faster, and equal rows once). Differences
+  below 1e-19 of the largest feature count as none. An example whose features are
+  not finite has no neighbors and is nobody's neighbor.
 
   .. math::
     d_{ij} = \lVert x_i - x_j \rVert_2 \quad (\text{"euclidean"}), \qquad
@@ -43,7 +41,8 @@ def nearest_neighbors(
     k: how many, in [1, n - 1]; a static Python integer.
     metric: ``"euclidean"``: distances, not their squares. ``"cosine"``: an
       all-zero row is at distance 1 from every other.
-    block_size: rows and columns of a tile. Memory is O(n k + n d + block^2).
+    block_size: rows of a tile, and an eighth of its columns. Memory is
+      O(n k + n d + block^2).
 
   Returns:
     ``Neighbors`` with arrays of ``[n, k]``; weights are ``1 / k``, the uniform
@@ -51,7 +50,9 @@ def nearest_neighbors(
     -1, distance infinity and weight 0.
 
   Guarantees:
-    * The same neighbors as a full sort (``test_neighbors_equal_a_full_sort``).
+    * The same neighbors as a full sort (``test_neighbors_equal_a_full_sort``), for
+      clusters far apart and at any scale too
+      (``test_exact_where_rounding_is_worst``).
     * Ties go to the lower index (``test_ties_go_to_the_lower_index``).
     * Memory does not grow with n squared
       (``test_neighbor_memory_grows_linearly``).
@@ -68,9 +69,9 @@ def nearest_neighbors(
     >>> print(neighbors.indices[:, 0], neighbors.distances[:, 0])
     [1 0 1] [1. 1. 2.]
   """
-  if jnp.ndim(features) != 2:
+  if jnp.ndim(features) != 2 or not jnp.shape(features)[1]:
     raise ValueError(
-      "features must have shape [n, d], got"
+      "features must have shape [n, d], d at least 1, got"
       f" {list(jnp.shape(features))}; flatten each example first."
     )
   features = jnp.asarray(features)
@@ -83,102 +84,19 @@ def nearest_neighbors(
       f"k must be less than the number of examples, n = {n}, got {k}: an"
       " example is not its own neighbor."
     )
-  _validate.choice("metric", metric, _METRICS)
+  _validate.choice("metric", metric, METRICS)
   _validate.static_count("block_size", block_size)
-  return _search(features, k=k, metric=metric, block_size=min(block_size, n))
+  distances, indices, _ = _search.search(
+    features, k=k, metric=metric, block_size=block_size
+  )
+  return uniform(indices, distances)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "metric", "block_size"))
-def _search(
-  features: _types.Array, *, k: int, metric: str, block_size: int
-) -> _types.Neighbors:
-  n = features.shape[0]
-  dtype = np.dtype(np.float32)
-  if jnp.issubdtype(features.dtype, jnp.floating):
-    dtype = _numerics.wide(features.dtype)
-  rows = features.astype(dtype)
-  finite = jnp.isfinite(rows).all(axis=1)
-  rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))
-  if metric == "cosine":
-    norm = jnp.sqrt((rows * rows).sum(axis=1, keepdims=True))
-    rows = _numerics.divide(rows, norm)
-  else:
-    # Distances do not change, and the squares below cancel less.
-    rows = rows - rows.mean(axis=0, keepdims=True)
-  keep = min(k + _SPARE, n - 1)
-  blocks = -(-n // block_size)
-  padding = blocks * block_size - n
-  padded = jnp.pad(rows, ((0, padding), (0, 0)))
-  tiles = padded.reshape(blocks, block_size, -1)
-  usable = jnp.pad(finite, (0, padding)).reshape(blocks, block_size)
-  starts = jnp.arange(blocks, dtype=jnp.int32) * block_size
-  within = jnp.arange(block_size, dtype=jnp.int32)
-  infinite = jnp.asarray(jnp.inf, dtype)
-
-  def search_tile(tile):
-    queries, alive, start = tile
-    ids = start + within
-
-    def visit(best, other):
-      keys, usable_keys, key_start = other
-      distances = _tile_distances(queries, keys, metric)
-      others = key_start + within
-      valid = usable_keys[None] & alive[:, None] & (ids[:, None] != others[None])
-      distances = jnp.where(valid, distances, infinite)
-      others = jnp.broadcast_to(others[None], distances.shape)
-      distances = jnp.concatenate([best[0], distances], axis=1)
-      others = jnp.concatenate([best[1], others], axis=1)
-      # top_k keeps the first of equals, and tiles come in order of index.
-      closest, place = jax.lax.top_k(-distances, keep)
-      return (-closest, jnp.take_along_axis(others, place, axis=1)), None
-
-    start_best = (
-      jnp.full([block_size, keep], infinite, dtype),
-      jnp.full([block_size, keep], -1, jnp.int32),
-    )
-    (distances, indices), _ = jax.lax.scan(visit, start_best, (tiles, usable, starts))
-    found = distances < infinite
-    indices = jnp.where(found, indices, n)
-    distances = _exact_distances(queries, padded, indices % n, metric)
-    distances = jnp.where(found, distances, infinite)
-    distances, indices = jax.lax.sort((distances, indices), num_keys=2)
-    return distances[:, :k], jnp.where(indices < n, indices, -1)[:, :k]
-
-  distances, indices = jax.lax.map(search_tile, (tiles, usable, starts))
-  distances = distances.reshape(-1, k)[:n]
-  indices = indices.reshape(-1, k)[:n]
-  uniform = jnp.full([n, k], 1 / k, dtype)
-  weights = jnp.where(indices >= 0, uniform, jnp.zeros_like(uniform))
+def uniform(indices: _types.Array, distances: _types.Array) -> _types.Neighbors:
+  """Neighbors that weigh alike, one over k each; empty places weigh nothing."""
+  weights = jnp.full_like(distances, 1 / indices.shape[1])
+  weights = jnp.where(indices >= 0, weights, jnp.zeros_like(weights))
   return _types.Neighbors(indices, distances, weights)
-
-
-def _tile_distances(
-  queries: _types.Array, keys: _types.Array, metric: str
-) -> _types.Array:
-  product = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
-  if metric == "cosine":
-    return jnp.maximum(1 - product, jnp.zeros_like(product))
-  squares = (queries * queries).sum(axis=1)[:, None]
-  squares = squares + (keys * keys).sum(axis=1)[None]
-  return jnp.maximum(squares - 2 * product, jnp.zeros_like(product))
-
-
-def _exact_distances(
-  queries: _types.Array, rows: _types.Array, indices: _types.Array, metric: str
-) -> _types.Array:
-  """Distances without the cancellation of the tiles, for the few that were kept."""
-  empty = ~queries.any(axis=1)
-
-  def one_place(column):
-    keys = rows[column]
-    difference = queries - keys
-    squares = (difference * difference).sum(axis=1)
-    if metric == "euclidean":
-      return jnp.sqrt(squares)
-    # Of unit vectors: |a - b|^2 / 2 = 1 - <a, b>.
-    return jnp.where(empty | ~keys.any(axis=1), 1, squares / 2)
-
-  return jax.lax.map(one_place, indices.T).T
 
 
 def sample_neighbors(
@@ -368,3 +286,56 @@ def _agreement(
 
   # One place at a time: [n, k, C] would be k times the table of beliefs.
   return jax.lax.map(one_place, places.T).T
+
+
+class WeightReport(NamedTuple):
+  r"""How evenly weights are spread over examples.
+
+  Attributes:
+    effective_sample_size: as many examples of equal weight would average as
+      well: :math:`(\sum w)^2 / \sum w^2`, in [1, n]; 0 when all are zero.
+    top_share: the share of the weight that the 1 % heaviest have, at least one
+      example: hubs, that many others have as their neighbor.
+    zero_share: the share of examples that have no weight.
+  """
+
+  effective_sample_size: _types.Array
+  top_share: _types.Array
+  zero_share: _types.Array
+
+
+def weight_report(weights: _types.ArrayLike) -> WeightReport:
+  r"""Tells how evenly weights are spread: what averaging loses, and hubs.
+
+  Args:
+    weights: ``float [n]``, not negative; those of ``example_weights``, say.
+
+  Returns:
+    ``WeightReport(effective_sample_size, top_share, zero_share)``, scalars.
+
+  Guarantees:
+    * Uniform weights have n effective examples, and one example with all the
+      weight has one (``test_weight_report_limits``).
+
+  Raises:
+    ValueError: for weights that are not ``[n]``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> report = ranger.weight_report(jnp.array([1.0, 1.0, 0.0, 2.0]))
+    >>> print(*(round(float(number), 3) for number in report))
+    2.667 0.5 0.25
+  """
+  weights = jnp.asarray(weights)
+  if weights.ndim != 1 or not weights.shape[0]:
+    raise ValueError(f"weights must have shape [n], got {list(weights.shape)}.")
+  weights = weights.astype(_numerics.wide(weights.dtype))
+  # Around one, so that squares stay in range.
+  weights = _numerics.divide(weights, weights.max())
+  total = weights.sum()
+  heaviest, _ = jax.lax.top_k(weights, -(-weights.shape[0] // 100))
+  return WeightReport(
+    _numerics.divide(total * total, (weights * weights).sum()),
+    _numerics.divide(heaviest.sum(), total),
+    (weights == 0).mean(dtype=weights.dtype),
+  )

@@ -103,11 +103,13 @@ def train_step(
     A ``TrainStep``: call it, ``update(params, state, batch, **extra) -> (params,
     state, metrics)``; ``update.init(params)`` makes the state, and
     ``update.lower(...)`` is jit's. Batches may be NumPy arrays or arrays of one
-    device; on several processes each gives its own rows, equally many. Extra
-    args named ``neighbors``, ``member_weights``, ``regions``, ``example_ids``,
-    ``features``, ``labels`` and ``beliefs`` hold one row an example; all others
-    are shared. Metrics are scalars: ``"loss"``, the weighted mean over finite
-    examples, ``"weight"``, ``"num_dropped"`` in this call, and what ``aux`` has.
+    device; on several processes each gives its own rows, equally many unless
+    there is a `batch_size`. Extra args named ``neighbors``, ``member_weights``,
+    ``regions``, ``example_ids``, ``features``, ``labels`` and ``beliefs`` hold one
+    row an example; all others are the same on all devices, keys too: fold an id
+    in for noise that differs. Metrics are scalars: ``"loss"``, the weighted mean
+    over finite examples, ``"weight"``, ``"num_dropped"`` in this call, and what
+    ``aux`` has.
     The optimizer gets ``weight=``, the sum of ``member_weights``, and
     ``value=``, the loss, unless they are passed.
 
@@ -208,6 +210,11 @@ class TrainStep:
     body = self._body
     state = _update.TrainStepState(body.step.init(params), body.optimizer.init(params))
     if self._late:
+      if not _update.has_apart(state):
+        raise ValueError(
+          'reduce="on_emission" needs accumulate(...) in the optimizer, with every'
+          " other than 1."
+        )
       count = self._placement.num_devices
       state = _update.map_apart(
         lambda leaf: jnp.zeros([count, *leaf.shape], leaf.dtype), state
@@ -247,6 +254,8 @@ class TrainStep:
     n = _validate.leading_axis("batch", batch)
     if n is None:
       raise ValueError("batch must hold at least one array, got none.")
+    if n == 0 and self._batch_size is None:
+      raise ValueError("batch must hold at least one example, got none.")
     for name, arg in rows.items():
       length = _validate.leading_axis(name, arg)
       if length != n:

@@ -157,3 +157,9 @@ def map_apart(function: Callable[[Any], Any], state: _types.PyTree) -> _types.Py
     return node._replace(accumulated=jax.tree.map(function, node.accumulated))
 
   return jax.tree.map(visit, state, is_leaf=is_one)
+
+
+def has_apart(state: _types.PyTree) -> bool:
+  """Whether there are accumulators that could be kept apart."""
+  found = _tree.find_states(state, _accumulation.AccumulateState)
+  return any(jax.tree.leaves(node.accumulated) for node in found)

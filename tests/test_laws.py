@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optax_ranger as ranger
+from optax_ranger import graph
 from optax_ranger import layers
 from tests import registry
 
@@ -104,7 +105,7 @@ def test_public_names_are_sorted_and_nothing_else():
   names = [alias for statement in imports for alias in statement.names]
   assert all(alias.name == alias.asname for alias in names)
   public = {name for name in vars(ranger) if not name.startswith("_")}
-  public -= {"layers"}  # a subpackage that needs Flax, once something imports it
+  public -= {"graph", "layers"}  # subpackages, once something imports them
   assert public == {alias.name for alias in names}
 
 
@@ -525,7 +526,7 @@ def test_guarantees_name_tests_that_exist(request):
   defined = set()
   for path in pathlib.Path(__file__).parent.glob("test_*.py"):
     defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.M))
-  public = {**vars(ranger), **vars(layers)}
+  public = {**vars(ranger), **vars(layers), **vars(graph)}
   for name in sorted(public):
     doc = inspect.getdoc(public[name]) or ""
     if name.startswith("_") or "Guarantees:" not in doc:
@@ -539,11 +540,12 @@ def test_guarantees_name_tests_that_exist(request):
 
 
 def test_every_public_function_is_documented():
-  for name, value in vars(ranger).items():
+  for name, value in (vars(ranger) | vars(graph)).items():
     if not name.startswith("_") and inspect.isfunction(value):
       doc = inspect.getdoc(value) or ""
       for section in ("Returns:", "Examples:", ">>> "):
-        if name in ("eval_params", "smoothed_predictions") and section == "Returns:":
+        silent = ("eval_params", "save", "smoothed_predictions")
+        if name in silent and section == "Returns:":
           continue
         assert section in doc, f"{name} lacks {section}"
 
@@ -553,6 +555,8 @@ def test_layers_import_downward_only():
     {"_types"},
     {"_numerics"},
     {"_validate", "_tree"},
+    {"_points"},
+    {"_search"},
     {"_collectives", "_factor", "_members", "_neighbors", "_regions", "_targets"},
     {"_gramian", "_shards"},
     {
@@ -593,3 +597,16 @@ def test_layers_import_downward_only():
     assert len(text.splitlines()) <= 400, f"{path} is too long"
     assert "flax.core" not in text
     assert "jax._src" not in text
+  for path in (folder / "graph").glob("*.py"):
+    text = path.read_text()
+    used = set(re.findall(r"^from optax_ranger import (_\w+)", text, re.M))
+    assert used <= {
+      "_neighbors",
+      "_numerics",
+      "_points",
+      "_search",
+      "_types",
+      "_validate",
+    }
+    assert len(text.splitlines()) <= 400, f"{path} is too long"
+    assert not re.search(r"^(import|from) (faiss|grain|scipy|tqdm)", text, re.M), path

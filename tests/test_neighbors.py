@@ -40,11 +40,11 @@ def test_ties_go_to_the_lower_index(block_size):
 
 
 def test_neighbor_memory_grows_linearly():
-  from optax_ranger import _neighbors
+  from optax_ranger import _search
 
   def temporaries(n):
     features = jax.ShapeDtypeStruct((n, 8), jnp.float32)
-    search = _neighbors._search.lower(
+    search = _search.search.lower(
       features, k=5, metric="euclidean", block_size=128
     ).compile()
     return search.memory_analysis().temp_size_in_bytes

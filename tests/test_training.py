@@ -347,7 +347,8 @@ def test_a_call_that_emits_nothing_sends_scalars():
 def test_a_device_that_fails_is_skipped_by_all():
   """An overflow inside the model on one device; the inputs are finite."""
   for options in ({}, {"reduce": "on_emission"}):
-    tx = ranger.accumulate(optax.sgd(0.1, momentum=0.9), every=1)
+    one = lambda step: 1  # a function, so that there is an accumulator
+    tx = ranger.accumulate(optax.sgd(0.1, momentum=0.9), one)
 
     def fails(params, batch):
       sane, aux = losses(params, batch)
@@ -518,6 +519,13 @@ def test_refusals_of_train_step():
     update(*args, batch, example_ids=ids[:3])
   with pytest.raises(ValueError, match="at least one array"):
     update(*args, {})
+  with pytest.raises(ValueError, match="at least one example"):
+    update(*args, jax.tree.map(lambda leaf: leaf[:0], batch))
+  with pytest.raises(ValueError, match="needs accumulate"):
+    plain(reduce="on_emission").init(start())
+  lost = plain(step=ranger.ranger_head(), find_neighbors=lambda image: image)
+  with pytest.raises(ValueError, match="asks for 'image'"):
+    lost(start(), lost.init(start()), batch)
   small = plain(batch_size=16)
   with pytest.raises(ValueError, match="batch_size must hold the batch"):
     small(*args, batch)

@@ -1,0 +1,19 @@
+"""Neighbor graphs of whole data sets: built, kept, audited, refreshed and sampled."""
+
+from optax_ranger.graph._audit import Audit as Audit
+from optax_ranger.graph._audit import audit as audit
+from optax_ranger.graph._balance import balance_classes as balance_classes
+from optax_ranger.graph._build import BuildReport as BuildReport
+from optax_ranger.graph._build import build as build
+from optax_ranger.graph._build import measure_recall as measure_recall
+from optax_ranger.graph._files import fingerprint as fingerprint
+from optax_ranger.graph._files import load as load
+from optax_ranger.graph._files import save as save
+from optax_ranger.graph._paying import Paid as Paid
+from optax_ranger.graph._paying import Plan as Plan
+from optax_ranger.graph._paying import pay as pay
+from optax_ranger.graph._paying import plan as plan
+from optax_ranger.graph._pipeline import NeighborBatches as NeighborBatches
+from optax_ranger.graph._pipeline import add_neighbors as add_neighbors
+from optax_ranger.graph._refresh import embed as embed
+from optax_ranger.graph._refresh import refresh as refresh

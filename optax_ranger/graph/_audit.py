@@ -1,0 +1,163 @@
+"""Wrong labels, found by those whose neighborhood does not back them."""
+
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from optax_ranger import _types
+from optax_ranger import _validate
+
+_CELLS = 2**22  # of a block of votes
+
+
+class Audit(NamedTuple):
+  """Examples by how little their neighborhood backs their label.
+
+  Attributes:
+    order: ``int [n]``, all examples, the most suspicious first.
+    support: ``float32 [n]``, the share of the neighborhood's votes that the given
+      label has, in [0, 1]; NaN where there are no neighbors.
+    margin: ``float32 [n]``, support less that of the strongest other class, in
+      [-1, 1]; it gives the order, ties by index, and NaN comes last.
+    suggested: ``int32 [n]``, the class with the most votes; the given one where
+      it is among the strongest, and where there are no neighbors.
+  """
+
+  order: np.ndarray
+  support: np.ndarray
+  margin: np.ndarray
+  suggested: np.ndarray
+
+
+def audit(
+  neighbors: _types.Neighbors,
+  labels: _types.ArrayLike,
+  *,
+  beliefs: _types.ArrayLike | None = None,
+  num_classes: int | None = None,
+  balance: bool = False,
+) -> Audit:
+  r"""Ranks examples by how little their neighborhood backs their label.
+
+  It finds labels that were flipped at random, and hardly those of classes that
+  look alike. Wrong neighbors vote too, so it works while most labels around an
+  example are right. On the host, in blocks.
+
+  .. math::
+    v_{ic} = \sum_j w_{ij} b_{jc} / f_c, \qquad
+    \mathrm{support}_i = v_{i y_i} / \textstyle\sum_c v_{ic}
+
+  Args:
+    neighbors: ``[n, k]``; weights from distances, not from labels.
+    labels: ``int [n]`` in [0, C), the given ones.
+    beliefs: ``float [n, C]`` or None: what neighbors vote, such as smoothed
+      predictions; rows that are not finite don't vote. None: their given labels.
+    num_classes: C; None for that of the beliefs, or the largest label plus one.
+    balance: divides votes by the share :math:`f_c` that the class has of all
+      votes (else 1): so that rare classes are not outvoted by chance.
+
+  Returns:
+    ``Audit(order, support, margin, suggested)``, NumPy arrays.
+
+  Guarantees:
+    * It equals counting by hand (``test_audit_equals_counting``).
+    * Examples without neighbors come last and keep their label
+      (``test_audit_without_neighbors``).
+
+  Raises:
+    ValueError: for labels of another length or outside [0, C), beliefs of
+      another shape.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    >>> import numpy as np
+    >>> from optax_ranger import graph
+    >>> points = np.array([[0.0], [1.0], [2.0], [7.0], [8.0], [9.0]])
+    >>> neighbors = graph.build(points, 2, backend="jax")
+    >>> found = graph.audit(neighbors, np.array([0, 0, 0, 1, 0, 1]))
+    >>> print(found.order[0], found.suggested[4], found.support)
+    4 1 [1.  1.  1.  0.5 0.  0.5]
+  """
+  weights, indices = np.asarray(neighbors.weights), np.asarray(neighbors.indices)
+  n, k = indices.shape
+  _validate.integers("labels", labels)
+  _validate.shape("labels", labels, (n,))
+  given = np.asarray(labels, np.int64)
+  if beliefs is not None:
+    beliefs = np.asarray(beliefs)
+    if beliefs.ndim != 2 or len(beliefs) != n:
+      raise ValueError(f"beliefs must have shape [{n}, C], got {list(beliefs.shape)}.")
+    if num_classes is None:
+      num_classes = beliefs.shape[1]
+    _validate.shape("beliefs", beliefs, (n, num_classes))
+  if num_classes is None:
+    num_classes = int(given.max()) + 1
+  if given.min() < 0 or given.max() >= num_classes:
+    raise ValueError(
+      f"labels must lie in [0, {num_classes}), got {given.min()} to {given.max()}."
+    )
+  filled = (indices >= 0) & (indices < n)
+  weights = np.where(filled, weights, 0).astype(np.float64)
+  indices = np.where(filled, indices, 0)
+  share = np.ones([num_classes])
+  if balance:
+    share = _all_votes(weights, indices, given, beliefs, num_classes)
+    share = share / max(share.sum(), np.finfo(np.float64).tiny)
+  support, margin = np.zeros([n], np.float32), np.zeros([n], np.float32)
+  suggested = np.zeros([n], np.int32)
+  size = max(1, _CELLS // max(num_classes, k))
+  for start in range(0, n, size):
+    part = slice(start, min(start + size, n))
+    own = given[part]
+    votes = _votes(weights[part], indices[part], given, beliefs, num_classes)
+    votes = votes / np.where(share > 0, share, 1)
+    with np.errstate(invalid="ignore"):
+      votes = votes / votes.sum(axis=1, keepdims=True)
+    row = np.arange(len(own))
+    support[part] = votes[row, own]
+    best = votes.max(axis=1)
+    suggested[part] = np.where(votes[row, own] < best, votes.argmax(axis=1), own)
+    votes[row, own] = -np.inf
+    others = votes.max(axis=1) if num_classes > 1 else np.zeros(len(own))
+    margin[part] = support[part] - others
+  margin[np.isnan(support)] = np.nan
+  return Audit(np.argsort(margin, kind="stable"), support, margin, suggested)
+
+
+def _votes(
+  weights: np.ndarray,
+  indices: np.ndarray,
+  labels: np.ndarray,
+  beliefs: Any,
+  num_classes: int,
+) -> np.ndarray:
+  """The votes of some examples' neighbors, [count, C]."""
+  count = len(indices)
+  if beliefs is None:
+    cells = np.arange(count)[:, None] * num_classes + labels[indices]
+    sums = np.bincount(cells.ravel(), weights.ravel(), count * num_classes)
+    return sums.reshape(count, num_classes)
+  votes = np.zeros([count, num_classes])
+  for column in range(indices.shape[1]):
+    votes += weights[:, column, None] * _finite(beliefs[indices[:, column]])
+  return votes
+
+
+def _all_votes(
+  weights: np.ndarray,
+  indices: np.ndarray,
+  labels: np.ndarray,
+  beliefs: Any,
+  num_classes: int,
+) -> np.ndarray:
+  """The votes that each class has of all examples' neighbors, [C]."""
+  received = np.bincount(indices.ravel(), weights.ravel(), len(labels))
+  if beliefs is None:
+    return np.bincount(labels, received, num_classes)
+  return received @ _finite(beliefs)
+
+
+def _finite(beliefs: np.ndarray) -> np.ndarray:
+  finite = np.isfinite(beliefs).all(axis=1, keepdims=True)
+  return np.where(finite, beliefs, 0).astype(np.float64)

@@ -1,0 +1,238 @@
+"""`build`: one call for every way to a neighbor graph."""
+
+import functools
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_ranger import _neighbors
+from optax_ranger import _types
+from optax_ranger import _validate
+from optax_ranger.graph import _exact
+from optax_ranger.graph import _faiss
+from optax_ranger.graph import _sharded
+from optax_ranger.graph import _sparse
+
+BACKENDS = ("auto", "faiss", "jax", "hnsw", "ivf")
+
+
+class BuildReport(NamedTuple):
+  """What a graph is, beside its arrays.
+
+  Attributes:
+    backend: what was used: ``"faiss"``, ``"jax"``, ``"sharded"``, ``"sparse"``,
+      ``"hnsw"`` or ``"ivf"``.
+    recall: the share of the true k nearest that was found, by distance, on a
+      sample; 1.0 without measuring where the search is exact.
+    num_repaired: examples that an exact search had to search for again, since
+      rounding could have hidden a neighbor; slow when they are many.
+    num_duplicates: examples that are equal to an earlier one.
+    num_dropped: examples whose features are not finite.
+    seconds: how long it took.
+  """
+
+  backend: str
+  recall: float
+  num_repaired: int
+  num_duplicates: int
+  num_dropped: int
+  seconds: float
+
+
+def build(
+  features: Any,
+  k: int,
+  *,
+  backend: str = "auto",
+  metric: str = "euclidean",
+  mesh: jax.sharding.Mesh | None = None,
+  axis_name: str | None = None,
+  effort: int | None = None,
+  recall_sample: int = 1000,
+  seed: int = 0,
+  with_report: bool = False,
+  progress: bool = True,
+) -> Any:
+  """Builds the graph of the k nearest neighbors of a whole data set.
+
+  Exact backends give the same graph bit for bit: candidates differ, but one
+  function measures and orders them, and an example that rounding leaves in
+  doubt is searched for again. Equal rows are searched once.
+
+  Args:
+    features: ``[n, d]``, of any real type, computed in float32 or better; or
+      SciPy's sparse rows, for ``metric="cosine"``.
+    k: how many, in [1, n - 1]; a static Python integer.
+    backend: ``"faiss"``: exact, by FAISS's flat index (extra ``graph``);
+      ``"jax"``: exact, by tiles, on any accelerator; ``"auto"``: FAISS where it
+      is installed and JAX runs on the CPU, else JAX. ``"hnsw"`` and ``"ivf"``:
+      approximate, by FAISS, for more than about a million examples.
+    metric: ``"euclidean"`` (distances, not their squares) or ``"cosine"``.
+    mesh: searches on all its devices, each of which holds its rows only; exact.
+      In several processes pass features as one array that is split over them.
+    axis_name: the mesh axis that rows are split over; None for its first.
+    effort: of an approximate search: HNSW's ``efSearch``, IVF's ``nprobe``.
+    recall_sample: on how many examples the recall is measured, where the search
+      is approximate; 0 does not measure (recall NaN).
+    seed: of IVF's training and of the sample.
+    with_report: returns ``(neighbors, BuildReport)``.
+    progress: a bar (tqdm) on whatever takes more than two seconds.
+
+  Returns:
+    ``Neighbors`` with arrays of ``[n, k]``, nearest first, uniform weights;
+    with a mesh, split by rows. Memory is O(n k + n d + block).
+
+  Guarantees:
+    * Every exact backend, 8 devices, and two processes give one graph, bit for
+      bit, and ties go to the lower index (``test_backends_give_one_graph``,
+      ``test_devices_give_the_graph_of_one``,
+      ``test_two_processes_give_the_graph_of_one``).
+    * It is exact for clusters that lie thousands of radii apart, for any scale,
+      and for duplicates (``test_exact_where_rounding_is_worst``).
+    * The recall is the one that a full search would tell
+      (``test_recall_is_measured``).
+
+  Edge cases, each of them tested (``test_edge_cases``):
+    =========================  ==========================================
+    duplicates, constants      distance 0, the lowest indices first
+    rows that are not finite   no neighbors (-1), and nobody's neighbor
+    n = k + 1                  everybody else, nearest first
+    float16, integers          computed in float32
+    a single cluster           as anywhere
+    a zero row, cosine         at distance 1 from every other
+    =========================  ==========================================
+
+  Raises:
+    ValueError: for features that are not 2-D, k outside [1, n - 1], another
+      backend or metric, sparse features with another metric than cosine.
+    TypeError: for complex features, k that is not a Python integer.
+    ImportError: for a FAISS backend without FAISS.
+
+  Examples:
+    >>> import numpy as np
+    >>> from optax_ranger import graph
+    >>> points = np.array([[0.0], [1.0], [3.0], [3.0]])
+    >>> neighbors, report = graph.build(points, 2, backend="jax", with_report=True)
+    >>> print(neighbors.indices.tolist(), report.recall, report.num_duplicates)
+    [[1, 2], [0, 2], [3, 1], [2, 1]] 1.0 1
+
+  References:
+    Douze et al., The Faiss library, https://arxiv.org/abs/2401.08281.
+  """
+  started = time.perf_counter()
+  if not hasattr(features, "shape"):
+    features = np.asarray(features)
+  _check(features, k, backend, metric, mesh, axis_name)
+  _validate.static_count("recall_sample", recall_sample, least=0)
+  recall, repaired, duplicates = 1.0, 0, 0
+  if _sparse.is_sparse(features):
+    backend = "sparse"
+    distances, indices = _sparse.build(features, k, progress)
+    found = _uniform(distances, indices)
+  elif mesh is not None:
+    backend = "sharded"
+    axis_name = mesh.axis_names[0] if axis_name is None else axis_name
+    found, repaired = _sharded.build(features, k, metric, mesh, axis_name)
+  else:
+    if backend == "auto":
+      on_host = jax.default_backend() == "cpu" and _faiss.is_installed()
+      backend = "faiss" if on_host else "jax"
+    engine = {"faiss": _faiss.flat, "jax": _exact.by_jax}.get(backend)
+    if engine is None:
+      engine = functools.partial(
+        _faiss.approximate, kind=backend, effort=effort, seed=seed
+      )
+    exact = _exact.build(features, k, metric, progress, engine)
+    found = _uniform(exact.distances, exact.indices)
+    repaired, duplicates = exact.num_repaired, exact.num_duplicates
+    if backend in ("hnsw", "ivf"):
+      recall = measure_recall(
+        found, features, sample=recall_sample, metric=metric, seed=seed
+      )
+  if not with_report:
+    return found
+  dropped = int((found.indices[:, 0] < 0).sum())
+  seconds = time.perf_counter() - started
+  return found, BuildReport(backend, recall, repaired, duplicates, dropped, seconds)
+
+
+def measure_recall(
+  neighbors: _types.Neighbors,
+  features: Any,
+  *,
+  sample: int = 1000,
+  metric: str = "euclidean",
+  seed: int = 0,
+) -> float:
+  """Measures which share of the true k nearest neighbors a graph holds.
+
+  A neighbor counts when it is not farther than the true k-th one, so that equal
+  distances are not held against a graph.
+
+  Args:
+    neighbors: ``[n, k]``; distances are taken as they are.
+    features: ``[n, d]``, those that the graph was built of.
+    sample: on how many examples, drawn at random; 0 gives NaN.
+    metric: as in ``build``.
+    seed: of the draw.
+
+  Returns:
+    The recall, in [0, 1].
+
+  Guarantees:
+    * It is the one that a full search would tell (``test_recall_is_measured``).
+
+  Examples:
+    >>> import numpy as np
+    >>> from optax_ranger import graph
+    >>> points = np.random.default_rng(0).standard_normal([50, 3])
+    >>> print(graph.measure_recall(graph.build(points, 5, backend="jax"), points))
+    1.0
+  """
+  if sample == 0:
+    return float("nan")
+  n, k = neighbors.indices.shape
+  rng = np.random.default_rng(seed)
+  chosen = np.sort(rng.choice(n, min(sample, n), replace=False))
+  truth = _exact.of_some(features, chosen, k, metric)
+  wanted = np.isfinite(truth).sum()
+  last = np.where(np.isfinite(truth), truth, -1).max(axis=1, keepdims=True)
+  distances = np.asarray(neighbors.distances)[chosen]
+  return float((distances <= last).sum() / max(1, wanted))
+
+
+def _uniform(distances: np.ndarray, indices: np.ndarray) -> _types.Neighbors:
+  return _neighbors.uniform(jnp.asarray(indices), jnp.asarray(distances))
+
+
+def _check(features, k, backend, metric, mesh, axis_name) -> None:
+  if len(features.shape) != 2 or not features.shape[1]:
+    raise ValueError(
+      "features must have shape [n, d], d at least 1, got"
+      f" {list(features.shape)}; flatten each example first."
+    )
+  if jnp.issubdtype(features.dtype, jnp.complexfloating):
+    raise TypeError(f"features must be real, got {features.dtype}.")
+  _validate.static_count("k", k)
+  if k >= features.shape[0]:
+    raise ValueError(
+      "k must be less than the number of examples, n ="
+      f" {features.shape[0]}, got {k}: an example is not its own neighbor."
+    )
+  _validate.choice("backend", backend, BACKENDS)
+  _validate.choice("metric", metric, _neighbors.METRICS)
+  if mesh is not None:
+    if backend not in ("auto", "jax"):
+      raise ValueError(f"a mesh needs backend='auto' or 'jax', got {backend!r}.")
+    if axis_name is not None:
+      _validate.choice("axis_name", axis_name, mesh.axis_names)
+  other = metric != "cosine" or backend != "auto" or mesh is not None
+  if _sparse.is_sparse(features) and other:
+    raise ValueError(
+      "sparse features need metric='cosine', backend='auto' and no mesh, got"
+      f" metric={metric!r}, backend={backend!r}."
+    )

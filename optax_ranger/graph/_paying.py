@@ -1,0 +1,164 @@
+"""Three ways to pay for neighbor averaging over a whole graph, behind one call."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger import _neighbors
+from optax_ranger import _numerics
+from optax_ranger import _types
+from optax_ranger import _validate
+
+WAYS = ("fetched", "in_batch", "amortized")
+
+
+class Plan(NamedTuple):
+  """A graph that is ready to be paid for; only arrays, so it may be an argument.
+
+  Attributes:
+    neighbors: ``[n, k]``.
+    scale: one over twice the mean total weight of an example, a number:
+      ``average_neighbors(normalize="graph")``.
+    table: ``float [n]``, the weight of each example in the mean over the whole
+      graph, times n: its own and what its neighbors give it.
+  """
+
+  neighbors: _types.Neighbors
+  scale: _types.Array
+  table: _types.Array
+
+
+class Paid(NamedTuple):
+  """Examples of a step and their weights: ``(weights * losses).sum()`` is the loss.
+
+  Attributes:
+    ids: ``int32 [m]``, which examples to compute; the batch comes first.
+    weights: ``float [m]``.
+  """
+
+  ids: _types.Array
+  weights: _types.Array
+
+
+def plan(neighbors: _types.Neighbors) -> Plan:
+  r"""Prepares a graph for ``pay``; after each change of its weights, once.
+
+  .. math::
+    \gamma = \frac{n}{2 \sum_{ij} w_{ij}}, \qquad
+    c_i = \gamma \big( \textstyle\sum_j w_{ij} + \sum_{j : N(j, \cdot) = i} w_{ji} \big)
+
+  Args:
+    neighbors: ``[n, k]``, weighed; see ``weigh_neighbors``.
+
+  Returns:
+    ``Plan(neighbors, scale, table)``.
+
+  Guarantees:
+    * The table is what ``example_weights`` gives for the whole graph with
+      ``normalize="graph"`` (``test_plan_equals_example_weights``).
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_ranger import graph
+    >>> points = jnp.array([[0.0], [1.0], [3.0]])
+    >>> print(graph.plan(graph.build(points, 1, backend="jax")).table)
+    [1.  1.5 0.5]
+  """
+  indices, weights = _usable(neighbors)
+  own = weights.sum(axis=1)
+  scale = _numerics.divide(jnp.ones_like(own[0]), 2 * own.mean())
+  received = jnp.zeros_like(own).at[indices].add(weights)
+  clean = _types.Neighbors(indices, jnp.asarray(neighbors.distances), weights)
+  return Plan(clean, scale, scale * (own + received))
+
+
+def pay(
+  plan: Plan,
+  ids: _types.ArrayLike,
+  way: str,
+  *,
+  key: _types.Array | None = None,
+  k: int | None = None,
+) -> Paid:
+  r"""Tells what to compute for a batch, so that neighbors are averaged in the mean.
+
+  ======================  =================  ==================  ================
+  way                     examples computed  spread of the step  when
+  ======================  =================  ==================  ================
+  ``"fetched"``           B (1 + k)          least               loading is cheap
+  ``"in_batch"``          B                  large, unless the   B near n, or
+                                             batch is a region   batches of
+                                                                 neighbors
+  ``"amortized"``         B                  between             nearly always
+  ======================  =================  ==================  ================
+
+  All have the same expectation over batches that are drawn uniformly without
+  replacement: the mean over the whole graph of
+  ``average_neighbors(normalize="graph")``. Shapes are static, so one compiled
+  step serves them all, and every graph of the same shape.
+
+  Args:
+    plan: of ``plan``.
+    ids: ``int [B]``, the batch.
+    way: ``"fetched"``: each example brings k neighbors along, drawn at random;
+      ``"in_batch"``: only neighbors that fall in the batch, their weights times
+      (n - 1) / (B - 1); ``"amortized"``: nobody, weights are those of the graph.
+    key: of the draw of ``"fetched"``.
+    k: how many are fetched; None for all, which needs no key.
+
+  Returns:
+    ``Paid(ids [m], weights [m])``.
+
+  Guarantees:
+    * The three have the same expectation, and another scaling is told apart
+      from it (``test_expectations_agree``).
+
+  Raises:
+    ValueError: for another way, no key where one is needed, k outside [1, K], a
+      batch of one example for ``"in_batch"``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_ranger import graph
+    >>> points = jnp.array([[0.0], [1.0], [3.0]])
+    >>> plan = graph.plan(graph.build(points, 1, backend="jax"))
+    >>> ids, weights = graph.pay(plan, jnp.array([0, 2]), "fetched")
+    >>> print(ids, weights)
+    [0 2 1 1] [0.25 0.25 0.25 0.25]
+  """
+  _validate.choice("way", way, WAYS)
+  ids = jnp.asarray(ids).astype(jnp.int32)
+  n, size = plan.table.shape[0], ids.shape[0]
+  share = plan.scale / size
+  if way == "amortized":
+    return Paid(ids, plan.table[ids] / size)
+  own = jax.tree.map(lambda leaf: leaf[ids], plan.neighbors)
+  if way == "fetched":
+    if k is not None:
+      if key is None:
+        raise ValueError("way='fetched' with k= needs key=, a key of jax.random.")
+      own = _neighbors.sample_neighbors(key, own, k)
+    weights = jnp.concatenate([own.weights.sum(axis=1), own.weights.reshape(-1)])
+    return Paid(jnp.concatenate([ids, own.indices.reshape(-1)]), share * weights)
+  if size < 2:
+    raise ValueError(f"way='in_batch' needs at least 2 examples, got {size}.")
+  order = jnp.argsort(ids)
+  place = jnp.searchsorted(ids[order], own.indices)
+  place = order[jnp.minimum(place, size - 1)]
+  inside = ids[place] == own.indices
+  weights = jnp.where(inside, own.weights, jnp.zeros_like(own.weights))
+  weights = weights * ((n - 1) / (size - 1))
+  received = jnp.zeros_like(weights[:, 0]).at[place].add(weights)
+  return Paid(ids, share * (weights.sum(axis=1) + received))
+
+
+def _usable(neighbors: _types.Neighbors) -> tuple[_types.Array, _types.Array]:
+  """Empty places point at example 0 and weigh nothing."""
+  indices = jnp.asarray(neighbors.indices).astype(jnp.int32)
+  weights = jnp.asarray(neighbors.weights)
+  filled = (indices >= 0) & (indices < indices.shape[0]) & jnp.isfinite(weights)
+  return (
+    jnp.where(filled, indices, jnp.zeros_like(indices)),
+    jnp.where(filled, weights, jnp.zeros_like(weights)),
+  )
