@@ -172,6 +172,9 @@ def test_open_windows_move_to_other_devices():
   wrong = state.optimizer._replace(accumulated={"w": np.zeros([4, 4, 5], "float32")})
   with pytest.raises(ValueError, match=r"accumulated\['w'\] must have .* \[5, 4\]"):
     calls(update, params, state._replace(optimizer=wrong), 5, 6)
+  none = state.optimizer._replace(accumulated=())
+  with pytest.raises(ValueError, match="must have 1 leaves in its open windows"):
+    calls(update, params, state._replace(optimizer=none), 5, 6)
 
 
 def survivor(folder, processes, victim):
