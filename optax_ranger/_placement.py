@@ -1,6 +1,7 @@
 """Where things live on a mesh: batches split by rows, states whole or split."""
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
@@ -162,7 +163,14 @@ class Placement:
       like: what ``init`` makes for one device, or its shapes.
       late: whether the devices keep their own parts.
     """
-    wanted = iter([leaf.shape for leaf in jax.tree.leaves(windows(like))])
+    shapes = [leaf.shape for leaf in jax.tree.leaves(windows(like))]
+    found = len(jax.tree.leaves(windows(state)))
+    if found != len(shapes):
+      raise ValueError(
+        f"the state must have {len(shapes)} leaves in its open windows, as accumulate's"
+        f" init makes them, got {found}: was it made with another every= or optimizer?"
+      )
+    wanted = iter(shapes)
 
     def fit(path, leaf):
       shape = next(wanted)
@@ -191,7 +199,7 @@ class Placement:
     )
     return jax.tree.map(visit, state, is_leaf=_is_window)
 
-  @property
+  @functools.cached_property
   def num_local_devices(self) -> int:
     """Of the data axes, those that this process feeds."""
     if self.mesh is None:

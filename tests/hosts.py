@@ -1,7 +1,7 @@
 """`examples/multi_host.py` as a program that tells what it did, and dies if told to.
 
 `python -m tests.hosts --results FILE [--die-at POSITION] [--signal NAME]
-[--once-there FOLDER]` and the arguments of the example.
+[--once-there FOLDER] [--share-rows]` and the arguments of the example.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 import numpy as np
 
 from examples import multi_host
@@ -31,6 +32,7 @@ def main() -> None:
   parser.add_argument("--die-at", type=int)
   parser.add_argument("--signal", default="SIGKILL")
   parser.add_argument("--once-there", type=pathlib.Path)
+  parser.add_argument("--share-rows", action="store_true")
   told, arguments = parser.parse_known_args()
   make_step, train, batch_ids, parse = (
     multi_host.make_step,
@@ -45,6 +47,9 @@ def main() -> None:
     return updates[-1]
 
   def train_and_tell(options, mesh):
+    if told.share_rows:
+      kinds = (AxisType.Auto,) * 2
+      mesh = jax.make_mesh((2, 4), ("model", "data"), axis_types=kinds)
     params, state, accuracy = train(options, mesh)
     np.savez(told.results, *whole(params, state))
     ids = multi_host.own_part(batch_ids(0, options))
@@ -66,7 +71,7 @@ def main() -> None:
   multi_host.make_step = make_and_keep
   multi_host.train = train_and_tell
   multi_host.batch_ids = batch_ids_or_death
-  multi_host.own_part = own_part
+  multi_host.own_part = (lambda ids: ids) if told.share_rows else own_part
   multi_host.main()
 
 

@@ -10,10 +10,13 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from examples import multi_host
+import optax_ranger as ranger
 from tests import hosts
 
 pytestmark = pytest.mark.xdist_group("hosts")
@@ -53,14 +56,19 @@ def finish(folder, processes):
       code = process.wait(timeout=300)
       assert code == 0, (folder / f"{i}.err").read_text()[-3000:]
   finally:
-    for process in processes:
-      process.kill()
+    end(processes)
   arrays, kinds = [], []
   for i in range(len(processes)):
     with np.load(folder / f"{i}.npz") as saved:
       arrays.append([saved[name] for name in saved.files])
     kinds.append(json.loads((folder / f"{i}.json").read_text()))
   return arrays, kinds
+
+
+def end(processes):
+  for process in processes:
+    process.kill()
+    process.wait()
 
 
 def bit_for_bit(leaves, others):
@@ -118,6 +126,57 @@ def test_resumes_on_fewer_devices(num_devices, one_process):
   close(train(num_devices, "--checkpoints", str(folder), "--resume"), params)
 
 
+def window_of_three(mesh, reduce):
+  tx = ranger.accumulate(optax.sgd(0.1, momentum=0.9), 3)
+  losses = lambda params, batch: (
+    (jnp.tanh(batch["x"] @ params["w"]).sum(axis=1) - batch["y"]) ** 2
+  )
+  return ranger.train_step(losses, tx, mesh=mesh, reduce=reduce)
+
+
+def calls(update, params, state, first, last):
+  """Calls on batches of eight, and what a checkpoint would hold after them."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal([8, 8, 5]).astype(np.float32)
+  for i in range(first, last):
+    batch = {"x": x[i], "y": x[i, :, 0]}
+    params, state, _ = jax.block_until_ready(update(params, state, batch))
+  return jax.tree.map(np.asarray, (params, state))
+
+
+def test_open_windows_move_to_other_devices():
+  """From the parts of eight devices to those of others, and to one sum, and back."""
+  ways = [
+    (mesh_of(8), "on_emission"),
+    (mesh_of(4), "on_emission"),
+    (mesh_of(2), "every_call"),
+    (None, "every_call"),
+    (mesh_of(4), "on_emission"),
+  ]
+  single = window_of_three(None, "every_call")
+  expected = {"w": np.random.default_rng(1).standard_normal([5, 4]).astype("float32")}
+  params, expected_state = expected, single.init(expected)
+  state = window_of_three(*ways[0]).init(params)
+  for call, way in enumerate(ways):
+    update = window_of_three(*way)
+    params, state = calls(update, params, state, call, call + 1)
+    expected, expected_state = calls(single, expected, expected_state, call, call + 1)
+    close([params["w"]], [expected["w"]])
+    assert int(state.optimizer.mini_step) == (call + 1) % 3
+    total, apart = state.optimizer.accumulated["w"], way[1] == "on_emission"
+    assert total.shape == ((way[0].size, 5, 4) if apart else (5, 4))
+    total = total.sum(axis=0) if apart else total
+    np.testing.assert_allclose(
+      total, expected_state.optimizer.accumulated["w"], rtol=1e-5, atol=1e-6
+    )
+  wrong = state.optimizer._replace(accumulated={"w": np.zeros([4, 4, 5], "float32")})
+  with pytest.raises(ValueError, match=r"accumulated\['w'\] must have .* \[5, 4\]"):
+    calls(update, params, state._replace(optimizer=wrong), 5, 6)
+  none = state.optimizer._replace(accumulated=())
+  with pytest.raises(ValueError, match="must have 1 leaves in its open windows"):
+    calls(update, params, state._replace(optimizer=none), 5, 6)
+
+
 def survivor(folder, processes, victim):
   """How the other process ended, after how many seconds, and what it said."""
   try:
@@ -126,8 +185,7 @@ def survivor(folder, processes, victim):
     code = processes[1 - victim].wait(timeout=60)
     seconds = time.monotonic() - died
   finally:
-    for process in processes:
-      process.kill()
+    end(processes)
   print(f"process {victim} is gone: the other ended with {code}, {seconds:.2f} s later")
   return code, seconds, (folder / f"{1 - victim}.err").read_text()
 
@@ -174,13 +232,21 @@ def test_a_process_that_is_silent(victim, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", ["every_call", "on_emission"])
-def test_resumes_on_other_devices_of_two_processes(reduce, one_process, tmp_path):
-  """From eight devices, to six of one process and two of the other, or to three."""
+def test_resumes_on_two_processes(reduce, one_process, tmp_path):
+  """From eight devices of one process, in mid-window, to three of each of two."""
   params, _ = one_process
-  save = ["--checkpoints", str(tmp_path / "c"), "--reduce", reduce]
+  save = ["--checkpoints", str(tmp_path / "checkpoints"), "--reduce", reduce]
   train(8, *save, "--save-every", str(hosts.SAVED_AT))
-  (first, second), _ = finish(
-    tmp_path, start(tmp_path, *save, "--resume", devices=(4, 2))
-  )
+  processes = start(tmp_path, *save, "--resume", devices=(3, 3))
+  (first, second), _ = finish(tmp_path, processes)
   bit_for_bit(first, second)
+  close(first[: len(params)], params)
+
+
+@pytest.mark.slow
+def test_processes_may_share_rows(one_process, tmp_path):
+  """Where another axis of the mesh lies across them, both give the same rows."""
+  (first, second), _ = finish(tmp_path, start(tmp_path, "--share-rows"))
+  bit_for_bit(first, second)
+  params, _ = one_process
   close(first[: len(params)], params)
