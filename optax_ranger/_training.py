@@ -122,6 +122,10 @@ def train_step(
       (``test_a_call_that_emits_nothing_sends_scalars``).
     * What is not finite on one device is skipped by all
       (``test_a_device_that_fails_is_skipped_by_all``).
+    * Several processes have the same parameters, bit for bit
+      (``test_two_processes_equal_one``).
+    * A run goes on on another number of devices, in mid-window too
+      (``test_open_windows_move_to_other_devices``).
 
     An example whose loss, but none of its inputs, is not finite has weight zero;
     with a `step` and several micro-batches others do not make up for it.
