@@ -1,5 +1,6 @@
 """Linear steps, recognized and transposed: a step's transpose is weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,10 +71,7 @@ def transpose(
 
   weights = weights_for(state, extra_args)
   with jax.ensure_compile_time_eval():
-    state, extra_args = _stand_in((state, extra_args))
-    _refuse_other_than_one_weight(
-      step, state, extra_args, np.asarray(weights_for(state, extra_args))
-    )
+    _refuse_other_than_one_weight(step, n, weights_for, *_stand_in((state, extra_args)))
   return weights
 
 
@@ -84,22 +82,38 @@ def _arrays(*trees: Any) -> list[Any]:
 
 def _refuse_other_than_one_weight(
   step: optax.GradientTransformationExtraArgs,
+  n: int,
+  weights_for: Callable[..., _types.Array],
   state: _types.PyTree,
   extra_args: dict[str, Any],
-  weights: np.ndarray,
 ) -> None:
   """Tries the step on random gradients of two shapes, against the weights.
 
   `linear_transpose` on one scalar leaf would accept a linear step that depends
   on shapes and lose it in silence, and the constant of an affine one as well.
   """
-  n = weights.shape[0]
   draw = np.random.default_rng(0).standard_normal
   probe = [draw([n]).astype(np.float32), draw([n, 2, 3]).astype(np.float32)]
+  leaves, structure = jax.tree.flatten((state, extra_args))
+  is_array = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
+
+  # One program: operation by operation, compiling them would take seconds.
+  @jax.jit
+  def trial(arrays, probe):
+    given = iter(arrays)
+    state, extra_args = structure.unflatten(
+      next(given) if array else leaf
+      for leaf, array in zip(leaves, is_array, strict=True)
+    )
+    result, _ = step.update(probe, state, None, **extra_args)
+    return weights_for(state, extra_args), result
+
+  arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
   try:
-    result, _ = step.update(jax.tree.map(jnp.asarray, probe), state, None, **extra_args)
+    weights, result = trial(arrays, probe)
   except (TypeError, ValueError) as error:
     raise ValueError(_NOT_ONE_WEIGHT) from error
+  weights = np.asarray(weights)
   for leaf, found in zip(probe, map(np.asarray, jax.tree.leaves(result)), strict=True):
     expected = np.tensordot(weights, leaf, axes=1)
     room = 1e-4 * np.tensordot(np.abs(weights), np.abs(leaf), axes=1) + 1e-30
@@ -122,9 +136,9 @@ def _stand_in(tree: _types.PyTree) -> _types.PyTree:
     if jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.ndim == 2 and leaf.size:
       n, k = leaf.shape
       round_ = np.arange(1, n + 1)[:, None] + np.arange(k)
-      return jnp.asarray(round_ % n, leaf.dtype)
+      return (round_ % n).astype(leaf.dtype)
     fill = 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
-    return jnp.full(leaf.shape, fill, leaf.dtype)
+    return np.full(leaf.shape, fill, leaf.dtype)
 
   return jax.tree.map(concrete, tree)
 
