@@ -99,6 +99,7 @@ def test_no_hyper_rate_is_the_inner_optimizer(per_leaf):
     jax.tree.map(np.testing.assert_array_equal, result, halved)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
   st.lists(

@@ -147,6 +147,7 @@ def test_a_device_beyond_all_measure_is_absent(name):
   assert int(state.num_dropped) == 1
 
 
+@pytest.mark.slow
 def test_nobody_is_left():
   rows = jax.tree.map(lambda leaf: leaf * jnp.nan, draw())
   for name in AGGREGATORS:

@@ -291,6 +291,7 @@ def test_the_small_network_of_the_sources():
   assert losses[-1] < 0.02 * losses[0]
 
 
+@pytest.mark.slow
 def test_linen_by_the_bridge():
   """The line of the docs: the same layer, with its parameters in Linen's hands."""
 

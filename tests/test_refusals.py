@@ -47,12 +47,12 @@ REFUSALS = {
   "features 1-D": (
     lambda: ranger.nearest_neighbors(FEATURES[:, 0], 2),
     ValueError,
-    r"features must have shape \[n, d\], got \[6\]",
+    r"features must have shape \[n, d\], d at least 1, got \[6\]",
   ),
   "features 3-D": (
     lambda: ranger.nearest_neighbors(FEATURES[None], 2),
     ValueError,
-    r"features must have shape \[n, d\], got \[1, 6, 3\]",
+    r"features must have shape \[n, d\], d at least 1, got \[1, 6, 3\]",
   ),
   "features complex": (
     lambda: ranger.nearest_neighbors(FEATURES + 1j, 2),

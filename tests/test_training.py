@@ -485,6 +485,7 @@ def test_neighbors_on_other_devices_count(one_device):
   close(run(plain(step=head, num_micro_batches=3)), run(one))
 
 
+@pytest.mark.slow
 def test_mapped_value_and_grad_in_micro_batches_needs_no_second_forward_pass():
   """Only neighbors that are found by what the model says need the model first."""
   cost = lambda update: lowered(update).compile().cost_analysis()["flops"]
