@@ -5,6 +5,7 @@ normal numbers of the same shape.
 """
 
 import argparse
+from collections.abc import Sequence
 import itertools
 import pathlib
 import resource
@@ -40,10 +41,12 @@ def flat(rows: np.ndarray) -> np.ndarray:
   return index.search(rows, _K + 1)[1]
 
 
-def speed_rows(n: int, rounds: int) -> list[_measure.Row]:
+_BACKENDS = ("faiss", "jax", "hnsw", "ivf")
+
+
+def speed_rows(n: int, rounds: int, names: Sequence[str]) -> list[_measure.Row]:
   """Exact and approximate graphs against FAISS's flat index."""
   rows = features(n)
-  names = ("faiss", "jax", "hnsw", "ivf")
   reports = {}
 
   def build(backend):
@@ -55,7 +58,7 @@ def speed_rows(n: int, rounds: int) -> list[_measure.Row]:
   contenders = [_measure.Contender(lambda: flat(rows), 0)]
   contenders += [_measure.Contender(lambda name=name: build(name), 0) for name in names]
   theirs, *ours = _measure.measure("graphs", contenders, rounds)
-  found = {name: build(name) for name in ("hnsw", "ivf")}
+  found = {name: build(name) for name in names if name in ("hnsw", "ivf")}
   recalls = {
     name: graph.measure_recall(neighbors, rows) for name, neighbors in found.items()
   }
@@ -142,10 +145,11 @@ def main() -> None:
   parser.add_argument("--n", type=int, default=60_000)
   parser.add_argument("--rounds", type=int, default=2)
   parser.add_argument("--only", choices=("speed", "memory", "refresh"))
+  parser.add_argument("--backends", nargs="+", choices=_BACKENDS, default=_BACKENDS)
   args = parser.parse_args()
   print(_measure.machine())
   if args.only in (None, "speed"):
-    print(_measure.table(speed_rows(args.n, args.rounds)))
+    print(_measure.table(speed_rows(args.n, args.rounds, args.backends)))
   if args.only in (None, "memory"):
     for backend in ("faiss", "jax"):
       print(f"peak of {backend} beside the features: {peak(backend, args.n):.0f} MB")
