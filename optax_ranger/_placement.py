@@ -192,12 +192,7 @@ class Placement:
         return total
       return np.concatenate([total[None], np.zeros_like(total, shape=apart)[1:]])
 
-    visit = lambda node: (
-      node._replace(accumulated=jax.tree_util.tree_map_with_path(fit, node.accumulated))
-      if _is_window(node)
-      else node
-    )
-    return jax.tree.map(visit, state, is_leaf=_is_window)
+    return map_windows(fit, state, with_path=True)
 
   @functools.cached_property
   def num_local_devices(self) -> int:
@@ -281,6 +276,20 @@ def windows(state: _types.PyTree) -> list[Any]:
   """The sums of the windows that are open, each like the parameters."""
   found = _tree.find_states(state, _accumulation.AccumulateState)
   return [node.accumulated for node in found]
+
+
+def map_windows(
+  function: Callable[..., Any], state: _types.PyTree, *, with_path: bool = False
+) -> _types.PyTree:
+  """Maps the leaves of the sums of the windows that are open."""
+  map_ = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
+
+  def visit(node):
+    if not _is_window(node):
+      return node
+    return node._replace(accumulated=map_(function, node.accumulated))
+
+  return jax.tree.map(visit, state, is_leaf=_is_window)
 
 
 def _is_window(node: Any) -> bool:

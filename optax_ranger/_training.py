@@ -162,7 +162,12 @@ def train_step(
       ' needs mesh=, partition="shard_map" and shard_state=False.'
     )
   if shard_state and mesh is None:
-    raise ValueError("shard_state splits the state over the devices of mesh=; none.")
+    raise ValueError("shard_state splits the state over devices: it needs mesh=.")
+  if partition is None and mesh is not None:
+    raise ValueError(
+      "partition=None leaves the mapping to the caller, who has the mesh: mesh= must"
+      " be None."
+    )
   body = _update.Update(
     per_example_losses,
     optax.with_extra_args_support(optimizer),
@@ -191,7 +196,7 @@ class TrainStep:
 
   def __init__(
     self,
-    body: "_update.Update",
+    body: _update.Update,
     placement: _placement.Placement,
     *,
     partition: str | None,
@@ -214,13 +219,13 @@ class TrainStep:
     body = self._body
     state = _update.TrainStepState(body.step.init(params), body.optimizer.init(params))
     if self._late:
-      if not _update.has_apart(state):
+      if not jax.tree.leaves(_placement.windows(state)):
         raise ValueError(
           'reduce="on_emission" needs accumulate(...) in the optimizer, with every'
           " other than 1."
         )
       count = self._placement.num_devices
-      state = _update.map_apart(
+      state = _placement.map_windows(
         lambda leaf: jnp.zeros([count, *leaf.shape], leaf.dtype), state
       )
     return self._placement.place_state(state, late=self._late)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ranger import _accumulation
 from optax_ranger import _arguments
 from optax_ranger import _fusion
 from optax_ranger import _numerics
+from optax_ranger import _placement
 from optax_ranger import _predictions
 from optax_ranger import _shards
 from optax_ranger import _tree
@@ -44,7 +44,7 @@ class Update(NamedTuple):
   def __call__(self, axis_name, late, params, state, batch, rows, shared):
     """The whole update; with `late`, the optimizer gets this device's part."""
     if late:
-      state = map_apart(lambda leaf: leaf[0], state)
+      state = _placement.map_windows(lambda leaf: leaf[0], state)
     tables = list(_tree.find_states(state, _predictions.PredictionState))
     reduce = (lambda grads: grads) if late else None
     grads, step_state, by_row, others, metrics = self.forward(
@@ -55,7 +55,7 @@ class Update(NamedTuple):
     )
     state = TrainStepState(step_state, optimizer_state)
     if late:
-      state = map_apart(lambda leaf: leaf[None], state)
+      state = _placement.map_windows(lambda leaf: leaf[None], state)
     return params, state, metrics
 
   def apply(self, params, optimizer_state, grads, extra_args):
@@ -112,7 +112,8 @@ class Update(NamedTuple):
     by_row.update({name: arg for name, arg in rows.items() if name != "member_weights"})
     if meet and ids is not None and "predictions" in aux:
       by_row["example_ids"] = ids
-      by_row["predictions"] = met.get("predictions", shards.gather(aux["predictions"]))
+      found = met or shards.gather({"predictions": aux["predictions"]})
+      by_row["predictions"] = found["predictions"]
     return (
       grads,
       step_state,
@@ -145,21 +146,3 @@ def _is_metric(item: Any, n: int) -> bool:
   if not isinstance(item, jax.Array) or item.shape not in ((), (n,)):
     return False
   return jnp.issubdtype(item.dtype, jnp.floating) or item.dtype == bool
-
-
-def map_apart(function: Callable[[Any], Any], state: _types.PyTree) -> _types.PyTree:
-  """Maps the accumulators that are kept apart on each device."""
-  is_one = lambda node: isinstance(node, _accumulation.AccumulateState)
-
-  def visit(node):
-    if not is_one(node):
-      return node
-    return node._replace(accumulated=jax.tree.map(function, node.accumulated))
-
-  return jax.tree.map(visit, state, is_leaf=is_one)
-
-
-def has_apart(state: _types.PyTree) -> bool:
-  """Whether there are accumulators that could be kept apart."""
-  found = _tree.find_states(state, _accumulation.AccumulateState)
-  return any(jax.tree.leaves(node.accumulated) for node in found)

@@ -471,10 +471,11 @@ def test_neighbors_on_other_devices_count(one_device):
   """Given as positions in the whole batch; each one lies on another device."""
   n = 24
   across = (np.arange(n) + n // 2)[:, None] % n
+  # Another weight for each, so that no device has another's.
+  weights = np.linspace(0.2, 1.0, n, dtype=np.float32)[:, None]
   neighbors = ranger.Neighbors(
-    across.astype(np.int32), np.ones([n, 1], np.float32), np.ones([n, 1], np.float32)
+    across.astype(np.int32), np.ones([n, 1], np.float32), weights
   )
-  neighbors.weights[::3] = 0.2
   batch, _ = next(batches(1))
   run = lambda update: update(
     start(), update.init(start()), batch, neighbors=neighbors
@@ -513,6 +514,8 @@ def test_refusals_of_train_step():
     build(reduce="on_emission")
   with pytest.raises(ValueError, match="shard_state"):
     build(shard_state=True)
+  with pytest.raises(ValueError, match="partition=None leaves"):
+    build(partition=None, mesh=mesh)
   batch, ids = next(batches(1))
   update = plain()
   args = start(), update.init(start())
