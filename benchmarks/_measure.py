@@ -1,7 +1,10 @@
 """The harness: rivals take turns, so that a busy machine slows all of them alike."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
+from importlib import metadata
 import os
 import pathlib
 import platform
@@ -15,14 +18,10 @@ import numpy as np
 import optax
 import tqdm
 
-_COLUMNS = (
-  "what",
-  "rival",
-  "ratio (quartiles)",
-  "should reach",
-  "ms, rival's ms",
-  "temporaries, rival's",
-)
+from benchmarks import _table
+
+# Whose versions are told, where they are installed.
+_PACKAGES = ("jax", "optax", "flax", "faiss-cpu", "torch", "pytorch_optimizer")
 
 
 class Contender(NamedTuple):
@@ -38,15 +37,39 @@ class Contender(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A line of the table; `seconds` and `rival_seconds` are samples, [rounds]."""
+  """A line of the table.
+
+  Attributes:
+    what: is measured.
+    rival: what it is measured against.
+    samples: seconds of every round, [rounds], or counts; empty if not measured.
+    rival_samples: the rival's.
+    reach: the ratio that is aimed at.
+    temporaries: bytes beside inputs and outputs.
+    rival_temporaries: the rival's.
+    timed: samples are seconds.
+  """
 
   what: str
   rival: str
-  seconds: np.ndarray
-  rival_seconds: np.ndarray
+  samples: np.ndarray
+  rival_samples: np.ndarray
   reach: str = "-"
   temporaries: int | None = None
   rival_temporaries: int | None = None
+  timed: bool = True
+
+
+def normal(seed: int, leaves: int = 8, width: int = 2048) -> list[jax.Array]:
+  """Square arrays of normal numbers, 32 M of them if nothing else is said."""
+  keys = jax.random.split(jax.random.key(seed), leaves)
+  return [jax.random.normal(key, [width, width]) for key in keys]
+
+
+def millions(params: Any) -> str:
+  """How many parameters there are, in words."""
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return f"{count / 2**20:.3g} M parameters"
 
 
 def stateless(function: Callable[..., Any], *args: Any) -> Contender:
@@ -119,40 +142,48 @@ def copy_rate(size: int = 32 * 2**20) -> float:
   return 2 * 4 * size / float(np.median(seconds))
 
 
+def cores() -> int:
+  """How many cores this process may use."""
+  allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+  return allowed or os.cpu_count() or 1
+
+
 def machine() -> str:
   """What was measured on, and with which versions."""
   info = pathlib.Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else []
   names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
   name = names[0] if names else platform.processor() or platform.machine()
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
   return (
-    f"{name}, {cores or os.cpu_count()} cores; {jax.default_backend()}; Python"
-    f" {platform.python_version()}, jax {jax.__version__}, optax {optax.__version__}"
+    f"{name}, {cores()} cores; {jax.default_backend()}; Python"
+    f" {platform.python_version()}, {', '.join(_versions())}"
   )
 
 
+def _versions() -> Iterator[str]:
+  for package in _PACKAGES:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      yield f"{package} {metadata.version(package)}"
+
+
+def record(row: Row) -> dict[str, str]:
+  """A row as it is written; the ratio is of one round, then the median."""
+  words = (row.what, row.rival)
+  sizes = ("" if size is None else f"{size:.0f}" for size in row[5:7])
+  if not len(row.samples):
+    ratio, times = [""] * 3, [""] * 2
+  else:
+    ratios = row.samples / row.rival_samples
+    ratio = [f"{value:.4g}" for value in np.quantile(ratios, [0.5, 0.25, 0.75])]
+    medians = np.median(row.samples), np.median(row.rival_samples)
+    times = [f"{1e3 * value:.4g}" if row.timed else "" for value in medians]
+  cells = (*words, *ratio, row.reach, *times, *sizes, machine())
+  return dict(zip(_table.COLUMNS, cells, strict=True))
+
+
 def table(rows: Sequence[Row]) -> str:
-  """The rows as a Markdown table; ratios are of one round, then the median."""
-  lines: list[str] = [" | ".join(_COLUMNS), " | ".join("---" for _ in _COLUMNS)]
-  for row in rows:
-    ratios = row.seconds / row.rival_seconds
-    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    ours, theirs = np.median(row.seconds), np.median(row.rival_seconds)
-    cells = (
-      row.what,
-      row.rival,
-      f"{middle:.3g} ({low:.3g} to {high:.3g})",
-      row.reach,
-      f"{1e3 * ours:.3g}, {1e3 * theirs:.3g}",
-      f"{_megabytes(row.temporaries)}, {_megabytes(row.rival_temporaries)}",
-    )
-    lines.append(" | ".join(cells))
-  return "\n".join(f"| {line} |" for line in lines)
-
-
-def _megabytes(count: int | None) -> str:
-  return "-" if count is None else f"{count / 1e6:.3g} MB"
+  """The rows as a Markdown table."""
+  return _table.table([record(row) for row in rows])
 
 
 def _temporaries(compiled: Any) -> int:

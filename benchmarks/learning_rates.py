@@ -7,7 +7,6 @@ the rate as its multiplier. Pieces that are in the table already are not run aga
 
 import argparse
 from collections.abc import Callable
-import csv
 import functools
 import pathlib
 import sys
@@ -22,6 +21,7 @@ from optax import contrib
 import tqdm
 
 from benchmarks import _problems
+from benchmarks import _table
 import optax_ranger as ranger
 
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -102,20 +102,6 @@ def rows_of(
     }
     for rate, *values in zip(RATES, *columns, strict=True)
   ]
-
-
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  if not path.exists():
-    return []
-  with path.open(newline="") as file:
-    return list(csv.DictReader(file))
-
-
-def write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
 
 
 def figures(
@@ -230,7 +216,7 @@ def main() -> None:
   stem = "learning_rates_quick" if args.quick else "learning_rates"
   args.out.mkdir(parents=True, exist_ok=True)
   path = args.out / f"{stem}.csv"
-  rows = [] if args.fresh else read(path)
+  rows = _table.read(path) if path.exists() and not args.fresh else []
   done = {(row["problem"], row["optimizer"]) for row in rows}
   pieces = [
     (problem, name)
@@ -242,13 +228,13 @@ def main() -> None:
     for problem, name in progress:
       progress.set_description(f"{problem}, {name}")
       rows += rows_of(problem, name, makers[problem](args.quick), args.seeds)
-      write(path, rows)
+      _table.write(path, rows, _COLUMNS)
   order = {name: i for i, name in enumerate(OPTIMIZERS)}
   places = {name: i for i, name in enumerate(_problems.PROBLEMS)}
   rows.sort(
     key=lambda r: (places[r["problem"]], order[r["optimizer"]], float(r["rate"]))
   )
-  write(path, rows)
+  _table.write(path, rows, _COLUMNS)
   print(table(rows))
   draw(args.out / f"{stem}.png", rows)
   print(f"\npicture: {args.out / stem}.png, figures: {path}")
