@@ -9,12 +9,11 @@ from benchmarks import _measure
 import optax_ranger as ranger
 
 EVERY = 8
-_WHAT = "accumulate(adamw), 32 M parameters, every 8"
 
 
-def micro_step_rows(rounds: int = 8) -> list[_measure.Row]:
+def micro_step_rows(rounds: int = 8, width: int = 2048) -> list[_measure.Row]:
   """A micro-step of 32 M parameters: the mean over whole windows."""
-  params, gradients = _normal(0, 8, 2048), _normal(1, 8, 2048)
+  params, gradients = _measure.normal(0, width=width), _measure.normal(1, width=width)
   inner = optax.adamw(1e-3)
   weight = jnp.asarray(3.0)
   rivals = {
@@ -36,9 +35,10 @@ def micro_step_rows(rounds: int = 8) -> list[_measure.Row]:
     calls=EVERY,
   )
   seconds, *rival_seconds, copy = (sample.mean(axis=1) for sample in samples)
+  what = f"accumulate(adamw), {_measure.millions(params)}, every {EVERY}"
   rows = [
     _measure.Row(
-      _WHAT,
+      what,
       name,
       seconds,
       theirs,
@@ -49,17 +49,17 @@ def micro_step_rows(rounds: int = 8) -> list[_measure.Row]:
   ]
   room = 0.01 * sum(leaf.nbytes for leaf in params)
   rows[0] = rows[0]._replace(reach=f"1/6 = 0.167, under {room / 1e6:.3g} MB")
-  floor = _measure.Row(_WHAT, "bandwidth floor", seconds, copy * floor_passes() / 2)
+  floor = _measure.Row(what, "bandwidth floor", seconds, copy * floor_passes() / 2)
   return [*rows, floor]
 
 
-def one_step_rows(rounds: int = 12) -> list[_measure.Row]:
+def one_step_rows(rounds: int = 12, width: int = 2048) -> list[_measure.Row]:
   """A scan over eight gradients in one compiled step, and one step of adamw.
 
   The optimizer's part only: gradients are multiples of arrays at hand, and the
   time of a scan that only writes them is taken off in each round.
   """
-  params, gradients = _normal(0, 8, 2048), _normal(1, 8, 2048)
+  params, gradients = _measure.normal(0, width=width), _measure.normal(1, width=width)
   factors = jnp.linspace(0.5, 1.5, EVERY)
   inner = optax.adamw(1e-3)
   scaled = lambda factor: [factor * leaf for leaf in gradients]
@@ -82,7 +82,8 @@ def one_step_rows(rounds: int = 12) -> list[_measure.Row]:
   whole, writes, calls = _measure.measure(
     "micro_batched(adamw)", [contender, writing, _eight_calls(rival)], rounds
   )
-  what = "micro_batched, then adamw, 32 M parameters, 8 gradients in one step"
+  many = _measure.millions(params)
+  what = f"micro_batched, then adamw, {many}, {EVERY} gradients in one step"
   return [
     _measure.Row(
       what + form,
@@ -115,15 +116,15 @@ def floor_passes() -> float:
   return 4 + 6 / EVERY
 
 
-def quiet_rows(rounds: int = 10) -> list[_measure.Row]:
+def quiet_rows(rounds: int = 10, width: int = 1024) -> list[_measure.Row]:
   """A call that emits nothing must cost next to nothing: muon is expensive."""
-  params, gradients = _normal(0, 1, 1024), _normal(1, 1, 1024)
+  params, gradients = _measure.normal(0, 1, width), _measure.normal(1, 1, width)
   tx = ranger.accumulate(optax.contrib.muon(1e-3), EVERY)
   ours = _measure.training(tx, params, gradients)
   (samples,) = _measure.measure("accumulate(muon)", [ours], rounds, calls=EVERY)
   return [
     _measure.Row(
-      "accumulate(muon), 1024 x 1024, a call that emits nothing",
+      f"accumulate(muon), {width} x {width}, a call that emits nothing",
       "one that emits",
       samples[:, :-1].mean(axis=1),
       samples[:, -1],
@@ -132,11 +133,6 @@ def quiet_rows(rounds: int = 10) -> list[_measure.Row]:
       ours.temporaries,
     )
   ]
-
-
-def _normal(seed: int, leaves: int, width: int) -> list[jax.Array]:
-  keys = jax.random.split(jax.random.key(seed), leaves)
-  return [jax.random.normal(key, [width, width]) for key in keys]
 
 
 def main() -> None:

@@ -1,105 +1,131 @@
-"""All figures of speed and memory: `python -m benchmarks.performance`."""
+"""All figures of speed and memory in one run: `python -m benchmarks.performance`.
 
-import itertools
+Every section runs in a process of its own, so that none meets the memory, threads or
+simulated devices of another. What is measured is in a CSV file after each section;
+`--table FILE` prints the Markdown table of such a file and measures nothing.
+"""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+import argparse
+from collections.abc import Mapping
+from collections.abc import Sequence
+import importlib
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+from typing import NamedTuple
 
-from benchmarks import _measure
-from benchmarks import acceleration
-from benchmarks import accumulation
-from benchmarks import regions
-from benchmarks import smoothing
-import optax_ranger as ranger
+import tqdm
 
-_BATCH = 256
-_WIDTHS = (784, 512, 512, 10)
+from benchmarks import _table
 
-
-def fused_rows(rounds: int = 60) -> list[_measure.Row]:
-  """The gradient of neighbor averaging and the mean, against the mean alone."""
-  rng = np.random.default_rng(0)
-  params = [
-    {
-      "kernel": jnp.asarray(rng.standard_normal([i, o]) / np.sqrt(i), jnp.float32),
-      "bias": jnp.zeros([o]),
-    }
-    for i, o in itertools.pairwise(_WIDTHS)
-  ]
-  x = jnp.asarray(rng.standard_normal([_BATCH, _WIDTHS[0]]), jnp.float32)
-  batch = {"x": x, "y": jnp.asarray(rng.integers(0, _WIDTHS[-1], _BATCH))}
-  neighbors = ranger.weigh_neighbors(ranger.nearest_neighbors(x, 10), labels=batch["y"])
-  head = ranger.ranger_head()
-  fused = ranger.value_and_grad(_losses, head)
-
-  def plain(params, batch):
-    def mean_loss(params):
-      losses = _losses(params, batch)
-      return losses.mean(), losses
-
-    (_, losses), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
-    return losses, gradient
-
-  def per_example(params, batch, neighbors):
-    def one(params, row):
-      return _losses(params, jax.tree.map(lambda leaf: leaf[None], row))[0]
-
-    losses, gradients = jax.vmap(jax.value_and_grad(one), (None, 0))(params, batch)
-    state = head.init(params)
-    return losses, head.update(gradients, state, params, neighbors=neighbors)[0]
-
-  ours = _measure.stateless(
-    lambda params, batch, neighbors: fused(params, batch, neighbors=neighbors),
-    params,
-    batch,
-    neighbors,
-  )
-  mean = _measure.stateless(plain, params, batch)
-  apart = _measure.stateless(per_example, params, batch, neighbors)
-  pair = _measure.measure("fused, plain mean", [ours, mean], rounds, calls=5)
-  slow = _measure.measure("per-example, plain mean", [apart, mean], rounds // 10)
-  what = "neighbor-averaged gradient, MLP, batch 256, "
-  return [
-    _measure.Row(
-      what + form,
-      "plain mean",
-      seconds.mean(axis=1),
-      rival.mean(axis=1),
-      reach,
-      contender.temporaries,
-      mean.temporaries,
-    )
-    for form, contender, (seconds, rival), reach in (
-      ("fused", ours, pair, "1.10 (aim 1.05)"),
-      ("per-example", apart, slow, "-"),
-    )
-  ]
+_ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _losses(params, batch):
-  x = batch["x"]
-  for layer in params[:-1]:
-    x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
-  logits = x @ params[-1]["kernel"] + params[-1]["bias"][None]
-  return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+class Section(NamedTuple):
+  """Some rows of the table.
+
+  Attributes:
+    function: `module.function` of this folder, which measures and returns them.
+    quick: what it is given in a run that only tries everything out.
+  """
+
+  function: str
+  quick: Mapping[str, int]
 
 
-def main() -> None:
-  rows = [
-    *fused_rows(),
-    *accumulation.micro_step_rows(),
-    *accumulation.one_step_rows(),
-    *accumulation.quiet_rows(),
-    *smoothing.rows(),
-    *acceleration.one_step_rows(),
-    *regions.attention_rows(),
-  ]
-  print(_measure.machine())
-  print(f"Copy rate: {_measure.copy_rate() / 1e9:.3g} GB/s\n")
-  print(_measure.table(rows))
+_SMALL = {"rounds": 2, "width": 256}
+SECTIONS = {
+  "gradient": Section("fusion.gradient_rows", {"rounds": 5, "size": 32}),
+  "accumulation": Section("accumulation.micro_step_rows", _SMALL),
+  "one-step": Section("accumulation.one_step_rows", _SMALL),
+  "quiet": Section("accumulation.quiet_rows", {"rounds": 2, "width": 64}),
+  "lookahead": Section("smoothing.lookahead_rows", _SMALL),
+  "ema": Section("smoothing.ema_rows", _SMALL),
+  "acceleration": Section("acceleration.one_step_rows", _SMALL),
+  "ranger_radam": Section("smoothing.ranger_radam_rows", _SMALL),
+  "all-reduces": Section(
+    "training.all_reduce_rows", {"num_micro_batches": 4, "size": 256}
+  ),
+  "graph": Section("graph.exact_rows", {"rounds": 2, "n": 2000}),
+  "regions": Section("regions.attention_rows", {"rounds": 2, "size": 16}),
+}
+
+
+def measure(function: str, options: Mapping[str, Any], path: str) -> None:
+  """Measures the rows of one section, in this process, and writes them."""
+  module, _, name = function.partition(".")
+  rows = getattr(importlib.import_module(f"benchmarks.{module}"), name)(**options)
+  # Not before the section, which may set XLA's flags.
+  from benchmarks import _measure
+
+  _table.write(pathlib.Path(path), [_measure.record(row) for row in rows])
+
+
+def run(names: Sequence[str], quick: bool, path: pathlib.Path) -> list[str]:
+  """Measures sections one after the other.
+
+  Args:
+    names: of the sections.
+    quick: small sizes, few rounds.
+    path: of the file that all rows are written to, after each section.
+
+  Returns:
+    The names of those that failed.
+  """
+  records, failed = [], []
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    tqdm.tqdm(names, unit="section") as progress,
+  ):
+    for name in progress:
+      progress.set_description(name)
+      section, part = SECTIONS[name], pathlib.Path(folder) / "part.csv"
+      options = dict(section.quick) if quick else {}
+      call = f"performance.measure({section.function!r}, {options!r}, {str(part)!r})"
+      done = subprocess.run(
+        [sys.executable, "-c", f"from benchmarks import performance; {call}"],
+        cwd=_ROOT,
+        check=False,
+      )
+      if done.returncode:
+        failed.append(name)
+        progress.write(f"FAILED: {name}, exit status {done.returncode}", sys.stderr)
+        continue
+      records += _table.read(part)
+      _table.write(path, records)
+  return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+  parser.add_argument("--quick", action="store_true", help="small sizes, a minute")
+  parser.add_argument("--only", help=f"some of: {','.join(SECTIONS)}")
+  parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
+  args = parser.parse_args(arguments)
+  if args.table:
+    print(_table.markdown(_table.read(args.table)))
+    return 0
+  names = args.only.split(",") if args.only else list(SECTIONS)
+  unknown = [name for name in names if name not in SECTIONS]
+  if unknown:
+    parser.error(f"--only knows {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+  args.out.mkdir(parents=True, exist_ok=True)
+  path = args.out / ("performance_quick.csv" if args.quick else "performance.csv")
+  _table.write(path, [])
+  failed = run(names, args.quick, path)
+  records = _table.read(path)
+  print(_table.markdown(records))
+  print(f"\nfigures: {path}")
+  for record in records:
+    if not record["ratio"]:
+      print(f"NOT MEASURED: {record['what']} / {record['rival']}", file=sys.stderr)
+  if failed:
+    print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
+  return 1 if failed else 0
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

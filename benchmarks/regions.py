@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from benchmarks import _measure
 from optax_ranger import layers
 
-_SIZE, _WIDTH, _HEADS = 64, 64, 4
+_WIDTH, _HEADS = 64, 4
 
 
 class _Attention(nnx.Module):
@@ -21,12 +21,12 @@ class _Attention(nnx.Module):
     return self.attention(tokens).reshape(x.shape)
 
 
-def attention_rows(rounds: int = 8) -> list[_measure.Row]:
-  """A 64 x 64 grid of width 64, in 4 x 4 regions, forward and backward."""
+def attention_rows(rounds: int = 8, size: int = 64) -> list[_measure.Row]:
+  """A grid of cells of width 64, in 4 x 4 regions, forward and backward."""
   regional = layers.RegionalAggregator(
     layers.Grid((4, 4)), _Attention, "mean", weights="learned", rngs=nnx.Rngs(0)
   )
-  x = jax.random.normal(jax.random.key(0), [1, _SIZE, _SIZE, _WIDTH])
+  x = jax.random.normal(jax.random.key(0), [1, size, size, _WIDTH])
   contenders = []
   for model in (regional, _Attention(nnx.Rngs(0))):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -38,9 +38,10 @@ def attention_rows(rounds: int = 8) -> list[_measure.Row]:
     contenders.append(_measure.stateless(gradient, params, x, rest))
   seconds, rival = _measure.measure("attention", contenders, rounds)
   ours, theirs = contenders
+  grid = f"{size} x {size} grid"
   return [
     _measure.Row(
-      "self-attention in 4 x 4 regions of a 64 x 64 grid, forward and backward",
+      f"self-attention in 4 x 4 regions of a {grid}, forward and backward",
       "global attention",
       seconds.mean(axis=1),
       rival.mean(axis=1),

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,13 @@ import optax
 from benchmarks import _measure
 import optax_ranger as ranger
 
-_LEAVES, _WIDTH = 8, 2048
 _EVERY = 6
+_PYTORCH = "pytorch_optimizer.Ranger"
 
 
-def lookahead_rows(rounds: int = 10) -> list[_measure.Row]:
-  """Lookahead over radam, 32 M parameters: the mean over windows of six steps."""
-  params, gradients = _normal(0), _normal(1)
+def lookahead_rows(rounds: int = 10, width: int = 2048) -> list[_measure.Row]:
+  """Lookahead over radam: the mean over windows of six steps."""
+  params, gradients = _measure.normal(0, width=width), _measure.normal(1, width=width)
   radam = optax.radam(1e-3)
   ours = _measure.training(
     optax.chain(radam, ranger.smooth_by_lookahead(_EVERY)), params, gradients
@@ -37,7 +38,7 @@ def lookahead_rows(rounds: int = 10) -> list[_measure.Row]:
     )
     found.append(
       _measure.Row(
-        "smooth_by_lookahead over optax.radam, 32 M parameters",
+        f"smooth_by_lookahead over optax.radam, {_measure.millions(params)}",
         name,
         seconds,
         rival,
@@ -62,9 +63,9 @@ def _lookahead_pair(fast, params, gradients) -> _measure.Contender:
   return _measure.looping(step, pair, tx.init(pair), gradients)
 
 
-def ema_rows(rounds: int = 20) -> list[_measure.Row]:
+def ema_rows(rounds: int = 20, width: int = 2048) -> list[_measure.Row]:
   """What an EMA adds to SGD, against the bandwidth that it can't do without."""
-  params, gradients = _normal(0), _normal(1)
+  params, gradients = _measure.normal(0, width=width), _measure.normal(1, width=width)
   sgd = optax.sgd(1e-3)
   ours = _measure.training(
     optax.chain(sgd, ranger.smooth_by_ema(0.999)), params, gradients
@@ -80,7 +81,7 @@ def ema_rows(rounds: int = 20) -> list[_measure.Row]:
   # Parameters and updates read, the copy read and written: two copies' worth.
   return [
     _measure.Row(
-      "what smooth_by_ema adds to optax.sgd, 32 M parameters",
+      f"what smooth_by_ema adds to optax.sgd, {_measure.millions(params)}",
       "bandwidth floor",
       whole - base,
       2 * copy,
@@ -88,7 +89,7 @@ def ema_rows(rounds: int = 20) -> list[_measure.Row]:
       ours.temporaries,
     ),
     _measure.Row(
-      "smooth_by_ema after optax.sgd, 32 M parameters",
+      f"smooth_by_ema after optax.sgd, {_measure.millions(params)}",
       "optax.sgd alone",
       whole,
       base,
@@ -99,33 +100,43 @@ def ema_rows(rounds: int = 20) -> list[_measure.Row]:
   ]
 
 
-def ranger_radam_rows(rounds: int = 8) -> list[_measure.Row]:
+def ranger_radam_rows(rounds: int = 8, width: int = 2048) -> list[_measure.Row]:
   """The whole other Ranger, against PyTorch's on the same cores."""
-  params, gradients = _normal(0), _normal(1)
+  params, gradients = _measure.normal(0, width=width), _measure.normal(1, width=width)
   ours = _measure.training(ranger.ranger_radam(1e-3), params, gradients)
-  contenders = [ours, _measure.training(optax.radam(1e-3), params, gradients)]
-  names = ["optax.radam, which does less"]
-  if all(map(importlib.util.find_spec, ("torch", "pytorch_optimizer"))):
-    contenders.append(_pytorch_ranger(params, gradients))
-    names.append("pytorch_optimizer.Ranger")
-  else:
-    print("SKIPPED ranger_radam against PyTorch: pip install torch pytorch_optimizer")
+  radam = _measure.training(optax.radam(1e-3), params, gradients)
   size = sum(leaf.size for leaf in params)
-  contenders.append(_measure.copying(size))
-  # Gradient and slow copy read; moments and parameters read and written.
-  names.append("bandwidth floor")
-  seconds, *rivals = _measure.measure("ranger_radam", contenders, rounds, calls=_EVERY)
-  rivals[-1] *= 8 / 2
-  return [
-    _measure.Row(
-      "ranger_radam, a step of 32 M parameters",
-      name,
-      seconds.mean(axis=1),
-      rival.mean(axis=1),
-      "1/4 = 0.25" if name.startswith("pytorch") else "-",
-      ours.temporaries,
+  contenders = {"optax.radam, which does less": radam}
+  if all(map(importlib.util.find_spec, ("torch", "pytorch_optimizer"))):
+    contenders[_PYTORCH] = _pytorch_ranger(params, gradients)
+  else:
+    print(
+      "SKIPPED: ranger_radam against PyTorch; pip install torch pytorch_optimizer",
+      file=sys.stderr,
     )
-    for name, rival in zip(names, rivals, strict=True)
+  contenders["bandwidth floor"] = _measure.copying(size)
+  samples = _measure.measure(
+    "ranger_radam", [ours, *contenders.values()], rounds, calls=_EVERY
+  )
+  seconds, *others = (sample.mean(axis=1) for sample in samples)
+  rivals = dict(zip(contenders, others, strict=True))
+  # Gradient and slow copy read; moments and parameters read and written.
+  rivals["bandwidth floor"] *= 8 / 2
+  nothing = np.zeros(0)
+  row = _measure.Row(
+    f"ranger_radam, a step of {_measure.millions(params)}",
+    _PYTORCH,
+    seconds if _PYTORCH in rivals else nothing,
+    rivals.pop(_PYTORCH, nothing),
+    "1/4 = 0.25",
+    ours.temporaries,
+  )
+  return [
+    row,
+    *(
+      row._replace(rival=name, samples=seconds, rival_samples=rival, reach="-")
+      for name, rival in rivals.items()
+    ),
   ]
 
 
@@ -133,7 +144,7 @@ def _pytorch_ranger(params, gradients) -> _measure.Contender:
   torch = importlib.import_module("torch")
   package = importlib.import_module("pytorch_optimizer")
 
-  # As many threads as cores, which is what XLA takes.
+  torch.set_num_threads(_measure.cores())  # which is what XLA takes
   tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in params]
   given = [torch.tensor(np.asarray(leaf)) for leaf in gradients]
   optimizer = package.Ranger(tensors, lr=1e-3, degenerated_to_sgd=True)
@@ -144,11 +155,6 @@ def _pytorch_ranger(params, gradients) -> _measure.Contender:
     optimizer.step()
 
   return _measure.Contender(turn, 0)
-
-
-def _normal(seed: int) -> list[jax.Array]:
-  keys = jax.random.split(jax.random.key(seed), _LEAVES)
-  return [jax.random.normal(key, [_WIDTH, _WIDTH]) for key in keys]
 
 
 def rows() -> list[_measure.Row]:

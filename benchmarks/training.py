@@ -147,10 +147,64 @@ def rows_of_time(mesh: Any, size: int, rounds: int = 20) -> list[_measure.Row]:
   ]
 
 
+def all_reduce_rows(
+  num_micro_batches: int = 16, size: int = 1024
+) -> list[_measure.Row]:
+  """Gradient-sized reductions of an optimizer step, counted in the program."""
+  mesh, m = _mesh(8), num_micro_batches
+  batch, ids, neighbors = _batch(size)
+  part = jax.tree.map(lambda leaf: leaf[: size // m], batch)
+  tx = optax.MultiSteps(optax.adamw(1e-3), m)
+  hand = _by_hand(mesh, tx).lower(_start(), tx.init(_start()), part)
+  theirs = m * sum(_sent(hand)[0].values())
+  extra = {"neighbors": neighbors, "example_ids": ids}
+  rows = []
+  ways: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("in one call", 1, {"num_micro_batches": m}),
+    ("in calls of their own", m, {"every": m, "reduce": "on_emission"}),
+  )
+  for way, calls, options in ways:
+    update, params = _whole_ranger(mesh, **options), _start()
+    sent, _ = _sent(update.lower(params, update.init(params), batch, **extra))
+    ours = sum(
+      times * (1 if conditional else calls) for (_, conditional), times in sent.items()
+    )
+    rows.append(
+      _measure.Row(
+        f"gradients sent in an optimizer step, the whole Ranger, {m} micro-batches"
+        f" {way}, {mesh.size} devices: {ours:.3g}",
+        f"optax.MultiSteps, data-parallel, by hand: {theirs:.3g}",
+        np.array([ours]),
+        np.array([theirs]),
+        f"1/{m} = {1 / m:.3g}",
+        timed=False,
+      )
+    )
+  return rows
+
+
+def _sent(step: Any) -> tuple[dict[tuple[str, bool], float], int]:
+  """What a call sends.
+
+  Returns:
+    How often as much as the gradient, by kind and whether that is conditional, and
+    the bytes of all else.
+  """
+  gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(_start()))
+  counted: dict[tuple[str, bool], float] = {}
+  rest = 0
+  for one in ranger.collectives(step):
+    if one.num_bytes > gradient // 16:
+      key = one.kind, one.conditional
+      counted[key] = counted.get(key, 0) + one.num_bytes * one.count / gradient
+    else:
+      rest += one.num_bytes * one.count
+  return counted, rest
+
+
 def table_of_bytes(mesh: Any, size: int = 1024) -> str:
   """What one call sends, in gradients and in all else, for each way."""
   batch, ids, neighbors = _batch(size)
-  gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(_start()))
   extra = {"neighbors": neighbors, "example_ids": ids}
   adamw = optax.adamw(1e-3)
   state = adamw.init(_start())
@@ -160,14 +214,11 @@ def table_of_bytes(mesh: Any, size: int = 1024) -> str:
   ]
 
   def add(name: str, lowered: Any) -> None:
-    found = ranger.collectives(lowered)
-    large = [one for one in found if one.num_bytes > gradient // 16]
-    rest = sum(one.num_bytes * one.count for one in found if one not in large)
-    counted: dict[str, float] = {}
-    for one in large:
-      kind = one.kind + (", on emission only" if one.conditional else "")
-      counted[kind] = counted.get(kind, 0) + one.num_bytes * one.count / gradient
-    listed = "; ".join(f"{times:.2f} {kind}" for kind, times in counted.items())
+    counted, rest = _sent(lowered)
+    listed = "; ".join(
+      f"{times:.2f} {kind}" + (", on emission only" if conditional else "")
+      for (kind, conditional), times in counted.items()
+    )
     lines.append(f"| {name} | {listed or 'none'} | {rest / 1e3:.1f} |")
 
   add("AdamW by hand", _by_hand(mesh, adamw).lower(_start(), state, batch))
