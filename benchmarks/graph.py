@@ -1,7 +1,7 @@
 """Neighbor graphs: `python -m benchmarks.graph`.
 
 Of Fashion-MNIST, where Debian's package dataset-fashion-mnist is installed, else of
-normal numbers of the same shape.
+random numbers of the same shape.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from benchmarks import _problems
 from optax_ranger import graph
 
 _K = 10
+_IMAGES = _problems.FASHION_FOLDER / "train-images-idx3-ubyte.gz"
 
 
 def features(n: int) -> np.ndarray:
   """Rows of 784 numbers."""
-  path = _problems.FASHION_FOLDER / "train-images-idx3-ubyte.gz"
-  if path.exists():
-    images = _problems.read_idx(path)
+  if _IMAGES.exists():
+    images = _problems.read_idx(_IMAGES)
     rows = images.reshape(len(images), -1)[:n].astype(np.float32)
     rows /= 255  # in place, so that a peak of memory is not this one
     return rows
@@ -61,9 +61,10 @@ def speed_rows(n: int, rounds: int, names: Sequence[str]) -> list[_measure.Row]:
   theirs, *ours = _measure.measure("graphs", contenders, rounds)
   recalls = {name: graph.measure_recall(found[name], rows) for name in names}
   reach = {"faiss": "1.1, recall 1", "jax": "3, recall 1"}
+  data = "Fashion-MNIST" if _IMAGES.exists() else "random numbers"
   return [
     _measure.Row(
-      f"graph, {name}, {n} x 784, k = {_K}, recall {recalls[name]:.4f}",
+      f"graph of {data}, {name}, {n} x 784, k = {_K}, recall {recalls[name]:.4f}",
       "IndexFlatL2",
       seconds[:, 0],
       theirs[:, 0],
