@@ -70,6 +70,13 @@ def test_everything_in_small(tmp_path):
   assert all(float(one["temporaries"]) > 0 for one in graphs)
 
 
+@pytest.mark.slow
+def test_peak_is_not_that_of_the_parent():
+  graph = importlib.import_module("benchmarks.graph")
+  ballast = np.ones(100_000_000)
+  assert 0 < graph.peak("faiss", 2000) < ballast.nbytes / 4
+
+
 def test_table_is_printed_alone(tmp_path, capsys):
   path = tmp_path / "given.csv"
   _table.write(path, [_record(what="this", rival="that", ratio="0.5")])
