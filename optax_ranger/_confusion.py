@@ -75,8 +75,7 @@ def neighbor_beliefs(neighbors: _types.Neighbors, beliefs: Any) -> _types.Array:
   weights = jnp.where(others, weights, jnp.zeros_like(weights))
   if not places.size:
     return jnp.zeros_like(rows)
-  # To a peak of one, so that sums stay in range.
-  weights = _numerics.divide(weights, weights.max(axis=1, keepdims=True))
+  weights = _numerics.to_peak(weights)  # Sums stay in range then.
   on = _numerics.first_sharded(rows, places)
   add = _numerics.automatic(_neighbors.add_neighbors, on, on)
   total = add(jnp.zeros_like(rows), rows, places, weights)
@@ -148,8 +147,7 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 2.0) -> _type
   _validate.in_range("sharpness", sharpness, 0, float("inf"), open_low=True)
   rows = _targets.distributions("beliefs", beliefs)
   label = _targets.one_hot(labels, rows)
-  # Around a peak of one, whose power is one, whatever the sharpness.
-  rows = _numerics.divide(rows, rows.max(axis=1, keepdims=True))
+  rows = _numerics.to_peak(rows)  # The peak's power is one, whatever the sharpness.
   power = rows ** _numerics.scalar(sharpness, rows.dtype)
   rows = _targets.normalized(jnp.where(rows > 0, power, rows))
   count = lambda rows, label: jnp.matmul(rows.T, label, precision="highest")

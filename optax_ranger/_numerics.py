@@ -57,6 +57,16 @@ def divide(numerator: _types.Array, denominator: _types.Array) -> _types.Array:
   return jnp.where(positive, quotient, jnp.zeros_like(numerator))
 
 
+def to_peak(rows: _types.Array) -> _types.Array:
+  """Scales rows [n, C], not negative, to a peak of exactly one; zeros stay."""
+  peak = rows.max(axis=1, keepdims=True)
+  highest = jnp.logical_and(rows == peak, peak > 0)
+  # XLA multiplies by the reciprocal: of 3e38 it would be flushed to zero.
+  rows, peak = (jnp.where(peak > 1, each / 4, each) for each in (rows, peak))
+  rows = jnp.minimum(divide(rows, peak), jnp.ones_like(rows))
+  return jnp.where(highest, jnp.ones_like(rows), rows)
+
+
 def step_towards(
   old: _types.Array, new: _types.Array, rate: _types.Array
 ) -> _types.Array:

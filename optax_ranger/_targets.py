@@ -163,8 +163,7 @@ def normalized(rows: _types.Array) -> _types.Array:
   """Rows scaled to sum to one; zeros where there is nothing to scale."""
   usable = jnp.logical_and(jnp.isfinite(rows), rows >= 0).all(axis=1, keepdims=True)
   rows = jnp.where(usable, rows, jnp.zeros_like(rows))
-  # To a peak of one first, so that the sum stays in range.
-  rows = _numerics.divide(rows, rows.max(axis=1, keepdims=True))
+  rows = _numerics.to_peak(rows)  # The sum stays in range then.
   return _numerics.divide(rows, rows.sum(axis=1, keepdims=True))
 
 
