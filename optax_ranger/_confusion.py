@@ -68,7 +68,7 @@ def neighbor_beliefs(neighbors: _types.Neighbors, beliefs: Any) -> _types.Array:
     https://arxiv.org/abs/2004.12289, for votes of neighbors; here they vote with
     beliefs instead of labels.
   """
-  rows = jax.lax.stop_gradient(_targets.distributions("beliefs", beliefs))
+  rows = _targets.distributions("beliefs", beliefs)
   n = rows.shape[0]
   places, weights = _neighbors.usable(neighbors, n, rows.dtype)
   others = places != jnp.arange(n, dtype=places.dtype)[:, None]

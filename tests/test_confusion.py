@@ -192,8 +192,9 @@ def test_memorized_labels_hide_their_confusion():
   classes = np.repeat(np.arange(3), 200)
   truth = np.array([[0.75, 0.25, 0], [0, 1, 0], [0.1, 0, 0.9]])
   labels = (rng.random([600, 1]) > truth.cumsum(axis=1)[classes]).sum(axis=1)
-  points = 9 * np.eye(3)[classes] + rng.standard_normal([600, 3])
-  neighbors = ranger.nearest_neighbors(points.astype(np.float32), 20)
+  others = rng.integers(0, 200, [600, 20]) + 200 * classes[:, None]
+  ones = jnp.ones([600, 20])
+  neighbors = ranger.Neighbors(jnp.asarray(others, jnp.int32), ones, ones)
   memorized = jax.nn.one_hot(labels, 3)
   own = confusion_of(labels, memorized, 2.0)
   np.testing.assert_array_equal(own, np.eye(3))
@@ -203,41 +204,40 @@ def test_memorized_labels_hide_their_confusion():
   assert error(8.0) < error(2.0) < error(1.0)
 
 
-def minimize(loss, logits):
-  step = lambda logits, _: (logits - 4 * jax.grad(loss)(logits), None)
-  return jax.lax.scan(step, logits, length=3000)[0]
-
-
 def test_forward_loss_finds_the_clean_posterior():
   """Over all labels, weighted by their chance; by the closed form, and by descent."""
   rng = np.random.default_rng(0)
-  clean = jnp.asarray(rng.dirichlet(np.ones(3), 4), jnp.float32)
-  confusion = jnp.array([[0.6, 0.4, 0.0], [0.1, 0.8, 0.1], [0.3, 0.0, 0.7]])
-  noisy = clean @ confusion
+  clean = rng.dirichlet(np.ones(3), 4).astype(np.float32)
+  truth = np.array([[0.6, 0.4, 0.0], [0.1, 0.8, 0.1], [0.3, 0.0, 0.7]], np.float32)
+  noisy = clean @ truth
 
   @jax.jit
-  def expected_loss(logits, confusion=confusion):
+  @jax.value_and_grad
+  def expected_loss(logits, confusion):
     of = lambda y: ranger.forward_corrected_loss(
       logits, jnp.full([4], y, jnp.int32), confusion
     )
-    return sum((noisy[:, y] * of(y)).sum() for y in range(3))
+    return (noisy * jax.vmap(of, out_axes=1)(jnp.arange(3))).sum()
 
-  entropy = -(noisy * jnp.log(noisy)).sum()
-  best = jnp.log(clean)
-  np.testing.assert_allclose(expected_loss(best), entropy, rtol=1e-6)
-  np.testing.assert_allclose(jax.grad(expected_loss)(best), 0, atol=1e-6)
-  for seed in range(5):
-    logits = jax.random.normal(jax.random.key(seed), [4, 3])
-    said = jax.nn.softmax(logits) @ confusion
-    divergence = (noisy * jnp.log(noisy / said)).sum()
-    np.testing.assert_allclose(expected_loss(logits), entropy + divergence, rtol=1e-5)
+  @jax.jit
+  def minimizer(confusion):
+    step = lambda logits, _: (logits - 4 * expected_loss(logits, confusion)[1], None)
+    return jax.nn.softmax(jax.lax.scan(step, jnp.zeros([4, 3]), length=3000)[0])
+
+  entropy = -(noisy * np.log(noisy)).sum()
+  value, slope = expected_loss(np.log(clean), truth)
+  np.testing.assert_allclose(value, entropy, rtol=1e-6)
+  np.testing.assert_allclose(slope, np.zeros([4, 3]), atol=1e-6)
+  for _ in range(5):
+    said = rng.dirichlet(np.ones(3), 4).astype(np.float32)
+    divergence = (noisy * np.log(noisy / (said @ truth))).sum()
+    value, slope = expected_loss(np.log(said), truth)
+    np.testing.assert_allclose(value, entropy + divergence, rtol=1e-5)
     assert divergence > 0.01
-  found = jax.nn.softmax(minimize(expected_loss, jnp.zeros([4, 3])))
-  np.testing.assert_allclose(found, clean, atol=5e-3)
+  np.testing.assert_allclose(minimizer(truth), clean, atol=5e-3)
   # Without the correction it is the noisy one, which lies far off.
-  plain = minimize(lambda x: expected_loss(x, jnp.eye(3)), jnp.zeros([4, 3]))
-  np.testing.assert_allclose(jax.nn.softmax(plain), noisy, atol=5e-3)
-  assert jnp.abs(noisy - clean).max() > 0.1
+  np.testing.assert_allclose(minimizer(np.eye(3, dtype=np.float32)), noisy, atol=5e-3)
+  assert np.abs(noisy - clean).max() > 0.1
 
 
 def test_identity_is_cross_entropy():
@@ -292,8 +292,17 @@ def test_no_label_no_loss():
   np.testing.assert_array_equal(forward_slopes(*given)[0][:3], np.zeros([3, 2]))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("whole", ["nothing", "neighbors and labels", "beliefs"])
+@pytest.mark.parametrize(
+  ("kind", "whole"),
+  [
+    (AxisType.Auto, "nothing"),
+    (AxisType.Explicit, "nothing"),
+    (AxisType.Explicit, "beliefs"),
+    pytest.param(AxisType.Explicit, "neighbors and labels", marks=pytest.mark.slow),
+    pytest.param(AxisType.Auto, "neighbors and labels", marks=pytest.mark.slow),
+    pytest.param(AxisType.Auto, "beliefs", marks=pytest.mark.slow),
+  ],
+)
 def test_split_over_devices_the_same(kind, whole):
   neighbors, labels, beliefs = problem()
   logits = jnp.nan_to_num(3 * beliefs)
@@ -340,7 +349,7 @@ def test_what_devices_send():
   assert sent(ranger.label_confusion, labels, beliefs) == [("all-reduce", 36, 1)]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32"])
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])
 def test_beliefs_and_logits_of_any_type(dtype):
   with jax.enable_x64(dtype == "float64"):
     neighbors, labels, _ = problem()
@@ -361,10 +370,9 @@ def test_beliefs_and_logits_of_any_type(dtype):
       np.testing.assert_allclose(loss, jnp.where(used, wanted, 0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint32])
-def test_narrow_labels_are_no_trap(dtype):
+def test_narrow_labels_are_no_trap():
   """Of 300 classes: 261 is not 5, though it is in eight bits."""
-  labels, beliefs = jnp.array([5, 100], dtype), jnp.eye(300)[jnp.array([5, 261])]
+  labels, beliefs = jnp.array([5, 100], jnp.int8), jnp.eye(300)[jnp.array([5, 261])]
   found = np.asarray(confusion_of(labels, beliefs, 2.0))
   np.testing.assert_array_equal(found[[5, 261]].argmax(axis=1), [5, 100])
   np.testing.assert_array_equal((found > 0).sum(axis=1), np.ones(300))
