@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger import _members
+from optax_ranger import _neighbors
 from optax_ranger import _numerics
 from optax_ranger import _types
 from optax_ranger import _validate
@@ -130,17 +131,11 @@ def average_neighbors(
       rows = leaf.astype(_numerics.wide(leaf.dtype))
       start = _numerics.per_row(own * scale, rows).astype(rows.dtype) * rows
 
-      def add_neighbor(total, column):
-        index, weight = column
-        weight = _numerics.per_row(weight * scale, rows).astype(rows.dtype)
-        return total + weight * _gather(rows, index), None
-
       if rows.ndim == 1:  # As fusion asks: no larger than the weights.
         shares = (weights * scale).astype(rows.dtype)
-        total = start + (shares * _gather(rows, indices)).sum(axis=1)
+        total = start + (shares * _numerics.take_rows(rows, indices)).sum(axis=1)
         return total.astype(leaf.dtype)
-      # One neighbor at a time, so that memory does not grow with k.
-      total, _ = jax.lax.scan(add_neighbor, start, (indices.T, weights.T))
+      total = _neighbors.add_neighbors(start, rows, indices, weights * scale)
       return total.astype(leaf.dtype)
 
     return jax.tree.map(average, members.updates), members.state
@@ -153,28 +148,8 @@ def _usable(
 ) -> tuple[_types.Array, _types.Array]:
   """Indices within range, and weights that are zero wherever one is absent."""
   n = member_weights.shape[0]
-  indices, weights = jnp.asarray(neighbors.indices), jnp.asarray(neighbors.weights)
-  _validate.integers("neighbors.indices", indices)
-  indices = indices.astype(jnp.int32)
-  if indices.ndim != 2 or indices.shape[0] != n:
-    raise ValueError(
-      f"neighbors.indices must have shape [{n}, k], one row for each of the"
-      f" {n} examples, got {list(indices.shape)}."
-    )
-  _validate.shape("neighbors.weights", weights, indices.shape)
+  indices, weights = _neighbors.usable(neighbors, n, member_weights.dtype)
   _validate.positions("neighbors.indices", neighbors.indices, n)
-  inside = jnp.logical_and(indices >= 0, indices < n)
-  indices = jnp.where(inside, indices, jnp.zeros_like(indices))
-  weights = weights.astype(member_weights.dtype)
-  usable = jnp.logical_and(weights > 0, weights < jnp.inf)
-  usable = jnp.logical_and(usable, inside)
   alive = member_weights > 0
-  usable = jnp.logical_and(usable, alive[indices])
-  usable = jnp.logical_and(usable, alive[:, None])
+  usable = jnp.logical_and(alive[indices], alive[:, None])
   return indices, jnp.where(usable, weights, jnp.zeros_like(weights))
-
-
-def _gather(rows: _types.Array, index: _types.Array) -> _types.Array:
-  if _numerics.is_sharded(rows):
-    return rows.at[index].get(out_sharding=jax.typeof(rows).sharding)
-  return rows[index]

@@ -195,11 +195,8 @@ def weigh_neighbors(
      [0.  0. ]]
   """
   _validate.choice("kernel", kernel, _KERNELS)
-  indices, distances = map(jnp.asarray, (neighbors.indices, neighbors.distances))
-  indices = indices.astype(jnp.int32)
-  n, k = indices.shape
-  filled = jnp.logical_and(indices >= 0, indices < n)
-  places = jnp.where(filled, indices, jnp.zeros_like(indices))
+  places, filled = _filled(neighbors.indices)
+  k, distances = places.shape[1], jnp.asarray(neighbors.distances)
   distances = jnp.where(filled, distances, jnp.zeros_like(distances))
   if bandwidth is None:
     places_filled = filled.sum().astype(distances.dtype)
@@ -247,13 +244,53 @@ def label_support(
     >>> print(ranger.label_support(neighbors, jnp.array([7, 7, 3])))
     [0.5 0.5 0. ]
   """
-  weights = jnp.asarray(neighbors.weights)
-  indices = jnp.asarray(neighbors.indices).astype(jnp.int32)
-  filled = jnp.logical_and(indices >= 0, indices < indices.shape[0])
-  weights = jnp.where(filled, weights, jnp.zeros_like(weights))
-  places = jnp.where(filled, indices, jnp.zeros_like(indices))
+  n, dtype = len(neighbors.indices), jnp.result_type(neighbors.weights)
+  places, weights = usable(neighbors, n, dtype)
   same = _agreement(places, labels, None, weights.dtype)
   return _numerics.divide((weights * same).sum(axis=1), weights.sum(axis=1))
+
+
+def usable(
+  neighbors: _types.Neighbors, n: int, dtype: Any
+) -> tuple[_types.Array, _types.Array]:
+  """Indices within range, and weights: zero in empty places and where they are bad."""
+  indices, weights = jnp.asarray(neighbors.indices), jnp.asarray(neighbors.weights)
+  _validate.integers("neighbors.indices", indices)
+  if indices.ndim != 2 or indices.shape[0] != n:
+    raise ValueError(
+      f"neighbors.indices must have shape [{n}, k], one row for each of the"
+      f" {n} examples, got {list(indices.shape)}."
+    )
+  _validate.shape("neighbors.weights", weights, indices.shape)
+  places, filled = _filled(indices)
+  weights = weights.astype(dtype)
+  # Both comparisons are False for NaN.
+  positive = jnp.logical_and(weights > 0, weights < jnp.inf)
+  used = jnp.logical_and(positive, filled)
+  return places, jnp.where(used, weights, jnp.zeros_like(weights))
+
+
+def add_neighbors(
+  start: _types.Array, rows: _types.Array, places: _types.Array, weights: _types.Array
+) -> _types.Array:
+  """Adds to `start` the weighted rows ``[n, ...]`` of each example's neighbors.
+
+  One neighbor at a time, so that memory does not grow with k.
+  """
+
+  def add(total, column):
+    place, weight = column
+    weight = _numerics.per_row(weight, rows).astype(rows.dtype)
+    return total + weight * _numerics.take_rows(rows, place), None
+
+  return jax.lax.scan(add, start, (places.T, weights.T))[0]
+
+
+def _filled(indices: _types.ArrayLike) -> tuple[_types.Array, _types.Array]:
+  """Indices with empty places at 0, and which places are filled."""
+  indices = jnp.asarray(indices).astype(jnp.int32)
+  filled = jnp.logical_and(indices >= 0, indices < indices.shape[0])
+  return jnp.where(filled, indices, jnp.zeros_like(indices)), filled
 
 
 def _agreement(
@@ -274,18 +311,21 @@ def _agreement(
   if labels is None and beliefs is None:
     return jnp.ones(places.shape, dtype)
 
-  def one_place(column: _types.Array) -> _types.Array:
-    if beliefs is None:
-      given = jnp.asarray(labels)
-      return (given == given[column]).astype(dtype)
-    if labels is None:
-      return (beliefs * beliefs[column]).sum(axis=1)
-    own = jnp.take_along_axis(beliefs, labels[column][:, None], axis=1)
-    other = jnp.take_along_axis(beliefs[column], labels[:, None], axis=1)
-    return (own * other)[:, 0]
+  def agree(places, labels, beliefs):
+    def one_place(column):
+      if beliefs is None:
+        return (labels == labels[column]).astype(dtype)
+      if labels is None:
+        return (beliefs * beliefs[column]).sum(axis=1)
+      own = jnp.take_along_axis(beliefs, labels[column][:, None], axis=1)
+      other = jnp.take_along_axis(beliefs[column], labels[:, None], axis=1)
+      return (own * other)[:, 0]
 
-  # One place at a time: [n, k, C] would be k times the table of beliefs.
-  return jax.lax.map(one_place, places.T).T
+    # One place at a time: [n, k, C] would be k times the table of beliefs.
+    return jax.lax.map(one_place, places.T).T
+
+  on = _numerics.first_sharded(places, labels, beliefs)
+  return _numerics.automatic(agree, on, on)(places, labels, beliefs)
 
 
 class WeightReport(NamedTuple):

@@ -47,7 +47,7 @@ def increment(count: _types.Array, by: Any = 1) -> _types.Array:
 
 
 def divide(numerator: _types.Array, denominator: _types.Array) -> _types.Array:
-  """Divides by a scalar or by an array of the same shape; by zero gives zero.
+  """Divides by a scalar or an array of the same rank; by zero gives zero.
 
   The denominator is real and not negative; the numerator may be complex.
   """
@@ -55,6 +55,16 @@ def divide(numerator: _types.Array, denominator: _types.Array) -> _types.Array:
   safe = jnp.where(positive, denominator, jnp.ones_like(denominator))
   quotient = numerator / safe.astype(numerator.dtype)
   return jnp.where(positive, quotient, jnp.zeros_like(numerator))
+
+
+def to_peak(rows: _types.Array) -> _types.Array:
+  """Scales rows [n, C], not negative, to a peak of exactly one; zeros stay."""
+  peak = rows.max(axis=1, keepdims=True)
+  highest = jnp.logical_and(rows == peak, peak > 0)
+  # XLA multiplies by the reciprocal: of 3e38 it would be flushed to zero.
+  rows, peak = (jnp.where(peak > 1, each / 4, each) for each in (rows, peak))
+  rows = jnp.minimum(divide(rows, peak), jnp.ones_like(rows))
+  return jnp.where(highest, jnp.ones_like(rows), rows)
 
 
 def step_towards(
@@ -66,15 +76,29 @@ def step_towards(
 
 def per_row(vector: _types.Array, leaf: _types.Array) -> _types.Array:
   """Gives a vector [n] the rank of a leaf [n, ...], to broadcast against it."""
-  rows = jax.typeof(leaf).sharding.spec[:1]
-  if is_sharded(leaf):
-    vector = reshard(vector, PartitionSpec(*rows), jax.typeof(leaf).sharding.mesh)
+  split = first_sharded(leaf, vector)
+  if is_sharded(split):
+    rows = PartitionSpec(*jax.typeof(leaf).sharding.spec[:1])
+    vector = reshard(vector, rows, jax.typeof(split).sharding.mesh)
   return jnp.expand_dims(vector, tuple(range(1, jnp.ndim(leaf))))
+
+
+def take_rows(rows: _types.Array, places: _types.Array) -> _types.Array:
+  """The rows of an array [n, ...] at some places, split as the array is."""
+  if is_sharded(rows):
+    return rows.at[places].get(out_sharding=jax.typeof(rows).sharding)
+  return rows[places]
 
 
 def is_sharded(array: _types.Array) -> bool:
   """Whether an array is split over axes of a mesh that are explicit."""
   return any(axis is not None for axis in jax.typeof(array).sharding.spec)
+
+
+def first_sharded(first: _types.Array, *others: _types.Array | None) -> _types.Array:
+  """The first array that is split over explicit axes; else the first."""
+  arrays = (first, *(array for array in others if array is not None))
+  return next(filter(is_sharded, arrays), first)
 
 
 def replicate(array: _types.Array) -> _types.Array:

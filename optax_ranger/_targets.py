@@ -74,10 +74,12 @@ def refine_targets(
     labels: ``int [n]``, each in [0, C). An example whose label is out of range
       has no label, and its belief is its target.
     beliefs: ``float [n, C]``, not negative, such as the rows of
-      ``smoothed_predictions`` or a mean over neighbors; of any scale. A row of
-      zeros, or one that is not finite, is no belief: the label stays.
+      ``smoothed_predictions`` or of ``neighbor_beliefs``, or a mixture of both;
+      of any scale. A row of zeros, or one that is not finite, is no belief: the
+      label stays.
     confusion: ``float [C, C]``, T[c, y], the chance that an example of class c
-      bears the label y; its rows need not be normalized. None for q = b.
+      bears the label y, such as ``label_confusion(labels, beliefs)``; its rows
+      need not be normalized. None for q = b.
     support: ``float [n]``, s in [0, 1], how far the label is to be kept, such as
       ``label_support(neighbors, labels)``. When missing: zero with a confusion
       matrix, which has weighed the label already; without, the belief in it,
@@ -112,28 +114,23 @@ def refine_targets(
     al., Making Deep Neural Networks Robust to Label Noise, 2017,
     https://arxiv.org/abs/1609.03683.
   """
-  labels, beliefs = jnp.asarray(labels), jnp.asarray(beliefs)
-  _validate.integers("labels", labels)
-  if beliefs.ndim != 2:
-    raise ValueError(f"beliefs must have shape [n, C], got {list(beliefs.shape)}.")
-  n, classes = beliefs.shape
-  _validate.shape("labels", labels, (n,))
-  dtype = _numerics.wide(beliefs.dtype)
-  label = jax.nn.one_hot(labels, classes, dtype=dtype)
-  belief = _distribution(beliefs.astype(dtype))
+  belief = distributions("beliefs", beliefs)
+  (n, classes), dtype = belief.shape, belief.dtype
+  label = one_hot(labels, belief)
   posterior = belief
   if confusion is None:
     trust = (belief * label).sum(axis=1)
   else:
     confusion = jnp.asarray(confusion)
     _validate.shape("confusion", confusion, (classes, classes))
-    columns = label @ confusion.astype(dtype).T
-    posterior = _distribution(belief * columns)
-    trust = jnp.zeros([n], dtype)
+    columns = chances(label, confusion.astype(dtype))
+    posterior = normalized(belief * columns)
+    trust = jnp.zeros_like(belief[:, 0])
   if support is not None:
     support = jnp.asarray(support)
     _validate.shape("support", support, (n,))
-    trust = jnp.clip(support.astype(dtype), 0, 1)
+    support = _numerics.per_row(support.astype(dtype), belief)
+    trust = jnp.clip(support[:, 0], 0, 1)
     trust = jnp.where(jnp.isnan(trust), jnp.zeros_like(trust), trust)
   labeled = label.any(axis=1)
   # A posterior of zeros: the label contradicts the belief, which is left then.
@@ -147,14 +144,40 @@ def refine_targets(
   return jax.lax.stop_gradient(target)
 
 
-def _distribution(rows: _types.Array) -> _types.Array:
+def distributions(name: str, rows: Any) -> _types.Array:
+  """Rows [n, C] of any scale as probabilities, in float32 or better.
+
+  One that is blank, negative or not finite is no distribution: zeros.
+  """
+  rows = jnp.asarray(rows)
+  if rows.ndim != 2 or not rows.shape[1]:
+    raise ValueError(
+      f"{name} must have shape [n, C], C at least 1, got {list(rows.shape)}."
+    )
+  if jnp.issubdtype(rows.dtype, jnp.inexact):
+    return normalized(rows.astype(_numerics.wide(rows.dtype)))
+  return normalized(rows.astype(jnp.float32))
+
+
+def normalized(rows: _types.Array) -> _types.Array:
   """Rows scaled to sum to one; zeros where there is nothing to scale."""
   usable = jnp.logical_and(jnp.isfinite(rows), rows >= 0).all(axis=1, keepdims=True)
   rows = jnp.where(usable, rows, jnp.zeros_like(rows))
-  rows = rows * (1 / jnp.maximum(rows.max(axis=1, keepdims=True), _tiny(rows)))
-  total = rows.sum(axis=1, keepdims=True)
-  return jnp.where(total > 0, rows / jnp.maximum(total, _tiny(rows)), rows)
+  rows = _numerics.to_peak(rows)  # The sum stays in range then.
+  return _numerics.divide(rows, rows.sum(axis=1, keepdims=True))
 
 
-def _tiny(rows: _types.Array) -> _types.Array:
-  return jnp.asarray(jnp.finfo(rows.dtype).tiny, rows.dtype)
+def one_hot(labels: Any, like: _types.Array) -> _types.Array:
+  """Labels [n] as rows like those of [n, C]; zeros where one is out of range."""
+  labels = jnp.asarray(labels)
+  _validate.integers("labels", labels)
+  _validate.shape("labels", labels, like.shape[:1])
+  if labels.dtype.itemsize < 4:  # Classes beyond its range would wrap around.
+    labels = labels.astype(jnp.int32)
+  labels = _numerics.per_row(labels, like)[:, 0]
+  return jax.nn.one_hot(labels, like.shape[1], dtype=like.dtype)
+
+
+def chances(label: _types.Array, confusion: _types.Array) -> _types.Array:
+  """The chance of each example's label, given each class: columns of a confusion."""
+  return jnp.matmul(label, confusion.T, precision="highest")

@@ -558,7 +558,7 @@ def test_layers_import_downward_only():
     {"_points"},
     {"_search"},
     {"_collectives", "_factor", "_members", "_neighbors", "_regions", "_targets"},
-    {"_gramian", "_shards"},
+    {"_confusion", "_gramian", "_shards"},
     {
       "_averaging",
       "_aggregation",

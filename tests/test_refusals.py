@@ -463,6 +463,52 @@ REFUSALS = {
     ValueError,
     r"support must have shape \[3\], got \[2\]",
   ),
+  "beliefs of neighbors": (
+    lambda: ranger.neighbor_beliefs(NEIGHBORS, jnp.ones([6])),
+    ValueError,
+    r"beliefs must have shape \[n, C\], C at least 1, got \[6\]",
+  ),
+  "beliefs of no class": (
+    lambda: ranger.neighbor_beliefs(NEIGHBORS, jnp.ones([6, 0])),
+    ValueError,
+    r"beliefs must have shape \[n, C\], C at least 1, got \[6, 0\]",
+  ),
+  "neighbors of other beliefs": (
+    lambda: ranger.neighbor_beliefs(NEIGHBORS, jnp.ones([5, 2])),
+    ValueError,
+    r"neighbors.indices must have shape \[5, k\].*got \[6, 2\]",
+  ),
+  "labels of other beliefs": (
+    lambda: ranger.label_confusion(jnp.zeros([2], jnp.int32), jnp.ones([3, 2])),
+    ValueError,
+    r"labels must have shape \[3\], got \[2\]",
+  ),
+  "labels confused with floats": (
+    lambda: ranger.label_confusion(jnp.zeros([3]), jnp.ones([3, 2])),
+    TypeError,
+    "labels must hold integers, got float32",
+  ),
+  "sharpness": (
+    lambda: ranger.label_confusion(
+      jnp.zeros([3], jnp.int32), jnp.ones([3, 2]), sharpness=0
+    ),
+    ValueError,
+    r"sharpness must lie in \(0, inf\], got 0",
+  ),
+  "logits to correct": (
+    lambda: ranger.forward_corrected_loss(
+      jnp.ones([3]), jnp.zeros([3], jnp.int32), jnp.eye(2)
+    ),
+    ValueError,
+    r"logits must have shape \[n, C\], C at least 1, got \[3\]",
+  ),
+  "confusion of other classes": (
+    lambda: ranger.forward_corrected_loss(
+      jnp.ones([3, 2]), jnp.zeros([3], jnp.int32), jnp.eye(3)
+    ),
+    ValueError,
+    r"confusion must have shape \[2, 2\], got \[3, 3\]",
+  ),
   "ema without params": (
     lambda: call(ranger.smooth_by_ema(0.9)),
     ValueError,

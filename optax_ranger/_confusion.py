@@ -1,0 +1,242 @@
+"""Which class is mistaken for which: told by neighbors, and the loss corrected."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger import _neighbors
+from optax_ranger import _numerics
+from optax_ranger import _targets
+from optax_ranger import _types
+from optax_ranger import _validate
+
+
+def neighbor_beliefs(neighbors: _types.Neighbors, beliefs: Any) -> _types.Array:
+  r"""Returns what the neighbors of each example believe its class to be.
+
+  The example's own belief has no part in it (leave-one-out): a network that has
+  memorized a label believes in it, and only others can tell that it is wrong.
+  It helps where neighbors share a class; where they don't, it is as smeared as
+  the neighborhood.
+
+  .. math::
+    b_i = \sum_j w_{ij} \, p_{N(i, j)} \, / \, \sum_j w_{ij},
+    \qquad N(i, j) \neq i, \quad p_{N(i, j)} \neq 0
+
+  Args:
+    neighbors: ``Neighbors`` with arrays of ``[n, k]``. Left out are empty places,
+      weights that are not positive and finite, and the example itself, where it
+      is among its own neighbors. Copies of an example are other examples, and
+      confirm it.
+    beliefs: ``float [n, C]``, not negative, of any scale, such as the rows of
+      ``smoothed_predictions``. A row of zeros, or one that is not finite, is no
+      belief: that neighbor is left out, from the denominator too.
+
+  Shapes:
+    One neighbor is added at a time: memory is O(n (C + k)), not O(n k C).
+
+  Returns:
+    ``float32 [n, C]`` (float64 for such beliefs); a row of zeros, "no belief",
+    where no neighbor has one. No gradient flows through it.
+
+  Guarantees:
+    * The weighted mean of the others' normalized beliefs
+      (``test_neighbor_beliefs_equal_a_loop``).
+    * An example's row does not depend on its own belief
+      (``test_no_example_confirms_itself``).
+    * Rows are not negative, and sum to one or are zeros, whatever comes
+      (``test_neighbor_beliefs_are_probabilities_or_none``).
+    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+
+  Raises:
+    ValueError: for shapes that do not fit.
+    TypeError: for indices that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> points = jnp.array([[0.0], [1.0], [2.0]])
+    >>> neighbors = ranger.nearest_neighbors(points, k=2)
+    >>> beliefs = jnp.array([[0.0, 1.0], [0.5, 0.5], [0.0, 0.0]])  # the last: none
+    >>> print(ranger.neighbor_beliefs(neighbors, beliefs))
+    [[0.5  0.5 ]
+     [0.   1.  ]
+     [0.25 0.75]]
+
+  References:
+    Bahri et al., Deep k-NN for Noisy Labels, 2020,
+    https://arxiv.org/abs/2004.12289, for votes of neighbors; here they vote with
+    beliefs instead of labels.
+  """
+  rows = _targets.distributions("beliefs", beliefs)
+  n = rows.shape[0]
+  places, weights = _neighbors.usable(neighbors, n, rows.dtype)
+  others = places != jnp.arange(n, dtype=places.dtype)[:, None]
+  weights = jnp.where(others, weights, jnp.zeros_like(weights))
+  if not places.size:
+    return jnp.zeros_like(rows)
+  weights = _numerics.to_peak(weights)  # Sums stay in range then.
+  on = _numerics.first_sharded(rows, places)
+  add = _numerics.automatic(_neighbors.add_neighbors, on, on)
+  total = add(jnp.zeros_like(rows), rows, places, weights)
+  # Each neighbor's belief sums to one or to zero, so the sum is the denominator.
+  return jax.lax.stop_gradient(_targets.normalized(total))
+
+
+def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 2.0) -> _types.Array:
+  r"""Estimates how labels get confused: the chance of each label, given the class.
+
+  Give it to ``forward_corrected_loss`` or to ``refine_targets``. It helps where
+  some classes are mistaken for certain others. It is wrong where the beliefs are.
+
+  .. math::
+    T_{cy} \propto \sum_i \frac{b_i(c)^s}{\sum_{c'} b_i(c')^s} \, [y_i = y],
+    \qquad \sum_y T_{cy} = 1
+
+  The beliefs must not have seen the labels, or they agree with them: those of a
+  network that has memorized wrong labels make T the identity. So take the
+  neighbors' beliefs, ``neighbor_beliefs(neighbors, beliefs)``, of which an
+  example's own is no part; the network's own memory of its label may still have
+  reached its neighbors.
+
+  Args:
+    labels: ``int [n]``, each in [0, C); an example out of range has no label, and
+      is left out.
+    beliefs: ``float [n, C]``, not negative, of any scale. An example with a row
+      of zeros, or one that is not finite, is left out.
+    sharpness: s, positive. Beliefs that are smeared over look-alikes make T too
+      flat, as they count an example for classes it is not of; 2 sharpens them, 1
+      takes them as they are, and infinity counts each example for its most
+      likely class (several share it).
+
+  Returns:
+    ``float32 [C, C]`` (float64 for such beliefs), T[c, y]. A class that nobody
+    believes in has the row of the identity: where nothing is known, labels are
+    trusted. No gradient flows through it.
+
+  Guarantees:
+    * Rows are not negative and sum to one, whatever comes
+      (``test_confusion_rows_are_probabilities``).
+    * With the true classes as beliefs it is their confusion matrix, counted
+      (``test_confusion_of_true_classes_is_counted``).
+    * The order of examples does not matter (``test_order_does_not_matter``).
+    * No usable example makes the identity (``test_nothing_known_is_the_identity``).
+    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+
+  Raises:
+    ValueError: for shapes that do not fit, and a sharpness that is not positive.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    Of class 0, half bears the label 1; nobody knows of class 2.
+
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> labels = jnp.array([0, 1, 1, 1])
+    >>> beliefs = jnp.array([[4.0, 0, 0], [4, 0, 0], [0, 1, 0], [0, 1, 0]])
+    >>> print(ranger.label_confusion(labels, beliefs))
+    [[0.5 0.5 0. ]
+     [0.  1.  0. ]
+     [0.  0.  1. ]]
+
+  References:
+    Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
+    https://arxiv.org/abs/1609.03683, theorem 3, where the most confident example
+    of a class tells its row; Northcutt et al., Confident Learning, 2021,
+    https://arxiv.org/abs/1911.00068, a relative, which counts confident examples.
+  """
+  _validate.in_range("sharpness", sharpness, 0, float("inf"), open_low=True)
+  rows = _targets.distributions("beliefs", beliefs)
+  label = _targets.one_hot(labels, rows)
+  rows = _numerics.to_peak(rows)  # The peak's power is one, whatever the sharpness.
+  power = rows ** _numerics.scalar(sharpness, rows.dtype)
+  rows = _targets.normalized(jnp.where(rows > 0, power, rows))
+  count = lambda rows, label: jnp.matmul(rows.T, label, precision="highest")
+  counts = _numerics.automatic(count, rows, jnp.zeros([]))(rows, label)
+  return jax.lax.stop_gradient(_stochastic(counts))
+
+
+def forward_corrected_loss(logits: Any, labels: Any, confusion: Any) -> _types.Array:
+  r"""Returns the cross-entropy of each label with what the network says of it.
+
+  The network tells the class, the confusion matrix what label that class gets:
+  so the network is fitted to the classes behind the labels. It helps where
+  classes are confused systematically. A network with room for it memorizes wrong
+  labels all the same, only later: smooth or stop early.
+
+  .. math::
+    \ell_i = -\log \sum_c p_i(c) \, T[c, y_i], \qquad
+    p_i = \mathrm{softmax}(\mathrm{logits}_i)
+
+  Theorem (Patrini et al.): over labels drawn from the classes by a T that can be
+  inverted, the minimizer is the distribution of the *classes*.
+
+  Args:
+    logits: ``float [n, C]``.
+    labels: ``int [n]``, each in [0, C). An example whose label is out of range
+      has no label, and loss and gradient zero.
+    confusion: ``float [C, C]``, T[c, y], such as ``label_confusion(...)``. Its
+      rows are normalized, and one that is blank, negative or not finite becomes
+      that of the identity. No gradient flows into it.
+
+  Returns:
+    ``float32 [n]`` (float64 for such logits). A label that cannot be, as T is zero
+    for all classes the network allows, has the largest loss that floats tell
+    apart, :math:`-\log` of the least normal one (87 in float32), and no
+    gradient. Logits that are not numbers make a loss that is none, of this
+    example only.
+
+  Guarantees:
+    * The minimizer over noisy labels is the clean posterior
+      (``test_forward_loss_finds_the_clean_posterior``).
+    * With the identity it is the softmax cross-entropy
+      (``test_identity_is_cross_entropy``).
+    * Finite logits have a finite loss and gradient, zeros in T or not
+      (``test_forward_loss_stays_finite``).
+    * An example without a label has none (``test_no_label_no_loss``).
+    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+
+  Raises:
+    ValueError: for shapes that do not fit.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> logits, labels = jnp.log(jnp.array([[0.5, 0.5]] * 2)), jnp.array([0, 1])
+    >>> confusion = jnp.array([[0.5, 0.5], [0.0, 1.0]])  # half of 0 is called 1
+    >>> loss = ranger.forward_corrected_loss(logits, labels, confusion)
+    >>> print(jnp.exp(-loss))  # 1/2 1/2; 1/2 1/2 + 1/2
+    [0.25 0.75]
+
+  References:
+    Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
+    https://arxiv.org/abs/1609.03683, theorem 2.
+  """
+  logits, confusion = jnp.asarray(logits), jnp.asarray(confusion)
+  if logits.ndim != 2 or not logits.shape[1]:
+    raise ValueError(
+      f"logits must have shape [n, C], C at least 1, got {list(logits.shape)}."
+    )
+  _validate.shape("confusion", confusion, (logits.shape[1],) * 2)
+  logits = logits.astype(_numerics.wide(logits.dtype))
+  label, dtype = _targets.one_hot(labels, logits), logits.dtype
+  confusion = _stochastic(jax.lax.stop_gradient(confusion.astype(dtype)))
+  chances = _targets.chances(label, confusion)
+  labeled = label.any(axis=1)
+  # Selected before the logarithms too: a gradient of zero times infinity is none.
+  logits = jnp.where(labeled[:, None], logits, jnp.zeros_like(logits))
+  nowhere = jnp.asarray(-jnp.inf, dtype)
+  known = jnp.log(jnp.where(chances > 0, chances, jnp.ones_like(chances)))
+  scores = jnp.where(chances > 0, jax.nn.log_softmax(logits) + known, nowhere)
+  impossible = (scores == nowhere).all(axis=1)
+  scores = jnp.where(impossible[:, None], jnp.zeros_like(scores), scores)
+  loss = -jax.nn.logsumexp(scores, axis=1)
+  floor = jnp.log(jnp.asarray(jnp.finfo(dtype).tiny, dtype))
+  loss = jnp.where(impossible, -floor, loss)
+  return jnp.where(labeled, loss, jnp.zeros_like(loss))
+
+
+def _stochastic(matrix: _types.Array) -> _types.Array:
+  """Rows that sum to one: those of the identity where there is nothing to scale."""
+  rows = _targets.normalized(matrix)
+  known = rows.any(axis=1, keepdims=True)
+  return jnp.where(known, rows, jnp.eye(rows.shape[0], dtype=rows.dtype))

@@ -1,0 +1,410 @@
+"""Neighbors' beliefs, the confusion they tell, and the loss it corrects."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+# Numbers that are none, none at all, and those at the ends of the range.
+ODD = (0.0, -0.0, 1.0, 0.25, 1e-30, 1e-38, 1e-45, 3e38, -1.0, np.nan, np.inf, -np.inf)
+
+
+def odd(rng, *shape):
+  """Mostly usable numbers, so that some rows are."""
+  usual = rng.uniform(0, 1, shape)
+  rows = np.where(rng.random(shape) < 0.3, rng.choice(ODD, shape), usual)
+  return jnp.asarray(rows, jnp.float32)
+
+
+def problem(n=40, k=4, classes=3, seed=0):
+  """Random neighbors, with an empty place, a far one and the example itself."""
+  rng = np.random.default_rng(seed)
+  indices = rng.integers(0, n, [n, k])
+  indices[0, 0], indices[1, 1], indices[2, :2] = -1, n, 2
+  weights = rng.uniform(0, 1, [n, k])
+  weights[3], weights[4, :2], weights[5, 1] = 0, [np.nan, -1], np.inf
+  beliefs = 7 * rng.dirichlet(np.ones(classes), n)
+  beliefs[6], beliefs[7], beliefs[8, 0] = 0, np.nan, -1
+  neighbors = ranger.Neighbors(
+    jnp.asarray(indices, jnp.int32),
+    jnp.ones([n, k]),
+    jnp.asarray(weights, jnp.float32),
+  )
+  labels = jnp.asarray(rng.integers(-1, classes + 1, n), jnp.int32)
+  return neighbors, labels, jnp.asarray(beliefs, jnp.float32)
+
+
+# Jitted once: operation by operation, each shape would be compiled in pieces.
+beliefs_of = jax.jit(ranger.neighbor_beliefs)
+forward = jax.jit(ranger.forward_corrected_loss)
+forward_slopes = jax.jit(
+  jax.grad(lambda x, y, t: ranger.forward_corrected_loss(x, y, t).sum(), (0, 2))
+)
+confusion_of = jax.jit(
+  lambda labels, beliefs, s: ranger.label_confusion(labels, beliefs, sharpness=s)
+)
+
+
+def loop(neighbors, beliefs):
+  beliefs = np.asarray(beliefs, np.float64)
+  results = np.zeros_like(beliefs)
+  for i, (indices, weights) in enumerate(
+    zip(*map(np.asarray, (neighbors.indices, neighbors.weights)), strict=True)
+  ):
+    total, rows = 0.0, np.zeros(beliefs.shape[1])
+    for j, weight in zip(indices, weights, strict=True):
+      if j == i or not 0 <= j < len(beliefs) or not 0 < weight < np.inf:
+        continue
+      if not np.isfinite(beliefs[j]).all() or (beliefs[j] < 0).any():
+        continue
+      if beliefs[j].any():
+        total, rows = total + weight, rows + weight * beliefs[j] / beliefs[j].sum()
+    results[i] = rows / total if total else 0
+  return results
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neighbor_beliefs_equal_a_loop(seed):
+  neighbors, _, beliefs = problem(seed=seed)
+  found = beliefs_of(neighbors, beliefs)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, loop(neighbors, beliefs), rtol=2e-6, atol=1e-7)
+  assert not found[3].any()
+  assert found[4].any()
+  heavy = neighbors._replace(weights=3e38 * neighbors.weights)
+  np.testing.assert_allclose(beliefs_of(heavy, beliefs), found, rtol=2e-6, atol=1e-7)
+
+
+def test_no_example_confirms_itself():
+  """Even where the example is among its own neighbors."""
+  neighbors, _, beliefs = problem()
+  indices = neighbors.indices.at[:, 0].set(jnp.arange(40))
+  neighbors = neighbors._replace(indices=indices, weights=jnp.ones([40, 4]))
+  before = beliefs_of(neighbors, beliefs)
+  assert before.any(axis=1).sum() > 30
+  for i in range(0, 40, 7):
+    changed = beliefs.at[i].set(jnp.array([1.0, 0.0, 0.0]))
+    after = beliefs_of(neighbors, changed)
+    np.testing.assert_array_equal(after[i], before[i])
+    assert (after != before).any()
+  alone = neighbors._replace(indices=jnp.arange(40, dtype=jnp.int32)[:, None] + 0)
+  alone = alone._replace(weights=jnp.ones([40, 1]))
+  assert not beliefs_of(alone, beliefs).any()
+
+
+def test_neighbor_beliefs_are_probabilities_or_none():
+  rng = np.random.default_rng(0)
+  neighbors = ranger.Neighbors(
+    jnp.asarray(rng.integers(-2, 7, [999, 5, 3]), jnp.int32),
+    jnp.ones([999, 5, 3]),
+    odd(rng, 999, 5, 3),
+  )
+  found = jax.jit(jax.vmap(ranger.neighbor_beliefs))
+  rows = np.asarray(found(neighbors, odd(rng, 999, 5, 2)))
+  assert (rows >= 0).all()
+  sums = rows.sum(axis=2)
+  np.testing.assert_allclose(sums, rows.any(axis=2), rtol=1e-6)
+  assert 0.1 < sums.mean() < 0.9
+
+
+def test_neighbor_beliefs_need_no_copy_for_each_neighbor():
+  def temporaries(k):
+    shape = lambda dtype: jax.ShapeDtypeStruct((2000, k), dtype)
+    neighbors = ranger.Neighbors(*map(shape, (jnp.int32, jnp.float32, jnp.float32)))
+    beliefs = jax.ShapeDtypeStruct((2000, 50), jnp.float32)
+    compiled = jax.jit(ranger.neighbor_beliefs).lower(neighbors, beliefs).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(32) - temporaries(2) < 2000 * 30 * 50 * 4 / 8
+
+
+def test_confusion_rows_are_probabilities():
+  """Traced, a sharpness that makes no sense is not refused."""
+  rng = np.random.default_rng(0)
+  labels = jnp.asarray(rng.integers(-2, 5, [999, 4]), jnp.int32)
+  sharpness = rng.choice([1e-3, 1, 2, 50, np.inf, np.nan, -1, 0], 999)
+  confusion = lambda y, b, s: ranger.label_confusion(y, b, sharpness=s)
+  found = jax.jit(jax.vmap(confusion))(
+    labels, odd(rng, 999, 4, 3), jnp.asarray(sharpness, jnp.float32)
+  )
+  assert (np.asarray(found) >= 0).all()
+  np.testing.assert_allclose(found.sum(axis=2), 1, rtol=1e-6)
+  assert 0.1 < (found == jnp.eye(3)[None]).all(axis=(1, 2)).mean() < 0.9
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1, 2.0, np.inf])
+def test_confusion_of_true_classes_is_counted(sharpness):
+  rng = np.random.default_rng(0)
+  classes, labels = rng.integers(0, 4, 1000), rng.integers(0, 4, 1000)
+  counts = np.zeros([4, 4], np.float32)
+  np.add.at(counts, (classes, labels), 1)
+  beliefs = 3 * np.eye(4)[classes]
+  found = confusion_of(labels, jnp.asarray(beliefs, jnp.float32), sharpness)
+  np.testing.assert_allclose(found, counts / counts.sum(1, keepdims=True), rtol=3e-7)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1, 2.0, 3, np.inf])
+def test_confusion_equals_numpy(sharpness):
+  _, labels, beliefs = problem(n=200)
+  counts = np.zeros([3, 3])
+  for y, belief in zip(labels, np.asarray(beliefs, np.float64), strict=True):
+    if 0 <= y < 3 and np.isfinite(belief).all() and (belief >= 0).all():
+      powers = (belief / max(belief.max(), 1e-300)) ** sharpness
+      counts[:, y] += powers / max(powers.sum(), 1e-300)
+  found = confusion_of(labels, beliefs, sharpness)
+  np.testing.assert_allclose(found, counts / counts.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_order_does_not_matter():
+  _, labels, beliefs = problem(n=200)
+  expected = confusion_of(labels, beliefs, 2.0)
+  for seed in range(3):
+    order = np.random.default_rng(seed).permutation(200)
+    found = confusion_of(labels[order], beliefs[order], 2.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_nothing_known_is_the_identity():
+  labels, rows = jnp.zeros([3], jnp.int32), jnp.ones([3, 2])
+  for given in (
+    (labels, 0 * rows),
+    (labels, jnp.nan * rows),
+    (labels, -rows),
+    (labels - 1, rows),
+    (labels + 2, rows),
+    (labels[:0], rows[:0]),
+  ):
+    np.testing.assert_array_equal(confusion_of(*given, 2.0), np.eye(2))
+  beliefs = jnp.array([[1.0, 0.0, 0.0]])
+  found = confusion_of(jnp.array([2]), beliefs, 2.0)
+  np.testing.assert_array_equal(found, [[0, 0, 1], [0, 1, 0], [0, 0, 1]])
+
+
+def test_memorized_labels_hide_their_confusion():
+  """What leave-one-out is for: own beliefs tell the identity, neighbors' the truth."""
+  rng = np.random.default_rng(0)
+  classes = np.repeat(np.arange(3), 200)
+  truth = np.array([[0.75, 0.25, 0], [0, 1, 0], [0.1, 0, 0.9]])
+  labels = (rng.random([600, 1]) > truth.cumsum(axis=1)[classes]).sum(axis=1)
+  others = rng.integers(0, 200, [600, 20]) + 200 * classes[:, None]
+  ones = jnp.ones([600, 20])
+  neighbors = ranger.Neighbors(jnp.asarray(others, jnp.int32), ones, ones)
+  memorized = jax.nn.one_hot(labels, 3)
+  own = confusion_of(labels, memorized, 2.0)
+  np.testing.assert_array_equal(own, np.eye(3))
+  beliefs = beliefs_of(neighbors, memorized)
+  error = lambda s: np.abs(confusion_of(labels, beliefs, s) - truth).max()
+  assert error(8.0) < 0.08
+  assert error(8.0) < error(2.0) < error(1.0)
+
+
+def test_forward_loss_finds_the_clean_posterior():
+  """Over all labels, weighted by their chance; by the closed form, and by descent."""
+  rng = np.random.default_rng(0)
+  clean = rng.dirichlet(np.ones(3), 4).astype(np.float32)
+  truth = np.array([[0.6, 0.4, 0.0], [0.1, 0.8, 0.1], [0.3, 0.0, 0.7]], np.float32)
+  noisy = clean @ truth
+
+  @jax.jit
+  @jax.value_and_grad
+  def expected_loss(logits, confusion):
+    of = lambda y: ranger.forward_corrected_loss(
+      logits, jnp.full([4], y, jnp.int32), confusion
+    )
+    return (noisy * jax.vmap(of, out_axes=1)(jnp.arange(3))).sum()
+
+  @jax.jit
+  def minimizer(confusion):
+    step = lambda logits, _: (logits - 4 * expected_loss(logits, confusion)[1], None)
+    return jax.nn.softmax(jax.lax.scan(step, jnp.zeros([4, 3]), length=3000)[0])
+
+  entropy = -(noisy * np.log(noisy)).sum()
+  value, slope = expected_loss(np.log(clean), truth)
+  np.testing.assert_allclose(value, entropy, rtol=1e-6)
+  np.testing.assert_allclose(slope, np.zeros([4, 3]), atol=1e-6)
+  for _ in range(5):
+    said = rng.dirichlet(np.ones(3), 4).astype(np.float32)
+    divergence = (noisy * np.log(noisy / (said @ truth))).sum()
+    value, slope = expected_loss(np.log(said), truth)
+    np.testing.assert_allclose(value, entropy + divergence, rtol=1e-5)
+    assert divergence > 0.01
+  np.testing.assert_allclose(minimizer(truth), clean, atol=5e-3)
+  # Without the correction it is the noisy one, which lies far off.
+  np.testing.assert_allclose(minimizer(np.eye(3, dtype=np.float32)), noisy, atol=5e-3)
+  assert np.abs(noisy - clean).max() > 0.1
+
+
+def test_identity_is_cross_entropy():
+  """Where the label is given up, too: the loss is 1e4 there, and has its gradient."""
+  rng = np.random.default_rng(0)
+  labels = jnp.asarray(rng.integers(0, 5, 20))
+  ours = lambda x: ranger.forward_corrected_loss(x, labels, jnp.eye(5))
+  plain = lambda x: optax.softmax_cross_entropy_with_integer_labels(x, labels)
+  both = lambda loss: jax.jit(lambda x: (loss(x), jax.grad(lambda x: loss(x).sum())(x)))
+  ours, plain = both(ours), both(plain)
+  for scale in (1.0, 30.0, 1e4):
+    logits = jnp.asarray(scale * rng.standard_normal([20, 5]), jnp.float32)
+    for actual, expected in zip(ours(logits), plain(logits), strict=True):
+      np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, 1e38])
+@pytest.mark.parametrize(
+  "confusion",
+  [
+    [[1, 0], [1, 0]],
+    [[0, 0], [0, 0]],
+    [[np.nan, 1], [-1, 2]],
+    [[1, 1e-38], [1e-45, 1]],
+    [[1, np.inf], [3e38, 3e38]],
+  ],
+)
+def test_forward_loss_stays_finite(scale, confusion):
+  logits = scale * jnp.array([[1.0, -1.0], [-1.0, 1.0], [0.0, 1.0], [1.0, -jnp.inf]])
+  logits = jnp.where(jnp.isnan(logits), 0.0, logits)
+  confusion = jnp.array(confusion, jnp.float32)
+  for y in (0, 1):
+    labels = jnp.full([4], y, jnp.int32)
+    value = forward(logits, labels, confusion)
+    assert np.isfinite(value).all()
+    assert (np.asarray(value) >= 0).all()
+    slopes = forward_slopes(logits, labels, confusion)
+    assert np.isfinite(slopes[0]).all()
+    assert not slopes[1].any()
+
+
+def test_an_impossible_label_has_the_largest_loss_and_no_gradient():
+  given = jnp.array([[0.3, 0.7]]), jnp.array([1]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
+  np.testing.assert_allclose(forward(*given), [87.3365], rtol=1e-5)
+  assert not forward_slopes(*given)[0].any()
+
+
+def test_no_label_no_loss():
+  logits = jnp.array([[1.0, 2.0], [np.nan, 1.0], [np.inf, 1.0], [np.nan, 1.0]])
+  given = logits, jnp.array([-1, 2, -7, 1]), jnp.eye(2)
+  np.testing.assert_array_equal(forward(*given), [0, 0, 0, np.nan])
+  np.testing.assert_array_equal(forward_slopes(*given)[0][:3], np.zeros([3, 2]))
+
+
+@pytest.mark.parametrize(
+  ("kind", "whole"),
+  [
+    (AxisType.Auto, "nothing"),
+    (AxisType.Explicit, "nothing"),
+    (AxisType.Explicit, "beliefs"),
+    pytest.param(AxisType.Explicit, "neighbors and labels", marks=pytest.mark.slow),
+    pytest.param(AxisType.Auto, "neighbors and labels", marks=pytest.mark.slow),
+    pytest.param(AxisType.Auto, "beliefs", marks=pytest.mark.slow),
+  ],
+)
+def test_split_over_devices_the_same(kind, whole):
+  neighbors, labels, beliefs = problem()
+  logits = jnp.nan_to_num(3 * beliefs)
+  confusion = confusion_of(labels, beliefs, 2.0)
+
+  def everything(neighbors, labels, beliefs, logits, confusion):
+    loss = lambda x: ranger.forward_corrected_loss(x, labels, confusion)
+    support = ranger.label_support(neighbors, labels)
+    return (
+      ranger.neighbor_beliefs(neighbors, beliefs),
+      ranger.label_confusion(labels, beliefs),
+      jax.value_and_grad(lambda x: loss(x).sum())(logits),
+      ranger.refine_targets(labels, beliefs, confusion=confusion, support=support),
+      support,
+    )
+
+  expected = jax.jit(everything)(neighbors, labels, beliefs, logits, confusion)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  if whole != "neighbors and labels":
+    neighbors, labels = jax.device_put((neighbors, labels), rows)
+  if whole != "beliefs":
+    beliefs, logits = jax.device_put((beliefs, logits), rows)
+  with jax.set_mesh(mesh):
+    found = jax.jit(everything)(neighbors, labels, beliefs, logits, confusion)
+  for actual, wanted in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(actual, wanted, rtol=2e-6, atol=1e-6)
+
+
+def test_what_devices_send():
+  """The beliefs once, and one sum of the size of the confusion matrix."""
+  neighbors, labels, beliefs = problem()
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  neighbors, labels, beliefs = jax.device_put((neighbors, labels, beliefs), rows)
+  sent = lambda function, *args: [
+    (each.kind, each.num_bytes, each.count)
+    for each in ranger.collectives(jax.jit(function).lower(*args).compile())
+  ]
+  gathered = sent(ranger.neighbor_beliefs, neighbors, beliefs)
+  assert gathered == [("all-gather", 40 * 3 * 4, 1)]
+  assert sent(ranger.label_confusion, labels, beliefs) == [("all-reduce", 36, 1)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])
+def test_beliefs_and_logits_of_any_type(dtype):
+  with jax.enable_x64(dtype == "float64"):
+    neighbors, labels, _ = problem()
+    given = jax.nn.one_hot(labels, 3).astype(dtype)
+    expected = np.float64 if dtype == "float64" else np.float32
+    beliefs = beliefs_of(neighbors, given)
+    plain = beliefs_of(neighbors, given.astype(jnp.float32))
+    np.testing.assert_allclose(beliefs, plain, rtol=1e-6)
+    confusion = confusion_of(labels, given, 2.0)
+    assert beliefs.dtype == confusion.dtype == expected
+    if jnp.issubdtype(given.dtype, jnp.floating):
+      loss = forward(given, labels, jnp.eye(3, dtype=bool))
+      assert loss.dtype == expected
+      wanted = optax.softmax_cross_entropy_with_integer_labels(
+        given.astype(expected), jnp.clip(labels, 0, 2)
+      )
+      used = jnp.logical_and(labels >= 0, labels < 3)
+      np.testing.assert_allclose(loss, jnp.where(used, wanted, 0), rtol=1e-6)
+
+
+def test_narrow_labels_are_no_trap():
+  """Of 300 classes: 261 is not 5, though it is in eight bits."""
+  labels, beliefs = jnp.array([5, 100], jnp.int8), jnp.eye(300)[jnp.array([5, 261])]
+  found = np.asarray(confusion_of(labels, beliefs, 2.0))
+  np.testing.assert_array_equal(found[[5, 261]].argmax(axis=1), [5, 100])
+  np.testing.assert_array_equal((found > 0).sum(axis=1), np.ones(300))
+  loss = forward(jnp.zeros([2, 300]), labels, jnp.eye(300))
+  np.testing.assert_allclose(loss, np.log(300), rtol=1e-6)
+  refine = jax.jit(lambda *args: ranger.refine_targets(*args, support=jnp.ones([2])))
+  targets = refine(labels, beliefs)
+  np.testing.assert_array_equal(targets, jnp.eye(300)[jnp.array([5, 100])])
+
+
+def test_one_class_and_no_examples():
+  neighbors = ranger.Neighbors(
+    jnp.array([[1], [0]]), jnp.ones([2, 1]), jnp.ones([2, 1])
+  )
+  ones, labels = jnp.ones([2, 1]), jnp.zeros([2], jnp.int32)
+  np.testing.assert_array_equal(beliefs_of(neighbors, 9 * ones), ones)
+  np.testing.assert_array_equal(confusion_of(labels, ones, 2.0), [[1]])
+  loss = forward(ones, labels, jnp.ones([1, 1]))
+  np.testing.assert_array_equal(loss, [0, 0])
+  for n, k in ((0, 2), (3, 0)):
+    empty = ranger.Neighbors(
+      jnp.zeros([n, k], jnp.int32), jnp.zeros([n, k]), jnp.zeros([n, k])
+    )
+    found = beliefs_of(empty, jnp.ones([n, 4]))
+    np.testing.assert_array_equal(found, np.zeros([n, 4]))
+  none = jnp.zeros([0], jnp.int32)
+  assert forward(jnp.ones([0, 2]), none, jnp.eye(2)).shape == (0,)
+
+
+def test_no_gradient_flows_into_what_is_estimated():
+  neighbors, labels, beliefs = problem()
+  beliefs = jnp.where(jnp.isfinite(beliefs), beliefs, 0.0)
+  of = lambda function: jax.jit(jax.grad(lambda b: (function(b) ** 2).sum()))(beliefs)
+  assert not of(lambda b: ranger.neighbor_beliefs(neighbors, b)).any()
+  assert not of(lambda b: ranger.label_confusion(labels, b)).any()
