@@ -5,6 +5,7 @@ Pieces that are in the table already are not run again, so it may be stopped.
 
 import argparse
 import concurrent.futures
+import functools
 import pathlib
 import sys
 
@@ -36,9 +37,8 @@ def tune(args: argparse.Namespace) -> None:
     for trial in [work.METHODS[name].trials[i]]
     if (name, spelled(trial)) not in done
   ]
-  columns = [
-    (noise, seed) for seed in work.DEVELOPMENT_SEEDS for noise in data.NOISES[:4]
-  ]
+  seeds, noises = work.DEVELOPMENT_SEEDS, data.NOISES[:4]
+  columns = [(noise, seed) for seed in seeds for noise in noises]
   with work.pool() as pool, tqdm.tqdm(total=len(trials) * len(columns)) as progress:
     for name, trial in trials:
       progress.set_description(name)
@@ -61,8 +61,8 @@ def tune(args: argparse.Namespace) -> None:
             "judged": kind,
             "score": f"{sum(figures) / len(figures):.4f}",
             **{
-              f"{noise}{rate:g}": f"{sum(figures[i::4]) / len(work.DEVELOPMENT_SEEDS):.4f}"
-              for i, (noise, rate) in enumerate(data.NOISES[:4])
+              f"{noise}{rate:g}": f"{sum(figures[i::4]) / len(seeds):.4f}"
+              for i, (noise, rate) in enumerate(noises)
             },
           }
         )
@@ -114,9 +114,8 @@ def main() -> None:
     todo = [key for key in todo if key[0] == args.model]
   if todo:
     with work.pool() as pool, tqdm.tqdm(total=len(todo), unit="training") as progress:
-      futures = [
-        pool.submit(work.train, key, args.data, args.folder, 30) for key in todo
-      ]
+      train = functools.partial(pool.submit, work.train)
+      futures = [train(key, args.data, args.folder, 30) for key in todo]
       for future in concurrent.futures.as_completed(futures):
         results.add(*future.result())
         results.write(paths)

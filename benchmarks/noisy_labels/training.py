@@ -19,27 +19,31 @@ BATCH = 128
 
 
 class History(NamedTuple):
-  """What came of a training; arrays are of one number an epoch.
+  """What came of a training.
 
   Attributes:
-    validation: accuracy on noisy validation labels.
-    test: accuracy on clean test labels.
-    tuning: accuracy on noisy tuning labels, corrected for their noise.
-    wrong_share: of the pull of labels upon the network, how much is of wrong ones.
+    last: accuracy on clean test labels after the last epoch.
+    selected: the same after the epoch that noisy validation labels chose.
+    epoch: that epoch.
+    tuning_last, tuning_selected: accuracy on noisy tuning labels, corrected for
+      their noise.
     seconds: of training, with all that happens between epochs, without evaluation.
+    validation, test: accuracy after each epoch; the second where asked for.
+    wrong_share: of the pull of labels upon the network, how much is of wrong ones,
+      after each epoch, where asked for.
     confusion: the matrix that the method ended with, or None.
   """
 
-  validation: np.ndarray
-  test: np.ndarray
-  tuning: np.ndarray
-  wrong_share: np.ndarray
+  last: float
+  selected: float
+  epoch: int
+  tuning_last: float
+  tuning_selected: float
   seconds: float
+  validation: list[float]
+  test: list[float]
+  wrong_share: list[float]
   confusion: np.ndarray | None
-
-  @property
-  def selected(self) -> int:
-    return int(self.validation.argmax())
 
 
 def train(
@@ -74,7 +78,7 @@ def _train(method, model, problem, settings, seed, epochs, keep, pull):
   n, inputs = problem.images.shape
   settings = {**settings, "wrong": problem.wrong, "confusion": problem.confusion}
   traced = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
-  init, run, evaluate, pulls = _compiled(
+  init, run, validate, judge, pulls = _compiled(
     method.losses, method.optimizer, method.networks, model, n
   )
   keys = jax.random.split(jax.random.key(seed), method.networks)
@@ -85,17 +89,17 @@ def _train(method, model, problem, settings, seed, epochs, keep, pull):
   memory = method.memory(n, traced) if keep is None else keep
   inverse = jnp.asarray(np.linalg.inv(problem.confusion), jnp.float32)
   rng = np.random.default_rng([seed, 2])
-  figures, shares, seconds, best, best_params = [], [], 0.0, -1.0, params
+  validation, test, shares, seconds = [], [], [], 0.0
+  smooth = best = params
   for epoch in range(epochs):
     start = time.perf_counter()
-    smoothed = functools.partial(ranger.eval_params, state, params)
     view = methods.View(
       epoch,
       epochs,
       jax.random.key(rng.integers(2**31)),
       problem.images,
       problem.labels,
-      functools.partial(model.features, smoothed()),
+      functools.partial(model.features, ranger.eval_params(state, params)),
       state,
     )
     memory = method.between(view, memory, settings)
@@ -104,19 +108,31 @@ def _train(method, model, problem, settings, seed, epochs, keep, pull):
       run(params, state, memory, order, problem.images, problem.labels, traced)
     )
     seconds += time.perf_counter() - start
-    figures.append([float(x) for x in evaluate(params, state, problem, inverse)])
-    if figures[-1][0] > best:
-      best, best_params = figures[-1][0], smoothed()
+    smooth = ranger.eval_params(state, params)
+    validation.append(float(validate(smooth, problem)))
+    if validation[-1] == max(validation):
+      best = smooth
     if pull:
-      amounts = np.asarray(pulls(smoothed(), memory, problem, traced))
+      test.append(float(judge(smooth, problem, inverse)[0]))
+      amounts = np.asarray(pulls(smooth, memory, problem, traced))
       wrong = np.asarray(problem.labels != problem.true_labels)
       shares.append(float(amounts[wrong].sum() / max(amounts.sum(), 1e-9)))
+  last, tuning_last = map(float, judge(smooth, problem, inverse))
+  selected, tuning_selected = map(float, judge(best, problem, inverse))
   confusion = memory.get("confusion") if isinstance(memory, dict) else None
-  confusion = None if confusion is None else np.asarray(confusion)
-  validation, test, tuning = np.array(figures).T
-  shares = np.array(shares)
-  history = History(validation, test, tuning, shares, seconds, confusion)
-  return history, best_params
+  history = History(
+    last=last,
+    selected=selected,
+    epoch=len(validation) - validation[::-1].index(max(validation)),
+    tuning_last=tuning_last,
+    tuning_selected=tuning_selected,
+    seconds=seconds,
+    validation=validation,
+    test=test,
+    wrong_share=shares,
+    confusion=None if confusion is None else np.asarray(confusion),
+  )
+  return history, best
 
 
 @functools.cache
@@ -156,16 +172,20 @@ def _compiled(
 
     return jax.lax.scan(step, (params, state, memory), order)[0]
 
+  def guess(params, images):
+    return logits_of(params, images).argmax(axis=-1)
+
   @jax.jit
-  def evaluate(params, state, problem, inverse):
-    params = ranger.eval_params(state, params)
-    guess = lambda images: logits_of(params, images).argmax(axis=-1)
-    tuning = guess(problem.tuning_images)
-    return (
-      (guess(problem.validation_images) == problem.validation_labels).mean(),
-      (guess(problem.test_images) == problem.test_labels).mean(),
-      inverse[jnp.broadcast_to(problem.tuning_labels, tuning.shape), tuning].mean(),
-    )
+  def validate(params, problem):
+    guessed = guess(params, problem.validation_images)
+    return (guessed == problem.validation_labels).mean()
+
+  @jax.jit
+  def judge(params, problem, inverse):
+    tuned = guess(params, problem.tuning_images)
+    labels = jnp.broadcast_to(problem.tuning_labels, tuned.shape)
+    tested = guess(params, problem.test_images) == problem.test_labels
+    return tested.mean(), inverse[labels, tuned].mean()
 
   @jax.jit
   def pulls(params, memory, problem, settings):
@@ -181,4 +201,4 @@ def _compiled(
     toward = jnp.maximum(toward, 0)
     return toward if networks == 1 else toward.mean(axis=0)
 
-  return init, run, evaluate, pulls
+  return init, run, validate, judge, pulls

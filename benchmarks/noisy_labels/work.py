@@ -73,11 +73,11 @@ def train(
     "noise": noise,
     "rate": rate,
     "seed": seed,
-    "last": f"{history.test[-1]:.4f}",
-    "selected": f"{history.test[history.selected]:.4f}",
-    "selected_epoch": history.selected + 1,
-    "tuning_last": f"{history.tuning[-1]:.4f}",
-    "tuning_selected": f"{history.tuning[history.selected]:.4f}",
+    "last": f"{history.last:.4f}",
+    "selected": f"{history.selected:.4f}",
+    "selected_epoch": history.epoch,
+    "tuning_last": f"{history.tuning_last:.4f}",
+    "tuning_selected": f"{history.tuning_selected:.4f}",
     "seconds": f"{history.seconds:.2f}",
   }
   curves = []
