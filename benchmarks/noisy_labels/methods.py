@@ -27,7 +27,7 @@ class View(NamedTuple):
   state: Any
 
 
-def _kept(view: View, memory: Any, settings: Settings) -> Any:
+def kept(view: View, memory: Any, settings: Settings) -> Any:
   del view, settings
   return memory
 
@@ -63,7 +63,7 @@ class Method(NamedTuple):
   settings: Settings
   trials: tuple[Settings, ...] = ()
   memory: Callable[[int, Settings], Any] = lambda num_examples, settings: ()
-  between: Callable[[View, Any, Settings], Any] = _kept
+  between: Callable[[View, Any, Settings], Any] = kept
   optimizer: Callable[..., optax.GradientTransformation] = _sgd
   networks: int = 1
   filtered: bool = False
@@ -145,7 +145,7 @@ def _everything(num_examples: int, settings: Settings) -> jax.Array:
   return jnp.ones([num_examples])
 
 
-def _grid(**choices: tuple[float, ...]) -> tuple[Settings, ...]:
+def grid(**choices: tuple[float, ...]) -> tuple[Settings, ...]:
   """Every combination of the choices."""
   trials: list[Settings] = [{}]
   for name, values in choices.items():
@@ -161,38 +161,38 @@ RIVALS = {
     "cross-entropy, weight decay, EMA",
     _cross_entropy,
     _SGD,
-    _grid(rate=(0.02, 0.05), decay=(1e-3, 2e-3, 4e-3)),
+    grid(rate=(0.02, 0.05), decay=(1e-3, 2e-3, 4e-3)),
   ),
   "label_smoothing": Method(
     "label smoothing",
     _smoothed_labels,
     {**_SGD, "smoothing": 0.3},
-    _grid(smoothing=(0.1, 0.3, 0.5), decay=(5e-4, 2e-3)),
+    grid(smoothing=(0.1, 0.3, 0.5), decay=(5e-4, 2e-3)),
   ),
   "gce": Method(
     "GCE",
     _generalized,
     {**_SGD, "exponent": 0.7},
-    _grid(exponent=(0.5, 0.7), decay=(0.0, 5e-4, 1e-3)),
+    grid(exponent=(0.5, 0.7), decay=(0.0, 5e-4, 1e-3)),
   ),
   "sce": Method(
     "SCE",
     _symmetric,
     {"rate": 0.03, "decay": 0.0, "ema": 0.99, "forward": 0.1, "reverse": 1.0},
-    _grid(forward=(0.1, 0.3), decay=(0.0, 5e-4, 1e-3)),
+    grid(forward=(0.1, 0.3), decay=(0.0, 5e-4, 1e-3)),
   ),
   "elr": Method(
     "ELR",
     _early_learning,
     {**_SGD, "strength": 3.0, "prediction_decay": 0.7},
-    _grid(strength=(1.0, 3.0), decay=(0.0, 5e-4, 2e-3)),
+    grid(strength=(1.0, 3.0), decay=(0.0, 5e-4, 2e-3)),
     memory=_table,
   ),
   "co_teaching": Method(
     "co-teaching (two networks, told the share of wrong labels)",
     _co_teaching,
     {**_SGD, "ramp": 10.0},
-    _grid(ramp=(5.0, 10.0), decay=(0.0, 1e-3, 2e-3)),
+    grid(ramp=(5.0, 10.0), decay=(0.0, 1e-3, 2e-3)),
     memory=lambda num_examples, settings: jnp.float32(0),
     between=_forget,
     networks=2,
@@ -201,7 +201,7 @@ RIVALS = {
     "deep k-NN filter, then cross-entropy (two trainings)",
     _weighted,
     {**_SGD, "k": 50},
-    _grid(k=(20, 50), decay=(5e-4, 1e-3, 2e-3)),
+    grid(k=(20, 50), decay=(5e-4, 1e-3, 2e-3)),
     memory=_everything,
     filtered=True,
   ),

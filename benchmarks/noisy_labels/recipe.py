@@ -1,10 +1,10 @@
 """Ranger on wrong labels: neighbors tell which labels get confused; and ablations."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from benchmarks.noisy_labels import methods
 import optax_ranger as ranger
@@ -15,7 +15,8 @@ SETTINGS = {
   "decay": 0.01,
   "ema": 0.99,
   "prediction_decay": 0.7,
-  "exponent": 0.3,
+  "exponent": 0.0,
+  "adaptive": 1.0,
   "smoothing": 0.05,
   "hyper_rate": 0.0,
   "warm_up": 5,
@@ -25,22 +26,23 @@ SETTINGS = {
 
 
 def losses(logits, labels, ids, memory, settings):
-  """Cross-entropy first; then it is corrected, robust and pulled to uniform."""
+  """Corrected by what neighbors tell, robust, and pulled to the uniform."""
   del ids
-  plain = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  wrong = 1 - jnp.trace(memory["confusion"]) / len(memory["confusion"])
   corrected = ranger.forward_corrected_loss(
     logits,
     labels,
     memory["confusion"],
-    exponent=settings["exponent"],
+    exponent=settings["exponent"] + settings["adaptive"] * wrong,
     smoothing=settings["smoothing"],
   )
-  return jnp.where(memory["warm"], plain, corrected), memory
+  return corrected, memory
 
 
 def memory(num_examples: int, settings: methods.Settings) -> Any:
+  """Until neighbors have told, each label is of its own class."""
   del num_examples, settings
-  return {"warm": jnp.bool_(True), "confusion": jnp.eye(10)}
+  return {"confusion": jnp.eye(10)}
 
 
 def optimizer(settings: methods.Settings, num_examples: int, every: int = 1):
@@ -88,35 +90,26 @@ def _neighbors_beliefs(features: jax.Array, predictions: jax.Array, k: int):
 _beliefs = jax.jit(_neighbors_beliefs, static_argnums=2)
 
 
-def between(view: methods.View, memory: Any, settings: methods.Settings) -> Any:
+def between(
+  view: methods.View, memory: Any, settings: methods.Settings, own: bool = False
+) -> Any:
   if view.epoch != settings["warm_up"]:
     return memory
-  return {"warm": jnp.bool_(False), "confusion": estimate(view, settings)}
-
-
-def _own(view: methods.View, memory: Any, settings: methods.Settings) -> Any:
-  if view.epoch != settings["warm_up"]:
-    return memory
-  return {"warm": jnp.bool_(False), "confusion": estimate(view, settings, own=True)}
-
-
-def _without(view: methods.View, memory: Any, settings: methods.Settings) -> Any:
-  """Nothing is estimated: each label is of its own class."""
-  warm = jnp.bool_(view.epoch < settings["warm_up"])
-  return {**memory, "warm": warm}
+  return {"confusion": estimate(view, settings, own)}
 
 
 def _told(view: methods.View, memory: Any, settings: methods.Settings) -> Any:
   """The true matrix, which nobody has."""
-  warm = jnp.bool_(view.epoch < settings["warm_up"])
-  return {"warm": warm, "confusion": settings["confusion"]}
+  if view.epoch != settings["warm_up"]:
+    return memory
+  return {"confusion": jnp.asarray(settings["confusion"], jnp.float32)}
 
 
 RANGER = methods.Method(
   "Ranger",
   losses,
   SETTINGS,
-  methods._grid(exponent=(0.3, 0.4), smoothing=(0.05, 0.1, 0.2)),
+  methods.grid(adaptive=(1.0, 1.5), exponent=(0.0,), decay=(0.005, 0.0075, 0.01)),
   memory=memory,
   between=between,
   optimizer=optimizer,
@@ -129,10 +122,11 @@ def _changed(title: str, **settings: Any) -> methods.Method:
 
 ABLATIONS = {
   "no_confusion": RANGER._replace(
-    title="without the confusion matrix", between=_without
+    title="without the confusion matrix", between=methods.kept
   ),
   "own_confusion": RANGER._replace(
-    title="its own predictions instead of its neighbors'", between=_own
+    title="its own predictions instead of its neighbors'",
+    between=functools.partial(between, own=True),
   ),
   "true_confusion": RANGER._replace(
     title="told the true confusion matrix", between=_told
