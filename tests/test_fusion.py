@@ -64,7 +64,11 @@ def close(actual, expected, rtol=1e-4):
 
 
 @pytest.mark.parametrize(
-  ("name", "jit"), [("head", False), *((name, True) for name in sorted(LINEAR))]
+  ("name", "jit"),
+  [
+    pytest.param("head", False, marks=pytest.mark.slow),
+    *((name, True) for name in sorted(LINEAR)),
+  ],
 )
 def test_fused_equals_per_example(name, jit):
   step = LINEAR[name]
@@ -152,11 +156,21 @@ def test_state_comes_third_and_counts():
     assert int(state.num_dropped) == count
 
 
-@pytest.mark.parametrize("name", ["mean", "sum", "head", "regions", "max", "clipped"])
+@pytest.mark.parametrize(
+  ("name", "where"),
+  [
+    pytest.param(
+      name,
+      where,
+      marks=[pytest.mark.slow] * (where == "loss" and name not in ("mean", "max")),
+    )
+    for name in ("mean", "sum", "head", "regions", "max", "clipped")
+    for where in ("input", "loss")
+  ],
+)
 @pytest.mark.parametrize(
   "value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("where", ["input", "loss"])
 def test_bad_example_is_left_out(name, value, where):
   step = {**LINEAR, **NON_LINEAR}[name]
 
@@ -254,7 +268,10 @@ def test_fused_holds_no_per_example_gradients():
   assert fused < plain + 2**18
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(
+  "axis_type",
+  [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)],
+)
 def test_batch_sharded_over_devices(axis_type):
   """A neighbor on another device counts as a local one."""
   mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
@@ -312,7 +329,9 @@ def test_examples_of_different_devices_are_kept_apart():
     run(lambda params, x: grad_fn(params, x)[1], PartitionSpec())
 
 
-@pytest.mark.parametrize("map_", ["shard_map", "pmap"])
+@pytest.mark.parametrize(
+  "map_", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)]
+)
 def test_a_split_batch_has_the_gradient_of_the_whole(map_):
   """Two examples on each of three devices; one of them is bad."""
   step = optax.chain(

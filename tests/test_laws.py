@@ -174,7 +174,13 @@ def test_jit_equals_eager_with_one_trace(case):
 
 
 @each_case
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+  "dtype",
+  [
+    pytest.param(dtype, marks=[pytest.mark.slow] * (dtype == "float16"))
+    for dtype in DTYPES
+  ],
+)
 def test_types_are_a_fixed_point(case, dtype):
   with jax.enable_x64(dtype == "float64"):
     tree = registry.params(dtype)
@@ -373,7 +379,7 @@ def test_members_may_be_sharded(case):
 
 
 @each_case
-@pytest.mark.parametrize("after", [2, 3])
+@pytest.mark.parametrize("after", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_checkpoint_restores_the_same_tail(case, after, tmp_path):
   tree = registry.params()
   _, state = registry.run(case, tree, calls=after)

@@ -111,6 +111,19 @@ CASES = {
   "graph": (layers.Graph(REGIONS, EDGES), Messages, (3, NODES, 3), graph_piece),
 }  # fmt: skip
 each_case = pytest.mark.parametrize("name", sorted(CASES))
+# Each partition with the mean, each aggregator on the grid; the rest is slow.
+each_case_and_aggregator = pytest.mark.parametrize(
+  ("name", "aggregator"),
+  [
+    pytest.param(
+      name,
+      aggregator,
+      marks=[pytest.mark.slow] * (name != "grid" and aggregator != "mean"),
+    )
+    for name in sorted(CASES)
+    for aggregator in ("mean", "sum", "max")
+  ],
+)
 
 
 def draw(name, seed=0):
@@ -159,9 +172,8 @@ def close(actual, expected, tolerance=1e-4):
   np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=1e-5)
 
 
-@each_case
+@each_case_and_aggregator
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
 def test_the_layer_is_a_loop_over_regions(name, shared, aggregator):
   count = CASES[name][0].num_regions
   weights = np.ones(count)
@@ -175,8 +187,7 @@ def test_the_layer_is_a_loop_over_regions(name, shared, aggregator):
   close(result, loop(name, layer, x, weights))
 
 
-@each_case
-@pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
+@each_case_and_aggregator
 def test_gradients_flow_through_everything(name, aggregator):
   """Against finite differences, for parameters, weights and inputs."""
   learned = None if aggregator == "max" else "learned"

@@ -19,7 +19,9 @@ def full_sort(features, k, metric):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("block_size", [7, 64, 1000])
+@pytest.mark.parametrize(
+  "block_size", [7, pytest.param(64, marks=pytest.mark.slow), 1000]
+)
 def test_neighbors_equal_a_full_sort(metric, block_size):
   rng = np.random.default_rng(0)
   features = (5 + rng.standard_normal([150, 6])).astype(np.float32)
@@ -54,7 +56,15 @@ def test_neighbor_memory_grows_linearly():
   assert large < 16384**2
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.int32, np.uint8, np.float64])
+@pytest.mark.parametrize(
+  "dtype",
+  [
+    np.float16,
+    np.uint8,
+    pytest.param(np.int32, marks=pytest.mark.slow),
+    pytest.param(np.float64, marks=pytest.mark.slow),
+  ],
+)
 def test_features_of_any_real_type(dtype):
   features = np.random.default_rng(0).integers(0, 9, [40, 5]).astype(dtype)
   found = ranger.nearest_neighbors(features, 3)

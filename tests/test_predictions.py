@@ -1,5 +1,7 @@
 """Smoothed predictions and what is built on them, against oracles in NumPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -9,6 +11,12 @@ import numpy as np
 import pytest
 
 import optax_ranger as ranger
+
+# Each kind, batch and type once; the rest is slow.
+SHARDED = (
+  ("split", AxisType.Explicit, "bfloat16"),
+  ("whole", AxisType.Auto, "float32"),
+)
 
 
 def visit(step, state, ids, predictions):
@@ -105,9 +113,15 @@ def test_rounding_at_random_is_fair():
   assert abs(found.mean() - value) > 4 * place / 2 / np.sqrt(n)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("batch", ["split", "whole"])
+@pytest.mark.parametrize(
+  ("batch", "kind", "dtype"),
+  [
+    pytest.param(*form, marks=[pytest.mark.slow] * (form not in SHARDED))
+    for form in itertools.product(
+      ("split", "whole"), (AxisType.Auto, AxisType.Explicit), ("float32", "bfloat16")
+    )
+  ],
+)
 def test_sharded_tables_equal_one(dtype, kind, batch):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
   rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -151,8 +165,15 @@ def _batch(seed):
   )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("map_", ["shard_map", "pmap"])
+@pytest.mark.parametrize(
+  ("map_", "dtype"),
+  [
+    ("shard_map", "bfloat16"),
+    pytest.param("shard_map", "float32", marks=pytest.mark.slow),
+    pytest.param("pmap", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("pmap", "float32", marks=pytest.mark.slow),
+  ],
+)
 def test_tables_split_by_hand_equal_one(dtype, map_):
   """Inside shard_map and pmap, with the ids of the whole data set."""
   plain = ranger.smooth_predictions(24, 3, dtype=dtype)

@@ -184,6 +184,8 @@ def one_device():
     return train(recipe())
 
 
+# They share a worker, and with it what one device gives.
+with_one_device = pytest.mark.xdist_group("one_device")
 WAYS = {
   "explicit-in-micro-batches": {"mesh": AxisType.Explicit, "num_micro_batches": 3},
   "split-state": {"mesh": AxisType.Explicit, "shard_state": True},
@@ -206,6 +208,7 @@ SLOW_WAYS = {
 }
 
 
+@with_one_device
 @pytest.mark.parametrize(
   "options",
   [
@@ -371,6 +374,8 @@ def test_a_device_that_fails_is_skipped_by_all():
     replicas_agree((params, state))
 
 
+@pytest.mark.slow
+@with_one_device
 def test_pmap_equals_shard_map(one_device):
   """The whole recipe inside of the caller's own pmap; tables are whole there."""
   update = recipe(partition=None)
@@ -467,6 +472,7 @@ def test_parameters_and_state_are_donated():
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
+@with_one_device
 def test_neighbors_on_other_devices_count(one_device):
   """Given as positions in the whole batch; each one lies on another device."""
   n = 24
