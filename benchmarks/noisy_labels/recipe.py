@@ -12,11 +12,10 @@ import optax_ranger as ranger
 _BLOCK = 2500
 SETTINGS = {
   "rate": 0.08,
-  "decay": 0.01,
+  "decay": 0.005,
   "ema": 0.99,
   "prediction_decay": 0.7,
-  "exponent": 0.0,
-  "adaptive": 1.0,
+  "exponent": 0.3,
   "smoothing": 0.05,
   "hyper_rate": 0.0,
   "warm_up": 5,
@@ -28,12 +27,11 @@ SETTINGS = {
 def losses(logits, labels, ids, memory, settings):
   """Corrected by what neighbors tell, robust, and pulled to the uniform."""
   del ids
-  wrong = 1 - jnp.trace(memory["confusion"]) / len(memory["confusion"])
   corrected = ranger.forward_corrected_loss(
     logits,
     labels,
     memory["confusion"],
-    exponent=settings["exponent"] + settings["adaptive"] * wrong,
+    exponent=settings["exponent"],
     smoothing=settings["smoothing"],
   )
   return corrected, memory
@@ -109,7 +107,7 @@ RANGER = methods.Method(
   "Ranger",
   losses,
   SETTINGS,
-  methods.grid(adaptive=(1.0, 1.5), exponent=(0.0,), decay=(0.005, 0.0075, 0.01)),
+  methods.grid(exponent=(0.3, 0.5), decay=(0.005, 0.01, 0.02)),
   memory=memory,
   between=between,
   optimizer=optimizer,

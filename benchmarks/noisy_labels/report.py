@@ -166,6 +166,33 @@ def table(results: Results, model: str, known: Mapping[str, methods.Method]) -> 
   return "\n".join(lines)
 
 
+def verdicts(results: Results, known: Mapping[str, methods.Method]) -> str:
+  """Ranger's selected epochs against the better of two figures of each rival."""
+  lines = [
+    "| noise | Ranger | best rival | its name | difference ± standard error of pairs |",
+    "| --- | ---: | ---: | --- | ---: |",
+  ]
+  for noise in data.NOISES:
+    ours = results.figures("mlp", "ranger", noise, "selected")
+    rivals = [
+      (results.figures("mlp", name, noise, kind), name, kind)
+      for name in known
+      if name in methods.RIVALS
+      for kind in ("last", "selected")
+    ]
+    rivals = [rival for rival in rivals if len(rival[0]) == len(ours) > 1]
+    if not rivals:
+      continue
+    best, name, kind = max(rivals, key=lambda rival: rival[0].mean())
+    gain = ours - best
+    error = gain.std(ddof=1) / np.sqrt(len(gain))
+    lines.append(
+      f"| {heading(noise)} | {ours.mean():.4f} | {best.mean():.4f} |"
+      f" {known[name].title}, {kind} | {gain.mean():+.4f} ± {error:.4f} |"
+    )
+  return "\n".join(lines)
+
+
 def draw(paths: Paths, results: Results, known: Mapping[str, methods.Method]) -> None:
   """Draws accuracy over noise, curves, the pull of wrong labels, and the confusion."""
   matplotlib.use("Agg")
