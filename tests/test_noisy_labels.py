@@ -111,7 +111,7 @@ def test_co_teaching_learns_what_the_other_finds_easy():
 
 def test_ranger_without_anything_is_cross_entropy():
   logits, labels, ids = _logits()
-  settings = {**recipe.SETTINGS, "exponent": 0.0, "smoothing": 0.0}
+  settings = {**recipe.SETTINGS, "warm_exponent": 0.0, "smoothing": 0.0}
   losses, _ = recipe.losses(logits, labels, ids, recipe.memory(64, settings), settings)
   plain, _ = _losses("cross_entropy")
   np.testing.assert_allclose(losses, plain, rtol=1e-5)
@@ -144,3 +144,12 @@ def test_pieces_in_the_table_are_not_run_again(tmp_path):
   assert not again.has((*key[:4], 1))
   assert not report.Results.read(paths, fresh=True).has(key)
   assert "| SCE |" in report.tables(again, work.EVERYTHING)
+
+
+def test_pages_have_the_committed_figures():
+  root = pathlib.Path(__file__).parent.parent
+  results = report.Results.read(report.Paths.of(root / "docs", "noisy_labels"), False)
+  page = (root / "docs" / "noisy_labels.md").read_text()
+  assert report.tables(results, work.EVERYTHING) in page
+  assert report.verdicts(results, work.EVERYTHING) in page
+  assert report.summary(results, work.EVERYTHING) in (root / "README.md").read_text()

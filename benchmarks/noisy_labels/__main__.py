@@ -121,6 +121,7 @@ def main() -> None:
         results.write(paths)
         progress.update()
   print(report.tables(results, work.EVERYTHING))
+  print(f"\n{report.summary(results, work.EVERYTHING)}")
   print(f"\n{report.verdicts(results, work.EVERYTHING)}")
   report.draw(paths, results, work.EVERYTHING)
 

@@ -16,6 +16,7 @@ SETTINGS = {
   "ema": 0.99,
   "prediction_decay": 0.7,
   "exponent": 0.3,
+  "warm_exponent": 0.3,
   "smoothing": 0.05,
   "hyper_rate": 0.0,
   "warm_up": 5,
@@ -31,7 +32,7 @@ def losses(logits, labels, ids, memory, settings):
     logits,
     labels,
     memory["confusion"],
-    exponent=settings["exponent"],
+    exponent=memory["exponent"],
     smoothing=settings["smoothing"],
   )
   return corrected, memory
@@ -39,8 +40,8 @@ def losses(logits, labels, ids, memory, settings):
 
 def memory(num_examples: int, settings: methods.Settings) -> Any:
   """Until neighbors have told, each label is of its own class."""
-  del num_examples, settings
-  return {"confusion": jnp.eye(10)}
+  del num_examples
+  return {"confusion": jnp.eye(10), "exponent": settings["warm_exponent"]}
 
 
 def optimizer(settings: methods.Settings, num_examples: int, every: int = 1):
@@ -93,21 +94,27 @@ def between(
 ) -> Any:
   if view.epoch != settings["warm_up"]:
     return memory
-  return {"confusion": estimate(view, settings, own)}
+  return {
+    "confusion": estimate(view, settings, own),
+    "exponent": jnp.float32(settings["exponent"]),
+  }
 
 
 def _told(view: methods.View, memory: Any, settings: methods.Settings) -> Any:
   """The true matrix, which nobody has."""
   if view.epoch != settings["warm_up"]:
     return memory
-  return {"confusion": jnp.asarray(settings["confusion"], jnp.float32)}
+  return {
+    "confusion": jnp.asarray(settings["confusion"], jnp.float32),
+    "exponent": jnp.float32(settings["exponent"]),
+  }
 
 
 RANGER = methods.Method(
   "Ranger",
   losses,
   SETTINGS,
-  methods.grid(exponent=(0.3, 0.5), decay=(0.005, 0.01, 0.02)),
+  methods.grid(warm_exponent=(0.5, 0.7, 1.0), exponent=(0.3, 0.5), decay=(0.005,)),
   memory=memory,
   between=between,
   optimizer=optimizer,

@@ -166,6 +166,25 @@ def table(results: Results, model: str, known: Mapping[str, methods.Method]) -> 
   return "\n".join(lines)
 
 
+def summary(results: Results, known: Mapping[str, methods.Method]) -> str:
+  """The MLP's table in short: the better of both means of each method, by column."""
+  lines = [
+    "| | " + " | ".join(map(heading, data.NOISES)) + " |",
+    "| --- |" + " ---: |" * len(data.NOISES),
+  ]
+  for name in (*methods.RIVALS, "ranger"):
+    cells = []
+    for noise in data.NOISES:
+      both = [
+        results.figures("mlp", name, noise, kind) for kind in ("last", "selected")
+      ]
+      if len(both[0]):
+        cells.append(f"{max(part.mean() for part in both):.3f}")
+    if cells:
+      lines.append(f"| {known[name].title} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
 def verdicts(results: Results, known: Mapping[str, methods.Method]) -> str:
   """Ranger's selected epochs against the better of two figures of each rival."""
   lines = [
