@@ -15,8 +15,9 @@ SETTINGS = {
   "decay": 0.005,
   "ema": 0.99,
   "prediction_decay": 0.7,
-  "exponent": 0.3,
-  "warm_exponent": 0.3,
+  "warm_exponent": 0.7,
+  "exponent": 0.1,
+  "adaptive": 0.6,
   "smoothing": 0.05,
   "hyper_rate": 0.0,
   "warm_up": 5,
@@ -94,27 +95,28 @@ def between(
 ) -> Any:
   if view.epoch != settings["warm_up"]:
     return memory
-  return {
-    "confusion": estimate(view, settings, own),
-    "exponent": jnp.float32(settings["exponent"]),
-  }
+  return _corrected(estimate(view, settings, own), settings)
+
+
+def _corrected(confusion: jax.Array, settings: methods.Settings) -> Any:
+  """The more labels are wrong, the sooner a contradicting one is let go."""
+  wrong = 1 - jnp.trace(confusion) / len(confusion)
+  exponent = settings["exponent"] + settings["adaptive"] * wrong
+  return {"confusion": confusion, "exponent": exponent}
 
 
 def _told(view: methods.View, memory: Any, settings: methods.Settings) -> Any:
   """The true matrix, which nobody has."""
   if view.epoch != settings["warm_up"]:
     return memory
-  return {
-    "confusion": jnp.asarray(settings["confusion"], jnp.float32),
-    "exponent": jnp.float32(settings["exponent"]),
-  }
+  return _corrected(jnp.asarray(settings["confusion"], jnp.float32), settings)
 
 
 RANGER = methods.Method(
   "Ranger",
   losses,
   SETTINGS,
-  methods.grid(warm_exponent=(0.5, 0.7, 1.0), exponent=(0.3, 0.5), decay=(0.005,)),
+  methods.grid(warm_exponent=(0.3, 0.5, 0.7), exponent=(0.1,), adaptive=(0.6, 0.8)),
   memory=memory,
   between=between,
   optimizer=optimizer,
@@ -136,7 +138,9 @@ ABLATIONS = {
   "true_confusion": RANGER._replace(
     title="told the true confusion matrix", between=_told
   ),
-  "no_exponent": _changed("without the exponent", exponent=0.0),
+  "no_exponent": _changed(
+    "without exponents", warm_exponent=0.0, exponent=0.0, adaptive=0.0
+  ),
   "no_smoothing": _changed("without label smoothing", smoothing=0.0),
   "no_ema": _changed("without EMA", ema=0.0),
   "ngs": _changed("with NGS instead of a fixed rate", hyper_rate=0.01),
