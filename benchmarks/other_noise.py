@@ -17,6 +17,7 @@ import numpy as np
 import tqdm
 
 from benchmarks import _noise
+from benchmarks import _noisy_methods
 from benchmarks import _noisy_training as training
 from benchmarks import _table
 
@@ -41,7 +42,7 @@ def pieces(problems: list[str], quick: bool = False) -> list[Piece]:
   return [
     (problem, name, noise, rate)
     for problem in problems
-    for name, method in training.METHODS.items()
+    for name, method in _noisy_methods.METHODS.items()
     for noise, kind in _noise.NOISES.items()
     if _noise.task(problem) in kind.tasks and method.suits(problem, noise)
     for rate in (kind.rates[-1:] if quick else kind.rates)
@@ -51,13 +52,13 @@ def pieces(problems: list[str], quick: bool = False) -> list[Piece]:
 def run(piece: Piece, seeds: int, rounds: int = training.ROUNDS) -> list[Row]:
   """All settings of a method, all seeds, on one problem with one kind of noise."""
   problem, name, noise, rate = piece
-  method = training.METHODS[name]
+  method = _noisy_methods.METHODS[name]
   runs = [
     training.start(problem, _noise.load(problem, noise, rate, seed), seed, rounds)
     for seed in range(seeds)
   ]
   begin = time.perf_counter()
-  valid, test = training.run_all(method, runs)
+  valid, test = _noisy_methods.run_all(method, runs)
   seconds = (time.perf_counter() - begin) / valid[..., 0].size
   valid = np.where(np.isfinite(valid), valid, -np.inf)
   rows = []
@@ -82,7 +83,7 @@ def run(piece: Piece, seeds: int, rounds: int = training.ROUNDS) -> list[Row]:
   return rows
 
 
-def _words(settings: training.Settings) -> str:
+def _words(settings: _noisy_methods.Settings) -> str:
   return " ".join(f"{name}={value:g}" for name, value in settings.items())
 
 
@@ -135,7 +136,7 @@ def table(rows: list[Row], figure: int = 1) -> str:
       continue
     names = [
       name
-      for name in training.METHODS
+      for name in _noisy_methods.METHODS
       if any(row["method"] == name and row["problem"] == problem for row in rows)
     ]
     found = {
@@ -177,7 +178,7 @@ def settings_table(trials: list[Row]) -> str:
   lines = ["| task | method | settings: noisy validation |", "|---|---|---|"]
   found = settings_of(trials)
   for task in ("classes", "numbers"):
-    for name in training.METHODS:
+    for name in _noisy_methods.METHODS:
       settings = found.get((task, name))
       if not settings:
         continue
@@ -199,7 +200,7 @@ def draw(path: pathlib.Path, rows: list[Row]) -> None:
   problems = [problem for problem in _noise.PROBLEMS if cells(rows, problem)]
   names = [
     name
-    for name in training.METHODS
+    for name in _noisy_methods.METHODS
     if name != base and any(row["method"] == name for row in rows)
   ]
   widths = [len(cells(rows, problem)) for problem in problems]
