@@ -16,7 +16,7 @@ from sklearn import model_selection
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_FOLDER = pathlib.Path("/usr/share/datasets/fashion-mnist")
-_FASHION_FILES = (
+FASHION_FILES = (
   "train-images-idx3-ubyte.gz",
   "train-labels-idx1-ubyte.gz",
   "t10k-images-idx3-ubyte.gz",
@@ -54,7 +54,7 @@ def digits(quick: bool) -> Problem:
 
 def fashion(quick: bool, folder: pathlib.Path = FASHION_FOLDER) -> Problem:
   """Fashion-MNIST, 10,000 training images, MLP 784-256-256-10, batch 128, 5 epochs."""
-  train, given, test, test_labels = (read_idx(folder / name) for name in _FASHION_FILES)
+  train, given, test, test_labels = (read_idx(folder / name) for name in FASHION_FILES)
   flat = lambda images: images.reshape(len(images), -1).astype(np.float32) / 255
   size = 1000 if quick else 10_000
   return _images(

@@ -83,15 +83,20 @@ def neighbor_beliefs(neighbors: _types.Neighbors, beliefs: Any) -> _types.Array:
   return jax.lax.stop_gradient(_targets.normalized(total))
 
 
-def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 2.0) -> _types.Array:
+def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> _types.Array:
   r"""Estimates how labels get confused: the chance of each label, given the class.
 
-  Give it to ``forward_corrected_loss`` or to ``refine_targets``. It helps where
-  some classes are mistaken for certain others. It is wrong where the beliefs are.
+  Each class's row is told by the examples that are most confident of that class,
+  its anchors. Examples between look-alikes count for neither: their share would
+  leak from row to row and make T too flat, and estimating anew with the beliefs
+  that T gives would only confirm itself. Give T to ``forward_corrected_loss`` or
+  to ``refine_targets``. It helps where some classes are mistaken for certain
+  others. It is wrong where confident beliefs are.
 
   .. math::
-    T_{cy} \propto \sum_i \frac{b_i(c)^s}{\sum_{c'} b_i(c')^s} \, [y_i = y],
-    \qquad \sum_y T_{cy} = 1
+    T_{cy} \propto \sum_i w_i(c) \, [y_i = y], \qquad
+    w_i(c) = \Big( \frac{b_i(c)}{\max_j b_j(c)} \Big)^s, \qquad
+    \sum_y T_{cy} = 1
 
   The beliefs must not have seen the labels, or they agree with them: those of a
   network that has memorized wrong labels make T the identity. So take the
@@ -102,23 +107,26 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 2.0) -> _type
   Args:
     labels: ``int [n]``, each in [0, C); an example out of range has no label, and
       is left out.
-    beliefs: ``float [n, C]``, not negative, of any scale. An example with a row
-      of zeros, or one that is not finite, is left out.
-    sharpness: s, positive. Beliefs that are smeared over look-alikes make T too
-      flat, as they count an example for classes it is not of; 2 sharpens them, 1
-      takes them as they are, and infinity counts each example for its most
-      likely class (several share it).
+    beliefs: ``float [n, C]``, not negative, of any scale: rows are normalized. An
+      example with a row of zeros, or one that is not finite, is left out.
+    sharpness: s, positive. A smaller one makes T flatter, 4 already; a larger one
+      noisier, 16 already, as fewer examples tell each row, effectively
+      :math:`(\sum_i w_i)^2 / \sum_i w_i^2`. Infinity counts the most confident
+      alone, several if they are equally so.
 
   Returns:
     ``float32 [C, C]`` (float64 for such beliefs), T[c, y]. A class that nobody
     believes in has the row of the identity: where nothing is known, labels are
-    trusted. No gradient flows through it.
+    trusted. One that nobody is confident of gets its row from examples of others.
+    No gradient flows through it.
 
   Guarantees:
     * Rows are not negative and sum to one, whatever comes
       (``test_confusion_rows_are_probabilities``).
     * With the true classes as beliefs it is their confusion matrix, counted
       (``test_confusion_of_true_classes_is_counted``).
+    * Anchors that are certain of their class tell it, whatever the others between
+      look-alikes bear, as s grows (``test_anchors_tell_the_rows``).
     * The order of examples does not matter (``test_order_does_not_matter``).
     * No usable example makes the identity (``test_nothing_known_is_the_identity``).
     * Split over devices by rows, the same (``test_split_over_devices_the_same``).
@@ -141,34 +149,41 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 2.0) -> _type
   References:
     Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
     https://arxiv.org/abs/1609.03683, theorem 3, where the most confident example
-    of a class tells its row; Northcutt et al., Confident Learning, 2021,
-    https://arxiv.org/abs/1911.00068, a relative, which counts confident examples.
+    of a class tells its row, here made soft; Northcutt et al., Confident Learning,
+    2021, https://arxiv.org/abs/1911.00068, a relative, which counts confident
+    examples.
   """
   _validate.in_range("sharpness", sharpness, 0, float("inf"), open_low=True)
   rows = _targets.distributions("beliefs", beliefs)
   label = _targets.one_hot(labels, rows)
-  rows = _numerics.to_peak(rows)  # The peak's power is one, whatever the sharpness.
+  rows = jnp.where(label.any(axis=1, keepdims=True), rows, jnp.zeros_like(rows))
+  rows = _numerics.to_peak(rows, axis=0)  # The peak's power is one, whatever s.
   power = rows ** _numerics.scalar(sharpness, rows.dtype)
-  rows = _targets.normalized(jnp.where(rows > 0, power, rows))
+  rows = jnp.where(rows > 0, power, rows)
   count = lambda rows, label: jnp.matmul(rows.T, label, precision="highest")
   counts = _numerics.automatic(count, rows, jnp.zeros([]))(rows, label)
   return jax.lax.stop_gradient(_stochastic(counts))
 
 
-def forward_corrected_loss(logits: Any, labels: Any, confusion: Any) -> _types.Array:
-  r"""Returns the cross-entropy of each label with what the network says of it.
+def forward_corrected_loss(
+  logits: Any, labels: Any, confusion: Any, *, exponent: Any = 0.0, smoothing: Any = 0.0
+) -> _types.Array:
+  r"""Returns the loss of each label under what the network says of it.
 
   The network tells the class, the confusion matrix what label that class gets:
   so the network is fitted to the classes behind the labels. It helps where
   classes are confused systematically. A network with room for it memorizes wrong
-  labels all the same, only later: smooth or stop early.
+  labels all the same, only later: an exponent keeps it from that, or stop early.
 
   .. math::
-    \ell_i = -\log \sum_c p_i(c) \, T[c, y_i], \qquad
-    p_i = \mathrm{softmax}(\mathrm{logits}_i)
+    u_i &= \sum_c p_i(c) \, T[c, y_i], \qquad
+    p_i = \mathrm{softmax}(\mathrm{logits}_i) \\
+    \ell_i &= \frac{1 - u_i^q}{q} - \frac{\lambda}{C} \sum_c \log p_i(c), \qquad
+    \frac{1 - u^q}{q} \to -\log u \;\text{ as }\; q \to 0
 
   Theorem (Patrini et al.): over labels drawn from the classes by a T that can be
-  inverted, the minimizer is the distribution of the *classes*.
+  inverted, the minimizer is the distribution of the *classes*, for q = 0 and
+  :math:`\lambda = 0`.
 
   Args:
     logits: ``float [n, C]``.
@@ -177,26 +192,41 @@ def forward_corrected_loss(logits: Any, labels: Any, confusion: Any) -> _types.A
     confusion: ``float [C, C]``, T[c, y], such as ``label_confusion(...)``. Its
       rows are normalized, and one that is blank, negative or not finite becomes
       that of the identity. No gradient flows into it.
+    exponent: q in [0, 1], from cross-entropy (0) to mean absolute error (1).
+      Examples that contradict the corrected prediction lose weight, to
+      :math:`u^q` of what they have in cross-entropy, so that wrong labels are not
+      memorized. The correction is unbiased at 0 only: with a confusion matrix
+      that is far from symmetric, large exponents favor the label of the class
+      that is confused most. Keep it at 0.5 or less.
+    smoothing: :math:`\lambda` in [0, 1], the pull of the prediction to the uniform
+      distribution, the term that label smoothing adds: nothing saturates.
 
   Returns:
     ``float32 [n]`` (float64 for such logits). A label that cannot be, as T is zero
     for all classes the network allows, has the largest loss that floats tell
-    apart, :math:`-\log` of the least normal one (87 in float32), and no
-    gradient. Logits that are not numbers make a loss that is none, of this
+    apart, that of the least normal u (87 in float32 for q = 0), and no gradient but
+    that of the smoothing. A class whose log-probability is infinite is left out of
+    the smoothing. Logits that are not numbers make a loss that is none, of this
     example only.
 
   Guarantees:
     * The minimizer over noisy labels is the clean posterior
       (``test_forward_loss_finds_the_clean_posterior``).
     * With the identity it is the softmax cross-entropy
-      (``test_identity_is_cross_entropy``).
+      (``test_identity_is_cross_entropy``), and with an exponent the generalized
+      one (``test_identity_with_an_exponent_is_gce``).
+    * ``exponent=0`` is the logarithm, exactly, and small ones go there
+      (``test_exponents_join_the_logarithm_at_zero``); ``exponent=1`` is 1 - u
+      (``test_exponent_of_one_is_the_absolute_error``).
+    * The smoothing is what label smoothing adds (``test_smoothing_is_added``).
     * Finite logits have a finite loss and gradient, zeros in T or not
       (``test_forward_loss_stays_finite``).
     * An example without a label has none (``test_no_label_no_loss``).
     * Split over devices by rows, the same (``test_split_over_devices_the_same``).
 
   Raises:
-    ValueError: for shapes that do not fit.
+    ValueError: for shapes that do not fit, and an exponent or a smoothing out of
+      range. Traced, they may be any, of one compiled program.
     TypeError: for labels that are not integers.
 
   Examples:
@@ -206,11 +236,18 @@ def forward_corrected_loss(logits: Any, labels: Any, confusion: Any) -> _types.A
     >>> loss = ranger.forward_corrected_loss(logits, labels, confusion)
     >>> print(jnp.exp(-loss))  # 1/2 1/2; 1/2 1/2 + 1/2
     [0.25 0.75]
+    >>> loss = ranger.forward_corrected_loss(logits, labels, confusion, exponent=0.5)
+    >>> print(loss.round(4))  # 2 (1 - 1/2); 2 (1 - 0.866)
+    [1.     0.2679]
 
   References:
     Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
-    https://arxiv.org/abs/1609.03683, theorem 2.
+    https://arxiv.org/abs/1609.03683, theorem 2; Zhang and Sabuncu, Generalized
+    Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels, 2018,
+    https://arxiv.org/abs/1805.07836, equation 6, here of the corrected prediction.
   """
+  _validate.in_range("exponent", exponent, 0, 1)
+  _validate.in_range("smoothing", smoothing, 0, 1)
   logits, confusion = jnp.asarray(logits), jnp.asarray(confusion)
   if logits.ndim != 2 or not logits.shape[1]:
     raise ValueError(
@@ -224,15 +261,27 @@ def forward_corrected_loss(logits: Any, labels: Any, confusion: Any) -> _types.A
   labeled = label.any(axis=1)
   # Selected before the logarithms too: a gradient of zero times infinity is none.
   logits = jnp.where(labeled[:, None], logits, jnp.zeros_like(logits))
+  said = jax.nn.log_softmax(logits)
   nowhere = jnp.asarray(-jnp.inf, dtype)
   known = jnp.log(jnp.where(chances > 0, chances, jnp.ones_like(chances)))
-  scores = jnp.where(chances > 0, jax.nn.log_softmax(logits) + known, nowhere)
+  scores = jnp.where(chances > 0, said + known, nowhere)
   impossible = (scores == nowhere).all(axis=1)
   scores = jnp.where(impossible[:, None], jnp.zeros_like(scores), scores)
-  loss = -jax.nn.logsumexp(scores, axis=1)
   floor = jnp.log(jnp.asarray(jnp.finfo(dtype).tiny, dtype))
-  loss = jnp.where(impossible, -floor, loss)
+  log_chance = jnp.where(impossible, floor, jax.nn.logsumexp(scores, axis=1))
+  loss = _generalized(log_chance, _numerics.scalar(exponent, dtype))
+  said = jnp.where(said == nowhere, jnp.zeros_like(said), said)
+  pull = -(said / said.shape[1]).sum(axis=1)  # A sum of the whole could overflow.
+  loss = loss + _numerics.scalar(smoothing, dtype) * pull
   return jnp.where(labeled, loss, jnp.zeros_like(loss))
+
+
+def _generalized(log_chance: _types.Array, exponent: _types.Array) -> _types.Array:
+  """(1 - u^q) / q of log u, without cancellation; -log u for q of zero."""
+  # Below, q log u would be flushed to zero, and the loss with it.
+  positive = exponent > jnp.sqrt(jnp.finfo(exponent.dtype).tiny).astype(exponent.dtype)
+  power = jnp.where(positive, exponent, jnp.ones_like(exponent))
+  return jnp.where(positive, -jnp.expm1(power * log_chance) / power, -log_chance)
 
 
 def _stochastic(matrix: _types.Array) -> _types.Array:

@@ -57,9 +57,12 @@ def divide(numerator: _types.Array, denominator: _types.Array) -> _types.Array:
   return jnp.where(positive, quotient, jnp.zeros_like(numerator))
 
 
-def to_peak(rows: _types.Array) -> _types.Array:
-  """Scales rows [n, C], not negative, to a peak of exactly one; zeros stay."""
-  peak = rows.max(axis=1, keepdims=True)
+def to_peak(rows: _types.Array, axis: int = 1) -> _types.Array:
+  """Scales rows [n, C], not negative, to a peak of exactly one; zeros stay.
+
+  With `axis=0`, the columns.
+  """
+  peak = rows.max(axis=axis, keepdims=True, initial=0)
   highest = jnp.logical_and(rows == peak, peak > 0)
   # XLA multiplies by the reciprocal: of 3e38 it would be flushed to zero.
   rows, peak = (jnp.where(peak > 1, each / 4, each) for each in (rows, peak))

@@ -1,5 +1,7 @@
 """Neighbors' beliefs, the confusion they tell, and the loss it corrects."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -42,10 +44,12 @@ def problem(n=40, k=4, classes=3, seed=0):
 
 # Jitted once: operation by operation, each shape would be compiled in pieces.
 beliefs_of = jax.jit(ranger.neighbor_beliefs)
-forward = jax.jit(ranger.forward_corrected_loss)
-forward_slopes = jax.jit(
-  jax.grad(lambda x, y, t: ranger.forward_corrected_loss(x, y, t).sum(), (0, 2))
+# Exponent and smoothing are data: one program for all of them.
+corrected = lambda x, y, t, exponent=0.0, smoothing=0.0: ranger.forward_corrected_loss(
+  x, y, t, exponent=exponent, smoothing=smoothing
 )
+forward = jax.jit(corrected)
+forward_slopes = jax.jit(jax.grad(lambda *args: corrected(*args).sum(), (0, 2)))
 confusion_of = jax.jit(
   lambda labels, beliefs, s: ranger.label_confusion(labels, beliefs, sharpness=s)
 )
@@ -149,16 +153,34 @@ def test_confusion_of_true_classes_is_counted(sharpness):
   np.testing.assert_allclose(found, counts / counts.sum(1, keepdims=True), rtol=3e-7)
 
 
-@pytest.mark.parametrize("sharpness", [0.5, 1, 2.0, 3, np.inf])
+@pytest.mark.parametrize("sharpness", [0.5, 1, 8, np.inf])
 def test_confusion_equals_numpy(sharpness):
+  """An example without a label is no anchor, however confident."""
   _, labels, beliefs = problem(n=200)
+  labels, beliefs = labels.at[9].set(-1), beliefs.at[9].set(jnp.array([5.0, 0, 0]))
+  used = [
+    (int(y), belief / belief.sum())
+    for y, belief in zip(labels, np.asarray(beliefs, np.float64), strict=True)
+    if 0 <= y < 3 and (belief >= 0).all() and belief.any()
+  ]
+  peaks = np.max([belief for _, belief in used], axis=0)
   counts = np.zeros([3, 3])
-  for y, belief in zip(labels, np.asarray(beliefs, np.float64), strict=True):
-    if 0 <= y < 3 and np.isfinite(belief).all() and (belief >= 0).all():
-      powers = (belief / max(belief.max(), 1e-300)) ** sharpness
-      counts[:, y] += powers / max(powers.sum(), 1e-300)
+  for y, belief in used:
+    counts[:, y] += (belief / peaks) ** sharpness
   found = confusion_of(labels, beliefs, sharpness)
   np.testing.assert_allclose(found, counts / counts.sum(1, keepdims=True), rtol=1e-5)
+  if sharpness == np.inf:
+    np.testing.assert_array_equal(found.max(axis=1), np.ones(3))
+
+
+def test_anchors_tell_the_rows():
+  """A fifth are anchors; of the rest, whom half-belief leaves open, labels mislead."""
+  beliefs = jnp.array([[1.0, 0.0]] * 10 + [[0.0, 1.0]] * 10 + [[0.5, 0.5]] * 80)
+  labels = jnp.array([0] * 8 + [1] * 2 + [1] * 10 + [0, 1] * 40)
+  truth = np.array([[0.8, 0.2], [0.0, 1.0]])
+  error = lambda s: np.abs(confusion_of(labels, beliefs, s) - truth).max()
+  assert error(np.inf) == error(300.0) < 1e-7
+  assert error(16.0) < error(8.0) < 0.02 < 0.1 < error(4.0) < error(2.0) < error(1.0)
 
 
 def test_order_does_not_matter():
@@ -269,12 +291,14 @@ def test_forward_loss_stays_finite(scale, confusion):
   logits = scale * jnp.array([[1.0, -1.0], [-1.0, 1.0], [0.0, 1.0], [1.0, -jnp.inf]])
   logits = jnp.where(jnp.isnan(logits), 0.0, logits)
   confusion = jnp.array(confusion, jnp.float32)
-  for y in (0, 1):
-    labels = jnp.full([4], y, jnp.int32)
-    value = forward(logits, labels, confusion)
+  for y, exponent, smoothing in itertools.product(
+    (0, 1), (0, 1e-38, 1e-18, 0.5, 1), (0, 0.1, 1)
+  ):
+    given = logits, jnp.full([4], y, jnp.int32), confusion, exponent, smoothing
+    value = np.asarray(forward(*given))
     assert np.isfinite(value).all()
-    assert (np.asarray(value) >= 0).all()
-    slopes = forward_slopes(logits, labels, confusion)
+    assert (value >= 0).all()
+    slopes = forward_slopes(*given)
     assert np.isfinite(slopes[0]).all()
     assert not slopes[1].any()
 
@@ -283,13 +307,80 @@ def test_an_impossible_label_has_the_largest_loss_and_no_gradient():
   given = jnp.array([[0.3, 0.7]]), jnp.array([1]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
   np.testing.assert_allclose(forward(*given), [87.3365], rtol=1e-5)
   assert not forward_slopes(*given)[0].any()
+  np.testing.assert_allclose(forward(*given, 1.0), [1.0])
+  assert not forward_slopes(*given, 0.5)[0].any()
+  slope = forward_slopes(*given, 0.5, 0.1)[0]  # Of the smoothing: 0.1 (p - 1 / 2).
+  np.testing.assert_allclose(slope, [[-0.0098688, 0.0098688]], rtol=1e-4)
 
 
 def test_no_label_no_loss():
   logits = jnp.array([[1.0, 2.0], [np.nan, 1.0], [np.inf, 1.0], [np.nan, 1.0]])
-  given = logits, jnp.array([-1, 2, -7, 1]), jnp.eye(2)
-  np.testing.assert_array_equal(forward(*given), [0, 0, 0, np.nan])
-  np.testing.assert_array_equal(forward_slopes(*given)[0][:3], np.zeros([3, 2]))
+  for more in ((), (0.5, 0.1), (1.0, 1.0)):
+    given = logits, jnp.array([-1, 2, -7, 1]), jnp.eye(2), *more
+    np.testing.assert_array_equal(forward(*given), [0, 0, 0, np.nan])
+    np.testing.assert_array_equal(forward_slopes(*given)[0][:3], np.zeros([3, 2]))
+
+
+def mixtures(n=50):
+  """Logits, labels, a confusion matrix, and u in float64: some of it tiny."""
+  rng = np.random.default_rng(0)
+  logits = 9 * rng.standard_normal([n, 3]).astype(np.float32)
+  labels = rng.integers(0, 3, n)
+  confusion = np.array([[0.8, 0.2, 0.0], [0.0, 1.0, 0.0], [0.1, 0.0, 0.9]], np.float32)
+  odds = np.exp(logits.astype(np.float64))
+  chances = odds / odds.sum(axis=1, keepdims=True)
+  u = (chances @ confusion.astype(np.float64))[np.arange(n), labels]
+  return (jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(confusion)), u, chances
+
+
+def test_exponents_join_the_logarithm_at_zero():
+  """And zero is the logarithm to the last bit, as if there were no exponent."""
+  given, u, _ = mixtures()
+  bare = jax.jit(
+    lambda x, y, t: -jax.nn.logsumexp(jax.nn.log_softmax(x) + jnp.log(t.T[y]), axis=1)
+  )
+  np.testing.assert_array_equal(forward(*given), bare(*given))
+  np.testing.assert_allclose(forward(*given), -np.log(u), rtol=1e-5, atol=1e-7)
+  plain, slopes = forward(*given), forward_slopes(*given)[0]
+  for exponent in (1e-38, 1e-20, 1e-18, 1e-12, 1e-7):
+    close = {"rtol": 3e-6, "atol": 1e-7}
+    np.testing.assert_allclose(forward(*given, exponent), plain, **close)
+    np.testing.assert_allclose(forward_slopes(*given, exponent)[0], slopes, **close)
+  for exponent in (1e-3, 0.1, 0.5, 0.9):
+    expected = -np.expm1(exponent * np.log(u)) / exponent
+    np.testing.assert_allclose(
+      forward(*given, exponent), expected, rtol=1e-5, atol=1e-7
+    )
+    # Examples lose weight as they contradict.
+    weighted = u[:, None] ** exponent * slopes
+    found = forward_slopes(*given, exponent)[0]
+    np.testing.assert_allclose(found, weighted, rtol=1e-5, atol=1e-6)
+
+
+def test_exponent_of_one_is_the_absolute_error():
+  given, u, _ = mixtures()
+  np.testing.assert_allclose(forward(*given, 1.0), 1 - u, rtol=1e-5, atol=1e-6)
+
+
+def test_identity_with_an_exponent_is_gce():
+  (logits, labels, _), _, chances = mixtures()
+  own = chances[np.arange(50), labels]
+  for q in (0.3, 0.7):
+    found = forward(logits, labels, jnp.eye(3), q)
+    np.testing.assert_allclose(found, (1 - own**q) / q, rtol=1e-5, atol=1e-6)
+
+
+def test_smoothing_is_added():
+  """With the identity it is label smoothing, but for a factor."""
+  given, _, chances = mixtures()
+  for exponent in (0.0, 0.5):
+    pull = forward(*given, exponent, 0.3) - forward(*given, exponent)
+    expected = -0.3 * np.log(chances).mean(axis=1)
+    np.testing.assert_allclose(pull, expected, rtol=1e-4, atol=1e-5)
+  smooth = 0.7 * jax.nn.one_hot(given[1], 3) + 0.1
+  expected = optax.softmax_cross_entropy(given[0], smooth)
+  found = 0.7 * forward(*given[:2], jnp.eye(3), 0.0, 0.3 / 0.7)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +400,7 @@ def test_split_over_devices_the_same(kind, whole):
   confusion = confusion_of(labels, beliefs, 2.0)
 
   def everything(neighbors, labels, beliefs, logits, confusion):
-    loss = lambda x: ranger.forward_corrected_loss(x, labels, confusion)
+    loss = lambda x: corrected(x, labels, confusion, 0.3, 0.1)
     support = ranger.label_support(neighbors, labels)
     return (
       ranger.neighbor_beliefs(neighbors, beliefs),
@@ -335,7 +426,7 @@ def test_split_over_devices_the_same(kind, whole):
 
 
 def test_what_devices_send():
-  """The beliefs once, and one sum of the size of the confusion matrix."""
+  """The beliefs once; the peaks, and one sum of the size of the confusion matrix."""
   neighbors, labels, beliefs = problem()
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -346,7 +437,8 @@ def test_what_devices_send():
   ]
   gathered = sent(ranger.neighbor_beliefs, neighbors, beliefs)
   assert gathered == [("all-gather", 40 * 3 * 4, 1)]
-  assert sent(ranger.label_confusion, labels, beliefs) == [("all-reduce", 36, 1)]
+  counted = sent(ranger.label_confusion, labels, beliefs)
+  assert sorted(counted) == [("all-reduce", 12, 1), ("all-reduce", 36, 1)]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])

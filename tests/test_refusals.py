@@ -502,6 +502,20 @@ REFUSALS = {
     ValueError,
     r"logits must have shape \[n, C\], C at least 1, got \[3\]",
   ),
+  "exponent": (
+    lambda: ranger.forward_corrected_loss(
+      jnp.ones([3, 2]), jnp.zeros([3], jnp.int32), jnp.eye(2), exponent=1.5
+    ),
+    ValueError,
+    r"exponent must lie in \[0, 1\], got 1.5",
+  ),
+  "smoothing to the uniform": (
+    lambda: ranger.forward_corrected_loss(
+      jnp.ones([3, 2]), jnp.zeros([3], jnp.int32), jnp.eye(2), smoothing=-0.1
+    ),
+    ValueError,
+    r"smoothing must lie in \[0, 1\], got -0.1",
+  ),
   "confusion of other classes": (
     lambda: ranger.forward_corrected_loss(
       jnp.ones([3, 2]), jnp.zeros([3], jnp.int32), jnp.eye(3)

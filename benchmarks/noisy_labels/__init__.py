@@ -1,0 +1,1 @@
+"""Training on wrong labels, side by side: `python -m benchmarks.noisy_labels`."""

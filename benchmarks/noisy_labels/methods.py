@@ -1,0 +1,208 @@
+"""The rivals, as plainly as their papers have them, and what Ranger does instead."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_ranger as ranger
+
+_LOG_OF_ZERO = -9.21  # log(1e-4), as in the paper of SCE.
+_SGD = {"rate": 0.05, "decay": 1e-3, "ema": 0.99}
+Settings = dict[str, Any]
+
+
+class View(NamedTuple):
+  """What a method may see between two epochs."""
+
+  epoch: int
+  epochs: int
+  key: jax.Array
+  images: jax.Array
+  labels: jax.Array
+  features: Callable[[jax.Array], jax.Array]
+  state: Any
+
+
+def _kept(view: View, memory: Any, settings: Settings) -> Any:
+  del view, settings
+  return memory
+
+
+def _sgd(settings: Settings, num_examples: int) -> optax.GradientTransformation:
+  del num_examples
+  return optax.chain(
+    optax.add_decayed_weights(settings["decay"]),
+    optax.sgd(settings["rate"], momentum=0.9, nesterov=True),
+    ranger.smooth_by_ema(settings["ema"]),
+  )
+
+
+class Method(NamedTuple):
+  """A way to train on labels of which some are wrong.
+
+  Attributes:
+    title: its name in the table.
+    losses: logits ``[n, C]``, labels ``[n]``, ids ``[n]``, memory and settings to
+      the losses ``[n]`` and the memory; ``[2, n, C]`` with two networks.
+    settings: numbers, which may be traced.
+    trials: settings to try instead; the best over all kinds of noise, on noisy
+      tuning images, are those above.
+    memory: what is remembered of each example at the start.
+    between: what happens between two epochs.
+    optimizer: by settings and number of examples.
+    networks: trained at once.
+    filtered: whether a first training chooses the examples of a second one.
+  """
+
+  title: str
+  losses: Callable[..., tuple[jax.Array, Any]]
+  settings: Settings
+  trials: tuple[Settings, ...] = ()
+  memory: Callable[[int, Settings], Any] = lambda num_examples, settings: ()
+  between: Callable[[View, Any, Settings], Any] = _kept
+  optimizer: Callable[..., optax.GradientTransformation] = _sgd
+  networks: int = 1
+  filtered: bool = False
+
+
+def _cross_entropy(logits, labels, ids, memory, settings):
+  del ids, settings
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return losses, memory
+
+
+def _smoothed_labels(logits, labels, ids, memory, settings):
+  del ids
+  targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), settings["smoothing"])
+  return optax.softmax_cross_entropy(logits, targets), memory
+
+
+def _generalized(logits, labels, ids, memory, settings):
+  """GCE, Zhang and Sabuncu, 2018, equation 6."""
+  del ids
+  chance = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]
+  power = jnp.maximum(chance, 1e-7) ** settings["exponent"]
+  return (1 - power) / settings["exponent"], memory
+
+
+def _symmetric(logits, labels, ids, memory, settings):
+  """SCE, Wang et al., 2019, equation 7; log 0 is -9.21."""
+  losses, memory = _cross_entropy(logits, labels, ids, memory, settings)
+  chance = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]
+  reverse = -_LOG_OF_ZERO * (1 - chance)
+  return settings["forward"] * losses + settings["reverse"] * reverse, memory
+
+
+def _early_learning(logits, labels, ids, memory, settings):
+  """ELR, Liu et al., 2020, equations 6 and 9, as in the authors' code."""
+  probabilities = jax.nn.softmax(logits)
+  clipped = jnp.clip(jax.lax.stop_gradient(probabilities), 1e-4, 1 - 1e-4)
+  clipped /= clipped.sum(axis=1, keepdims=True)
+  beta = settings["prediction_decay"]
+  targets = beta * memory[ids] + (1 - beta) * clipped
+  losses, _ = _cross_entropy(logits, labels, ids, (), settings)
+  agreement = (probabilities * targets).sum(axis=1)
+  losses += settings["strength"] * jnp.log(jnp.maximum(1 - agreement, 1e-4))
+  return losses, memory.at[ids].set(targets)
+
+
+def _table(num_examples: int, settings: Settings) -> jax.Array:
+  del settings
+  return jnp.zeros([num_examples, 10])
+
+
+def _co_teaching(logits, labels, ids, memory, settings):
+  """Co-teaching, Han et al., 2018: each learns what the other finds easy."""
+  del ids, settings
+  both = jnp.broadcast_to(labels, logits.shape[:2])
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, both)
+  rank = jnp.argsort(jnp.argsort(jax.lax.stop_gradient(losses), axis=1), axis=1)
+  count = losses.shape[1]
+  kept = jnp.round((1 - memory) * count)
+  chosen = (rank < kept)[::-1]
+  return jnp.where(chosen, losses, 0) * count / kept, memory
+
+
+def _forget(view: View, memory: Any, settings: Settings) -> Any:
+  """The share that is left out grows over the first epochs to that of wrong labels."""
+  del memory
+  ramp = (view.epoch + 1) / settings["ramp"]
+  return jnp.float32(settings["wrong"] * min(ramp, 1.0))
+
+
+def _weighted(logits, labels, ids, memory, settings):
+  losses, _ = _cross_entropy(logits, labels, ids, (), settings)
+  weights = memory[ids]
+  return losses * weights / jnp.maximum(weights.mean(), 1e-3), memory
+
+
+def _everything(num_examples: int, settings: Settings) -> jax.Array:
+  del settings
+  return jnp.ones([num_examples])
+
+
+def _grid(**choices: tuple[float, ...]) -> tuple[Settings, ...]:
+  """Every combination of the choices."""
+  trials: list[Settings] = [{}]
+  for name, values in choices.items():
+    trials = [{**trial, name: value} for trial in trials for value in values]
+  return tuple(trials)
+
+
+RIVALS = {
+  "cross_entropy": Method(
+    "cross-entropy", _cross_entropy, {"rate": 0.05, "decay": 0.0, "ema": 0.0}
+  ),
+  "averaged": Method(
+    "cross-entropy, weight decay, EMA",
+    _cross_entropy,
+    _SGD,
+    _grid(rate=(0.02, 0.05), decay=(1e-3, 2e-3, 4e-3)),
+  ),
+  "label_smoothing": Method(
+    "label smoothing",
+    _smoothed_labels,
+    {**_SGD, "smoothing": 0.3},
+    _grid(smoothing=(0.1, 0.3, 0.5), decay=(5e-4, 2e-3)),
+  ),
+  "gce": Method(
+    "GCE",
+    _generalized,
+    {**_SGD, "exponent": 0.7},
+    _grid(exponent=(0.5, 0.7), decay=(0.0, 5e-4, 1e-3)),
+  ),
+  "sce": Method(
+    "SCE",
+    _symmetric,
+    {"rate": 0.03, "decay": 0.0, "ema": 0.99, "forward": 0.1, "reverse": 1.0},
+    _grid(forward=(0.1, 0.3), decay=(0.0, 5e-4, 1e-3)),
+  ),
+  "elr": Method(
+    "ELR",
+    _early_learning,
+    {**_SGD, "strength": 3.0, "prediction_decay": 0.7},
+    _grid(strength=(1.0, 3.0), decay=(0.0, 5e-4, 2e-3)),
+    memory=_table,
+  ),
+  "co_teaching": Method(
+    "co-teaching (two networks, told the share of wrong labels)",
+    _co_teaching,
+    {**_SGD, "ramp": 10.0},
+    _grid(ramp=(5.0, 10.0), decay=(0.0, 1e-3, 2e-3)),
+    memory=lambda num_examples, settings: jnp.float32(0),
+    between=_forget,
+    networks=2,
+  ),
+  "deep_knn": Method(
+    "deep k-NN filter, then cross-entropy (two trainings)",
+    _weighted,
+    {**_SGD, "k": 50},
+    _grid(k=(20, 50), decay=(5e-4, 1e-3, 2e-3)),
+    memory=_everything,
+    filtered=True,
+  ),
+}
