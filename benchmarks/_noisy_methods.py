@@ -114,12 +114,11 @@ def corrected(run: training.Run, settings: Settings) -> training.Fitted:
   beliefs = ranger.smoothed_predictions(first.memory)
   beliefs = ranger.neighbor_beliefs(neighbors, beliefs)
   confusion = ranger.label_confusion(run.data.y, beliefs, sharpness=8.0)
-  q = settings["exponent"]
 
   def losses(logits, y, smoothed):
-    chance = (jax.nn.softmax(logits) * confusion[:, y].T).sum(axis=1)
-    spread = -jax.nn.log_softmax(logits).mean(axis=1)
-    return (1 - jnp.maximum(chance, 1e-6) ** q) / q + 0.1 * spread
+    return ranger.forward_corrected_loss(
+      logits, y, confusion, exponent=settings["exponent"], smoothing=0.1
+    )
 
   return training.fit(run, losses, ids=run.ids[early:], warm=first)
 
