@@ -259,7 +259,8 @@ def main() -> None:
   parser.add_argument("--table", type=pathlib.Path, help="only print that CSV file")
   args = parser.parse_args()
   if args.table:
-    print(table(_table.read(args.table)))
+    rows = _table.read(args.table)
+    print(table(rows, 1) + "\n" + table(rows, 0))
     return
   problems = args.only.split(",") if args.only else list(_noise.PROBLEMS)
   unknown = set(problems) - set(_noise.PROBLEMS)
