@@ -23,18 +23,13 @@ def tune(args: argparse.Namespace) -> None:
   """Tries every method's settings; the best on noisy tuning images are printed."""
   path = args.out / "tuning.csv"
   rows = _table.read(path) if path.exists() and not args.fresh else []
-  trials = [
-    (name, i)
-    for name, method in work.METHODS.items()
-    for i in range(len(method.trials))
-    if not args.only or name in args.only.split(",")
-  ]
   done = {(row["method"], row["settings"]) for row in rows}
   spelled = lambda trial: " ".join(f"{key}={value:g}" for key, value in trial.items())
   trials = [
     (name, trial)
-    for name, i in trials
-    for trial in [work.METHODS[name].trials[i]]
+    for name, method in work.METHODS.items()
+    if not args.only or name in args.only.split(",")
+    for trial in method.trials
     if (name, spelled(trial)) not in done
   ]
   seeds, noises = work.DEVELOPMENT_SEEDS, data.NOISES[:4]
@@ -97,6 +92,8 @@ def main() -> None:
       file=sys.stderr,
     )
     sys.exit(1)
+  if args.tune and not data.SIZES[args.data].tuning:
+    parser.error(f"--tune needs tuning images, and {args.data} has none to spare.")
   args.out.mkdir(parents=True, exist_ok=True)
   if args.tune:
     tune(args)

@@ -10,7 +10,7 @@ import optax
 
 import optax_ranger as ranger
 
-_LOG_OF_ZERO = -9.21  # log(1e-4), as in the paper of SCE.
+_LOG_OF_ZERO = -9.21  # log(1e-4): where the authors' code clips the labels.
 _SGD = {"rate": 0.05, "decay": 1e-3, "ema": 0.99}
 Settings = dict[str, Any]
 
@@ -19,7 +19,6 @@ class View(NamedTuple):
   """What a method may see between two epochs."""
 
   epoch: int
-  epochs: int
   key: jax.Array
   images: jax.Array
   labels: jax.Array
@@ -82,7 +81,7 @@ def _smoothed_labels(logits, labels, ids, memory, settings):
 
 
 def _generalized(logits, labels, ids, memory, settings):
-  """GCE, Zhang and Sabuncu, 2018, equation 6."""
+  """GCE, Zhang and Sabuncu, 2018, arXiv:1805.07836."""
   del ids
   chance = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]
   power = jnp.maximum(chance, 1e-7) ** settings["exponent"]
@@ -90,7 +89,7 @@ def _generalized(logits, labels, ids, memory, settings):
 
 
 def _symmetric(logits, labels, ids, memory, settings):
-  """SCE, Wang et al., 2019, equation 7; log 0 is -9.21."""
+  """SCE, Wang et al., 2019, arXiv:1908.06112."""
   losses, memory = _cross_entropy(logits, labels, ids, memory, settings)
   chance = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]
   reverse = -_LOG_OF_ZERO * (1 - chance)
@@ -98,7 +97,7 @@ def _symmetric(logits, labels, ids, memory, settings):
 
 
 def _early_learning(logits, labels, ids, memory, settings):
-  """ELR, Liu et al., 2020, equations 6 and 9, as in the authors' code."""
+  """ELR, Liu et al., 2020, arXiv:2007.00151."""
   probabilities = jax.nn.softmax(logits)
   clipped = jnp.clip(jax.lax.stop_gradient(probabilities), 1e-4, 1 - 1e-4)
   clipped /= clipped.sum(axis=1, keepdims=True)
@@ -134,15 +133,15 @@ def _forget(view: View, memory: Any, settings: Settings) -> Any:
   return jnp.float32(settings["wrong"] * min(ramp, 1.0))
 
 
-def _weighted(logits, labels, ids, memory, settings):
+def _chosen(logits, labels, ids, memory, settings):
   losses, _ = _cross_entropy(logits, labels, ids, (), settings)
-  weights = memory[ids]
-  return losses * weights / jnp.maximum(weights.mean(), 1e-3), memory
+  chosen = memory[ids]
+  return jnp.where(chosen, losses, 0) / jnp.maximum(chosen.mean(), 1e-3), memory
 
 
 def _everything(num_examples: int, settings: Settings) -> jax.Array:
   del settings
-  return jnp.ones([num_examples])
+  return jnp.ones([num_examples], bool)
 
 
 def grid(**choices: tuple[float, ...]) -> tuple[Settings, ...]:
@@ -199,7 +198,7 @@ RIVALS = {
   ),
   "deep_knn": Method(
     "deep k-NN filter, then cross-entropy (two trainings)",
-    _weighted,
+    _chosen,
     {**_SGD, "k": 50},
     grid(k=(20, 50), decay=(5e-4, 1e-3, 2e-3)),
     memory=_everything,

@@ -71,7 +71,7 @@ def _supported(model: models.Model, params: Any, problem: data.Problem, k: float
   logits = model.logits(params, problem.images)
   neighbors = ranger.nearest_neighbors(logits, int(k))
   votes = jax.nn.one_hot(problem.labels[neighbors.indices], 10).sum(axis=1)
-  return (votes.argmax(axis=1) == problem.labels).astype(jnp.float32)
+  return votes.argmax(axis=1) == problem.labels
 
 
 def _train(method, model, problem, settings, seed, epochs, keep, pull):
@@ -95,7 +95,6 @@ def _train(method, model, problem, settings, seed, epochs, keep, pull):
     start = time.perf_counter()
     view = methods.View(
       epoch,
-      epochs,
       jax.random.key(rng.integers(2**31)),
       problem.images,
       problem.labels,
