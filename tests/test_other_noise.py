@@ -7,33 +7,34 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import _noise
-from benchmarks import _noisy_methods
-from benchmarks import _noisy_training
 from benchmarks import _table
-from benchmarks import other_noise
+from benchmarks.other_noise import methods
+from benchmarks.other_noise import noise as noises
+from benchmarks.other_noise import report
+from benchmarks.other_noise import training
+from benchmarks.other_noise import work
 
 CELLS = [
   (problem, noise, rate)
   for problem in ("wine", "diabetes")
-  for noise, kind in _noise.NOISES.items()
-  if _noise.task(problem) in kind.tasks
+  for noise, kind in noises.NOISES.items()
+  if noises.task(problem) in kind.tasks
   for rate in kind.rates
 ]
 
 
 def given(problem, noise, rate, seed=0):
   """Noisy rows that are there, and the clean ones."""
-  data, clean = _noise.load(problem, noise, rate, seed), None
+  data, clean = noises.load(problem, noise, rate, seed), None
   if noise != "none":
-    clean = _noise.load(problem, "none", 0.0, seed)
+    clean = noises.load(problem, "none", 0.0, seed)
   return data, clean or data, int(data.count)
 
 
 @pytest.mark.parametrize(("problem", "noise", "rate"), CELLS)
 def test_noise_is_of_the_seed_and_spares_the_test(problem, noise, rate):
   data, clean, count = given(problem, noise, rate)
-  again, other = (_noise.load(problem, noise, rate, seed) for seed in (0, 1))
+  again, other = (noises.load(problem, noise, rate, seed) for seed in (0, 1))
   for field, same in zip(data, again, strict=True):
     np.testing.assert_array_equal(field, same)
   assert (data.test_x != other.test_x).any()
@@ -80,7 +81,7 @@ def test_boundary_labels_flip_where_classes_meet():
   doubt = np.stack([-position, position, np.full(2000, -9.0)], axis=1)
   y = (position > 0).astype(int)
   for rate in (0.2, 0.4):
-    _, noisy = _noise.boundary(rng, position[:, None], y, rate, doubt)
+    _, noisy = noises.boundary(rng, position[:, None], y, rate, doubt)
     flipped = noisy != y
     assert abs(flipped.mean() - rate) < 0.04
     near = np.abs(position) < 1.5
@@ -102,16 +103,16 @@ def test_targets_get_heavy_tails_and_gross_errors():
 
 def test_rows_that_fill_up_are_never_trained_on():
   for noise, rate in (("none", 0.0), ("conflicting duplicates", 0.2)):
-    data = _noise.load("wine", noise, rate, 0)
-    run = _noisy_training.start("wine", data, 0, rounds=20)
+    data = noises.load("wine", noise, rate, 0)
+    run = training.start("wine", data, 0, rounds=20)
     np.testing.assert_array_equal(np.unique(run.ids), np.arange(data.count))
 
 
 def test_pieces_in_the_file_are_not_run_again(tmp_path, monkeypatch):
   ran = []
-  run = other_noise.run
+  run = work.run
   monkeypatch.setattr(
-    other_noise, "run", lambda piece, *args: ran.append(piece) or run(piece, *args)
+    work, "run", lambda piece, *args: ran.append(piece) or run(piece, *args)
   )
   path = tmp_path / "trials.csv"
   todo = [
@@ -120,29 +121,29 @@ def test_pieces_in_the_file_are_not_run_again(tmp_path, monkeypatch):
     ("wine", "plain", "boundary labels", 0.4),
   ]
   with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-    other_noise.collect(path, todo[:2], 2, 3)
-    trials = other_noise.collect(path, todo, 2, 3)
+    work.collect(path, todo[:2], 2, 3)
+    trials = work.collect(path, todo, 2, 3)
   assert ran == todo
   assert _table.read(path) == trials
-  assert len(trials) == 3 * 2 * len(_noisy_methods.METHODS["plain"].settings)
+  assert len(trials) == 3 * 2 * len(methods.METHODS["plain"].settings)
   for row in trials:
-    assert tuple(row) == other_noise.TRIAL_COLUMNS
+    assert tuple(row) == work.TRIAL_COLUMNS
     assert all(0 <= float(row[key]) <= 1 for key in ("validation", "last", "selected"))
 
-  rows = other_noise.chosen(trials)
+  rows = report.chosen(trials)
   assert len(rows) == 3 * 2
-  assert tuple(rows[0]) == other_noise.COLUMNS
-  text = other_noise.table(rows)
+  assert tuple(rows[0]) == work.COLUMNS
+  text = report.table(rows)
   assert "**wine**" in text
   assert text.count("±") == 3
-  assert other_noise.settings_table(trials).count("rate=") == 3
-  other_noise.draw(tmp_path / "picture.png", rows)
+  assert report.settings_table(trials).count("rate=") == 3
+  report.draw(tmp_path / "picture.png", rows)
   assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 def test_the_setting_is_chosen_on_validation_over_all_problems():
   row = lambda problem, setting, validation, selected: {
-    **dict.fromkeys(other_noise.TRIAL_COLUMNS, "0"),
+    **dict.fromkeys(work.TRIAL_COLUMNS, "0"),
     "problem": problem,
     "method": "EMA",
     "setting": setting,
@@ -157,22 +158,20 @@ def test_the_setting_is_chosen_on_validation_over_all_problems():
     row("diabetes", "a", -0.1, 0.3),
     row("diabetes", "b", -0.2, 0.4),
   ]
-  found = {r["problem"]: r["selected"] for r in other_noise.chosen(trials)}
+  found = {r["problem"]: r["selected"] for r in report.chosen(trials)}
   assert found == {"wine": "0.9", "digits": "0.8", "diabetes": "0.3"}
 
 
 def test_every_method_has_three_settings_of_the_same_names():
-  for name, method in _noisy_methods.METHODS.items():
+  for name, method in methods.METHODS.items():
     assert len(method.settings) == 3, name
     assert len({frozenset(settings) for settings in method.settings}) == 1, name
 
 
 def test_docs_have_the_table_of_their_figures():
   docs = pathlib.Path(__file__).parent.parent / "docs"
-  if not (docs / "other_noise.csv").exists():
-    pytest.skip("docs/other_noise.csv is not there: python -m benchmarks.other_noise")
   rows = _table.read(docs / "other_noise.csv")
   page = (docs / "other_noise.md").read_text()
   for figure in (0, 1):
-    for line in other_noise.table(rows, figure).strip().splitlines():
+    for line in report.table(rows, figure).strip().splitlines():
       assert line in page

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import _losses
 import optax_ranger as ranger
 
 _LOG_OF_ZERO = -9.21  # log(1e-4): where the authors' code clips the labels.
@@ -70,8 +71,7 @@ class Method(NamedTuple):
 
 def _cross_entropy(logits, labels, ids, memory, settings):
   del ids, settings
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return losses, memory
+  return _losses.cross_entropy(logits, labels), memory
 
 
 def _smoothed_labels(logits, labels, ids, memory, settings):
@@ -81,19 +81,15 @@ def _smoothed_labels(logits, labels, ids, memory, settings):
 
 
 def _generalized(logits, labels, ids, memory, settings):
-  """GCE, Zhang and Sabuncu, 2018, arXiv:1805.07836."""
   del ids
-  chance = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]
-  power = jnp.maximum(chance, 1e-7) ** settings["exponent"]
-  return (1 - power) / settings["exponent"], memory
+  return _losses.generalized(logits, labels, settings["exponent"]), memory
 
 
 def _symmetric(logits, labels, ids, memory, settings):
-  """SCE, Wang et al., 2019, arXiv:1908.06112."""
-  losses, memory = _cross_entropy(logits, labels, ids, memory, settings)
-  chance = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]
-  reverse = -_LOG_OF_ZERO * (1 - chance)
-  return settings["forward"] * losses + settings["reverse"] * reverse, memory
+  del ids
+  forward, reverse = settings["forward"], settings["reverse"]
+  losses = _losses.symmetric(logits, labels, forward, reverse, _LOG_OF_ZERO)
+  return losses, memory
 
 
 def _early_learning(logits, labels, ids, memory, settings):
@@ -118,7 +114,7 @@ def _co_teaching(logits, labels, ids, memory, settings):
   """Co-teaching, Han et al., 2018: each learns what the other finds easy."""
   del ids, settings
   both = jnp.broadcast_to(labels, logits.shape[:2])
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, both)
+  losses = _losses.cross_entropy(logits, both)
   rank = jnp.argsort(jnp.argsort(jax.lax.stop_gradient(losses), axis=1), axis=1)
   count = losses.shape[1]
   kept = jnp.round((1 - memory) * count)

@@ -12,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import _noise
-from benchmarks import _noisy_training as training
+from benchmarks import _losses
+from benchmarks.other_noise import noise as noises
+from benchmarks.other_noise import training
 import optax_ranger as ranger
 
 _MOST_NEIGHBORS = 20
+_LEAST = 1e-6
 
 Settings = dict[str, float]
 
 
 def cross_entropy(logits: jax.Array, y: jax.Array, smoothed: Any = None) -> jax.Array:
   del smoothed
-  return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+  return _losses.cross_entropy(logits, y)
 
 
 def squared(out: jax.Array, y: jax.Array, smoothed: Any = None) -> jax.Array:
@@ -44,19 +46,16 @@ def averaged(run: training.Run, settings: Settings) -> training.Fitted:
 
 
 def sce(run: training.Run, settings: Settings) -> training.Fitted:
-  """Symmetric cross-entropy, arXiv:1908.06112; the logarithm of 0 is -4."""
-
-  def losses(logits, y, smoothed):
-    reverse = 4 * (1 - _chance(logits, y))
-    return settings["alpha"] * cross_entropy(logits, y) + settings["beta"] * reverse
-
-  return training.fit(run, losses)
+  """Symmetric cross-entropy; the logarithm of 0 is -4."""
+  alpha, beta = settings["alpha"], settings["beta"]
+  return training.fit(
+    run, lambda out, y, _: _losses.symmetric(out, y, alpha, beta, -4.0, _LEAST)
+  )
 
 
 def gce(run: training.Run, settings: Settings) -> training.Fitted:
-  """Generalized cross-entropy, arXiv:1805.07836."""
   q = settings["q"]
-  return training.fit(run, lambda out, y, _: (1 - _chance(out, y) ** q) / q)
+  return training.fit(run, lambda out, y, _: _losses.generalized(out, y, q, _LEAST))
 
 
 def elr(run: training.Run, settings: Settings) -> training.Fitted:
@@ -133,11 +132,6 @@ def _robust(
   return method
 
 
-def _chance(logits: jax.Array, y: jax.Array) -> jax.Array:
-  chance = jnp.take_along_axis(jax.nn.softmax(logits), y[:, None], axis=1)[:, 0]
-  return jnp.maximum(chance, 1e-6)
-
-
 def _with_elr(factor: Any) -> Callable[..., jax.Array]:
   def losses(logits, y, smoothed):
     term = ranger.early_learning_regularizer(logits, smoothed)
@@ -206,7 +200,7 @@ class Method(NamedTuple):
 
   def suits(self, problem: str, noise: str) -> bool:
     return (
-      _noise.task(problem) in self.tasks
+      noises.task(problem) in self.tasks
       and (self.noises is None or noise in self.noises)
       and (self.problems is None or problem in self.problems)
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import _noise
+from benchmarks.other_noise import noise as noises
 import optax_ranger as ranger
 
 ROUNDS, BATCH, WIDTH = 40, 32, 64
@@ -33,13 +33,13 @@ class Run(NamedTuple):
   """One training: the data, the rows of all steps and the parameters to start with.
 
   Attributes:
-    data: what `_noise.load` gives.
+    data: what `noises.load` gives.
     ids: ``int [rounds, steps, batch]``.
     params: of the network.
     classes: how many; 0 for targets that are numbers.
   """
 
-  data: _noise.Data
+  data: noises.Data
   ids: jax.Array
   params: Any
   classes: int
@@ -79,9 +79,9 @@ def outputs(params: Any, x: jax.Array) -> jax.Array:
   return features(params, x) @ kernel + bias
 
 
-def start(problem: str, data: _noise.Data, seed: int, rounds: int = ROUNDS) -> Run:
+def start(problem: str, data: noises.Data, seed: int, rounds: int = ROUNDS) -> Run:
   """The same parameters and as many steps for every method and kind of noise."""
-  classes = 0 if _noise.task(problem) == "numbers" else int(data.test_y.max()) + 1
+  classes = 0 if noises.task(problem) == "numbers" else int(data.test_y.max()) + 1
   rng = np.random.default_rng(seed)
   sizes = (data.x.shape[1], WIDTH, classes or 1)
   params = [
