@@ -195,7 +195,7 @@ RIVALS = {
   "deep_knn": Method(
     "deep k-NN filter, then cross-entropy (two trainings)",
     _chosen,
-    {**_SGD, "k": 50},
+    {**_SGD, "decay": 2e-3, "k": 50},
     grid(k=(20, 50), decay=(5e-4, 1e-3, 2e-3)),
     memory=_everything,
     filtered=True,
