@@ -18,6 +18,7 @@ from optax_ranger._aggregation import (
 from optax_ranger._averaging import average_neighbors as average_neighbors
 from optax_ranger._collectives import Collective as Collective
 from optax_ranger._collectives import collectives as collectives
+from optax_ranger._confusion import confusion_spread as confusion_spread
 from optax_ranger._confusion import forward_corrected_loss as forward_corrected_loss
 from optax_ranger._confusion import label_confusion as label_confusion
 from optax_ranger._confusion import neighbor_beliefs as neighbor_beliefs

@@ -1,5 +1,6 @@
 """Which class is mistaken for which: told by neighbors, and the loss corrected."""
 
+import math
 from typing import Any
 
 import jax
@@ -165,6 +166,70 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> _type
   return jax.lax.stop_gradient(_stochastic(counts))
 
 
+def confusion_spread(confusion: Any) -> _types.Array:
+  r"""Returns how evenly wrong labels fall on the other classes, from 0 to 1.
+
+  It is 1 for symmetric noise, and, of three classes or more, 0 where each is
+  mistaken for one other only. That tells how robust a corrected loss may be:
+  exponents keep a network from memorizing wrong labels; where these fall evenly,
+  the likeliest class stays the likeliest, and where they don't, the wrong one may
+  become it. Take ``exponent=0.4 * confusion_spread(confusion)``. It doesn't see
+  that some classes have more wrong labels than others, nor anything in two.
+
+  .. math::
+    s = \frac{-\sum_c \sum_{y \neq c} T[c, y] \log (T[c, y] / e_c)}
+             {\log (C - 1) \, \sum_c e_c}, \qquad e_c = \sum_{y \neq c} T[c, y]
+
+  Args:
+    confusion: ``float [C, C]``, T[c, y], such as ``label_confusion(...)``, with
+      rows as in ``forward_corrected_loss``.
+
+  Returns:
+    A scalar in [0, 1], float32 (float64 for such a matrix): the entropy of wrong
+    labels given the class, over its largest value, mean over wrong labels. 0 where
+    no label is wrong, and 1 for two classes where some are. No gradient flows
+    through it.
+
+  Guarantees:
+    * 1 for symmetric noise of any rate, 0 for pairs
+      (``test_spread_tells_symmetric_noise_from_pairs``).
+    * Renaming classes changes nothing (``test_spread_of_renamed_classes``).
+    * It lies in [0, 1], whatever comes (``test_spread_lies_between_zero_and_one``).
+
+  Raises:
+    ValueError: for a matrix that is not square, or empty.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> pairs = jnp.array([[0.6, 0.4, 0.0], [0.0, 0.6, 0.4], [0.4, 0.0, 0.6]])
+    >>> even = jnp.array([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2], [0.2, 0.2, 0.6]])
+    >>> print(*(ranger.confusion_spread(t).round(3) for t in (pairs, even)))
+    0.0 1.0
+
+  References:
+    Ghosh et al., Robust Loss Functions under Label Noise for Deep Neural Networks,
+    2017, https://arxiv.org/abs/1712.09482, theorems 1 and 3: which noise a robust
+    loss tolerates. The measure is ours.
+  """
+  confusion = jnp.asarray(confusion)
+  if confusion.ndim != 2 or not len(confusion):
+    raise ValueError(
+      f"confusion must have shape [C, C], C at least 1, got {list(confusion.shape)}."
+    )
+  _validate.shape("confusion", confusion, (len(confusion),) * 2)
+  dtype = _numerics.wide(confusion.dtype)
+  classes = len(confusion)
+  matrix = _stochastic(jax.lax.stop_gradient(confusion.astype(dtype)))
+  wrong = jnp.where(jnp.eye(classes, dtype=bool), jnp.zeros_like(matrix), matrix)
+  total = wrong.sum()
+  if classes <= 2:
+    return (total > 0).astype(dtype)
+  entropy = jax.scipy.special.entr(_targets.normalized(wrong)).sum(axis=1)
+  spread = (wrong.sum(axis=1) * entropy).sum() / math.log(classes - 1)
+  spread = spread / jnp.where(total > 0, total, jnp.ones_like(total))
+  return jnp.clip(spread, 0, 1)
+
+
 def forward_corrected_loss(
   logits: Any, labels: Any, confusion: Any, *, exponent: Any = 0.0, smoothing: Any = 0.0
 ) -> _types.Array:
@@ -197,7 +262,7 @@ def forward_corrected_loss(
       :math:`u^q` of what they have in cross-entropy, so that wrong labels are not
       memorized. The correction is unbiased at 0 only: with a confusion matrix
       that is far from symmetric, large exponents favor the label of the class
-      that is confused most. Keep it at 0.5 or less.
+      that is confused most. ``confusion_spread`` tells how large it may be.
     smoothing: :math:`\lambda` in [0, 1], the pull of the prediction to the uniform
       distribution, the term that label smoothing adds: nothing saturates.
 

@@ -402,6 +402,57 @@ def test_smoothing_is_added():
   assert np.isfinite(forward(far, *given[1:], 0.5, 1.0)).all()
 
 
+def symmetric(rate, classes=10):
+  """Each label goes to any of the others."""
+  even = np.full([classes] * 2, rate / (classes - 1), np.float32)
+  return jnp.asarray(np.where(np.eye(classes) > 0, 1 - rate, even), jnp.float32)
+
+
+spread_of = jax.jit(ranger.confusion_spread)
+
+
+def test_spread_tells_symmetric_noise_from_pairs():
+  for rate in (1e-6, 0.2, 0.9):
+    np.testing.assert_allclose(spread_of(symmetric(rate)), 1, rtol=1e-4)
+    pairs = (1 - rate) * np.eye(10) + rate * np.roll(np.eye(10), 1, axis=1)
+    assert spread_of(jnp.asarray(pairs, jnp.float32)) < 1e-4
+  # A class of ten wrong labels in a hundred counts as much as ten of one in it.
+  mixed = np.eye(10)
+  mixed[0] = symmetric(0.4)[0]
+  mixed[1, 1:3] = 0.6, 0.4
+  np.testing.assert_allclose(spread_of(jnp.asarray(mixed, jnp.float32)), 0.5, rtol=1e-4)
+
+
+def test_spread_of_few_classes():
+  assert spread_of(jnp.eye(3)) == 0
+  assert spread_of(symmetric(0.3, 2)) == 1
+  for classes in (1, 2):
+    assert spread_of(jnp.eye(classes)) == 0
+
+
+def test_spread_of_renamed_classes():
+  rng = np.random.default_rng(0)
+  matrix = jnp.asarray(rng.dirichlet(np.ones(10), 10), jnp.float32)
+  names = rng.permutation(10)
+  spread = spread_of(matrix)
+  assert 0.5 < spread < 0.99
+  np.testing.assert_allclose(spread_of(matrix[names][:, names]), spread, rtol=1e-5)
+  np.testing.assert_allclose(spread_of(matrix * 7.0), spread, rtol=1e-5)
+
+
+def test_spread_lies_between_zero_and_one():
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    spread = spread_of(odd(rng, 4, 4))
+    assert 0 <= spread <= 1
+  for shape in ([2, 2], [1, 1]):
+    assert 0 <= spread_of(odd(rng, *shape)) <= 1
+  blank = spread_of(jnp.full([4, 4], jnp.nan))
+  assert blank == 0
+  assert spread_of(symmetric(0.5).astype(jnp.float16)).dtype == jnp.float32
+  assert not jax.grad(lambda t: ranger.confusion_spread(t))(symmetric(0.5)).any()
+
+
 @pytest.mark.parametrize(
   ("kind", "whole"),
   [

@@ -142,6 +142,60 @@ def _distance(confusion, problem):
   return abs(confusion - problem.confusion).sum(axis=1).mean()
 
 
+def _view(problem, epoch=5):
+  """Features and predictions that tell the class, and a little of the example."""
+  n = len(problem.labels)
+  known = jnp.eye(10)[problem.true_labels]
+  features = known + 0.01 * jax.random.normal(jax.random.key(0), [n, 10])
+  tx = ranger.smooth_predictions(n, 10, 0.0)
+  told = {"predictions": 0.9 * known + 0.01, "example_ids": jnp.arange(n)}
+  _, state = tx.update(jnp.zeros(1), tx.init(jnp.zeros(1)), **told)
+  assert problem.images.shape[0] == n
+  return methods.View(
+    epoch, jax.random.key(1), features, problem.labels, lambda images: images, state
+  )
+
+
+@pytest.mark.parametrize("noise", data.NOISES[1:4:2], ids=lambda noise: noise[0])
+def test_neighbors_tell_exponent_and_weights(monkeypatch, noise):
+  # Blocks that do not divide the examples: some are left out, with weight one.
+  monkeypatch.setattr(recipe, "_BLOCK", 300)
+  problem = data.problem("digits", *noise, 0, _NOWHERE)
+  view, before = _view(problem), recipe.memory(1000, recipe.SETTINGS)
+  after = recipe.between(view, before, recipe.SETTINGS)
+  assert _distance(after["confusion"], problem) < 0.3  # The identity: 0.8.
+  spread = ranger.confusion_spread(after["confusion"])
+  np.testing.assert_allclose(after["exponent"], 0.4 * spread, rtol=1e-6)
+  weights = np.asarray(after["weights"])
+  np.testing.assert_allclose(weights.mean(), 1, rtol=1e-4)
+  if noise[0] == "asymmetric":
+    assert spread < 0.05
+    np.testing.assert_allclose(weights, 1, atol=0.1)
+    return
+  assert spread > 0.9
+  left_out = weights == 1
+  assert left_out.sum() == 100
+  wrong = np.asarray(problem.labels != problem.true_labels)
+  assert weights[wrong & ~left_out].max() < weights[~wrong & ~left_out].min()
+
+
+def test_neighbors_are_asked_twice():
+  problem = data.problem("digits", "symmetric", 0.4, 0, _NOWHERE)
+  before = recipe.memory(1000, recipe.SETTINGS)
+  asked = [
+    epoch
+    for epoch in range(30)
+    if recipe.between(
+      _view(problem)._replace(epoch=epoch),
+      before,
+      recipe.SETTINGS,
+      beliefs_of=lambda view, settings: (jnp.eye(10)[view.labels], jnp.arange(1000)),
+    )
+    is not before
+  ]
+  assert asked == [5, 15]
+
+
 def test_ranger_trains_and_learns_the_confusion():
   problem = data.problem("digits", "asymmetric", 0.4, 0, _NOWHERE)
   settings = {**recipe.SETTINGS, "warm_up": 9}
@@ -170,13 +224,38 @@ def test_pieces_in_the_table_are_not_run_again(tmp_path):
   assert again.has(key)
   assert not again.has((*key[:4], 1))
   assert not report.Results.read(paths, fresh=True).has(key)
-  assert "| SCE |" in report.tables(again, work.EVERYTHING)
+  assert "| SCE |" in report.tables(again, work.METHODS)
+
+
+def _row(name, noise, seed, last, selected=0.0):
+  key = {"model": "mlp", "method": name, "noise": noise[0], "rate": noise[1]}
+  return {**key, "seed": seed, "last": last, "selected": selected, "seconds": 1}
+
+
+def test_verdicts_and_ablations_pair_seeds():
+  results = report.Results([], [], [])
+  for noise in data.NOISES[:4]:
+    for seed, (ours, sce, elr) in enumerate([(0.8, 0.7, 0.1), (0.9, 0.78, 0.1)]):
+      results.add(_row("ranger", noise, seed, ours, 0.1), [], None)
+      results.add(_row("sce", noise, seed, 0.1, sce), [], None)
+      results.add(_row("elr", noise, seed, elr, 0.6), [], None)
+      results.add(_row("ngs", noise, seed, ours - 0.02 - 0.02 * seed), [], None)
+    results.add(_row("ranger", noise, 2, 0.1), [], None)  # A seed that "ngs" lacks.
+  assert "± 1.0 |" in report.ablations(results, recipe.ABLATIONS)
+  assert "| -3.0 ±" in report.ablations(results, recipe.ABLATIONS)
+  results.rows = [row for row in results.rows if row["seed"] != "2"]
+  verdicts = report.verdicts(results, work.METHODS)
+  assert verdicts.count("| 0.8500 | 0.7400 | SCE, selected | +0.1100 ± 0.0100 |") == 4
+  assert "| Ranger | 0.850 | 0.850 | 0.850 | 0.850 |" in report.summary(
+    results, work.METHODS
+  )
 
 
 def test_pages_have_the_committed_figures():
   root = pathlib.Path(__file__).parent.parent
   results = report.Results.read(report.Paths.of(root / "docs", "noisy_labels"), False)
   page = (root / "docs" / "noisy_labels.md").read_text()
-  assert report.tables(results, work.EVERYTHING) in page
-  assert report.verdicts(results, work.EVERYTHING) in page
-  assert report.summary(results, work.EVERYTHING) in (root / "README.md").read_text()
+  assert report.tables(results, work.METHODS) in page
+  assert report.verdicts(results, work.METHODS) in page
+  assert report.ablations(results, recipe.ABLATIONS) in page
+  assert report.summary(results, work.METHODS) in (root / "README.md").read_text()

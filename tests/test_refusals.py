@@ -495,6 +495,16 @@ REFUSALS = {
     ValueError,
     r"sharpness must lie in \(0, inf\], got 0",
   ),
+  "confusion that is not square": (
+    lambda: ranger.confusion_spread(jnp.ones([3, 2])),
+    ValueError,
+    r"confusion must have shape \[3, 3\], got \[3, 2\]",
+  ),
+  "confusion of no class": (
+    lambda: ranger.confusion_spread(jnp.ones([0, 0])),
+    ValueError,
+    r"confusion must have shape \[C, C\], C at least 1, got \[0, 0\]",
+  ),
   "logits to correct": (
     lambda: ranger.forward_corrected_loss(
       jnp.ones([3]), jnp.zeros([3], jnp.int32), jnp.eye(2)

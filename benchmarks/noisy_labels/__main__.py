@@ -15,6 +15,7 @@ from benchmarks import _problems
 from benchmarks import _table
 from benchmarks.noisy_labels import data
 from benchmarks.noisy_labels import models
+from benchmarks.noisy_labels import recipe
 from benchmarks.noisy_labels import report
 from benchmarks.noisy_labels import work
 
@@ -117,10 +118,11 @@ def main() -> None:
         results.add(*future.result())
         results.write(paths)
         progress.update()
-  print(report.tables(results, work.EVERYTHING))
-  print(f"\n{report.summary(results, work.EVERYTHING)}")
-  print(f"\n{report.verdicts(results, work.EVERYTHING)}")
-  report.draw(paths, results, work.EVERYTHING)
+  print(report.tables(results, work.METHODS))
+  print(f"\n{report.summary(results, work.METHODS)}")
+  print(f"\n{report.verdicts(results, work.METHODS)}")
+  print(f"\n{report.ablations(results, recipe.ABLATIONS)}")
+  report.draw(paths, results, work.METHODS)
 
 
 if __name__ == "__main__":

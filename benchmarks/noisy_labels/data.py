@@ -25,14 +25,18 @@ NOISES = (
 
 
 class Sizes(NamedTuple):
-  """How many images each part has."""
+  """How many images each part has, and a batch: so many that steps are as many."""
 
   train: int
   validation: int
   tuning: int
+  batch: int
 
 
-SIZES = {"fashion-mnist": Sizes(10_000, 2_000, 10_000), "digits": Sizes(1_000, 300, 0)}
+SIZES = {
+  "fashion-mnist": Sizes(10_000, 2_000, 10_000, 128),
+  "digits": Sizes(1_000, 300, 0, 16),
+}
 
 
 class Problem(NamedTuple):
@@ -47,6 +51,7 @@ class Problem(NamedTuple):
     test_images, test_labels: clean.
     confusion: ``float [10, 10]``, the chance of each label given the class.
     wrong: the share of wrong labels, which co-teaching is told.
+    batch: how many images a step has.
   """
 
   images: jax.Array
@@ -60,6 +65,7 @@ class Problem(NamedTuple):
   test_labels: jax.Array
   confusion: np.ndarray
   wrong: float
+  batch: int
 
 
 def confusion_of(noise: str, rate: float) -> np.ndarray:
@@ -86,7 +92,7 @@ def problem(
   """Draws images by the seed, and then their labels."""
   images, labels, test_images, test_labels = _read(name, folder)
   sizes = SIZES[name]
-  order = np.random.default_rng(seed).permutation(len(images))[: sum(sizes)]
+  order = np.random.default_rng(seed).permutation(len(images))[: sum(sizes[:3])]
   confusion = confusion_of(noise, rate)
   true = labels[order]
   given = corrupt(true, confusion, seed)
@@ -105,6 +111,7 @@ def problem(
     test_labels=jnp.asarray(test_labels, jnp.int32),
     confusion=confusion,
     wrong=float((confusion.sum(axis=1) - np.diag(confusion)).mean()),
+    batch=sizes.batch,
   )
 
 

@@ -46,31 +46,38 @@ def _mlp() -> Model:
   return Model(init, features)
 
 
+def _patches(x: jax.Array) -> jax.Array:
+  """Windows of 5 x 5 at every other place, ``[n, h, w, c]`` to ``[n, h/2, w/2, 25 c]``.
+
+  A convolution by one matrix product: on a CPU, six times as fast as XLA's.
+  """
+  height, width = x.shape[1:3]
+  x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+  shifts = itertools.product(range(5), repeat=2)
+  return jnp.concatenate(
+    [x[:, i : i + height : 2, j : j + width : 2] for i, j in shifts], axis=-1
+  )
+
+
 def _cnn() -> Model:
-  """Two convolutions that halve the image, and a dense layer of 128."""
-  channels = (1, 16, 32)
+  """Two convolutions that halve the image, and a dense layer of 64."""
+  channels = (1, 8, 16)
 
   def init(key, inputs):
     keys = jax.random.split(key, 4)
     side = -(-int(np.sqrt(inputs)) // 4)
-    filters = [
-      jax.random.normal(k, [5, 5, i, o]) * np.sqrt(2 / (25 * i))
+    convolutions = [
+      _dense(k, 25 * i, o)
       for k, (i, o) in zip(keys, itertools.pairwise(channels), strict=False)
     ]
-    biases = [jnp.zeros([count]) for count in channels[1:]]
-    hidden = _dense(keys[2], side * side * channels[-1], 128)
-    convolutions = list(zip(filters, biases, strict=True))
-    return {"layers": convolutions, "hidden": hidden, "head": _dense(keys[3], 128, 10)}
+    hidden = _dense(keys[2], side * side * channels[-1], 64)
+    return {"layers": convolutions, "hidden": hidden, "head": _dense(keys[3], 64, 10)}
 
   def features(params, x):
     side = int(np.sqrt(x.shape[1]))
     x = x.reshape(-1, side, side, 1)
     for kernel, bias in params["layers"]:
-      layout = ("NHWC", "HWIO", "NHWC")
-      x = jax.lax.conv_general_dilated(
-        x, kernel, (2, 2), "SAME", dimension_numbers=layout
-      )
-      x = jax.nn.relu(x + bias)
+      x = jax.nn.relu(_patches(x) @ kernel + bias)
     kernel, bias = params["hidden"]
     return jax.nn.relu(x.reshape(len(x), -1) @ kernel + bias)
 

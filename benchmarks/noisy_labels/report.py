@@ -186,13 +186,13 @@ def summary(results: Results, known: Mapping[str, methods.Method]) -> str:
 
 
 def verdicts(results: Results, known: Mapping[str, methods.Method]) -> str:
-  """Ranger's selected epochs against the better of two figures of each rival."""
+  """Ranger's last epochs against the better of two figures of each rival."""
   lines = [
     "| noise | Ranger | best rival | its name | difference ± standard error of pairs |",
     "| --- | ---: | ---: | --- | ---: |",
   ]
   for noise in data.NOISES:
-    ours = results.figures("mlp", "ranger", noise, "selected")
+    ours = results.figures("mlp", "ranger", noise, "last")
     rivals = [
       (results.figures("mlp", name, noise, kind), name, kind)
       for name in known
@@ -209,6 +209,27 @@ def verdicts(results: Results, known: Mapping[str, methods.Method]) -> str:
       f"| {heading(noise)} | {ours.mean():.4f} | {best.mean():.4f} |"
       f" {known[name].title}, {kind} | {gain.mean():+.4f} ± {error:.4f} |"
     )
+  return "\n".join(lines)
+
+
+def ablations(results: Results, known: Mapping[str, methods.Method]) -> str:
+  """What changes when a part of Ranger is left out, or another put in its place."""
+  lines = [
+    "| Ranger, last epoch | " + " | ".join(map(heading, data.NOISES[:4])) + " |",
+    "| --- |" + " ---: |" * 4,
+  ]
+  for name, method in known.items():
+    cells = []
+    for noise in data.NOISES[:4]:
+      changed = results.figures("mlp", name, noise, "last")
+      gain = 100 * (
+        changed - results.figures("mlp", "ranger", noise, "last")[: len(changed)]
+      )
+      if len(gain) > 1:
+        error = gain.std(ddof=1) / np.sqrt(len(gain))
+        cells.append(f"{gain.mean():+.1f} ± {error:.1f}")
+    if len(cells) == 4:
+      lines.append(f"| {method.title} | " + " | ".join(cells) + " |")
   return "\n".join(lines)
 
 

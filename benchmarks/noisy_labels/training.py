@@ -15,8 +15,6 @@ from benchmarks.noisy_labels import methods
 from benchmarks.noisy_labels import models
 import optax_ranger as ranger
 
-BATCH = 128
-
 
 class History(NamedTuple):
   """What came of a training.
@@ -75,7 +73,7 @@ def _supported(model: models.Model, params: Any, problem: data.Problem, k: float
 
 
 def _train(method, model, problem, settings, seed, epochs, keep, pull):
-  n, inputs = problem.images.shape
+  (n, inputs), batch = problem.images.shape, problem.batch
   settings = {**settings, "wrong": problem.wrong, "confusion": problem.confusion}
   traced = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), settings)
   init, run, validate, judge, pulls = _compiled(
@@ -102,7 +100,7 @@ def _train(method, model, problem, settings, seed, epochs, keep, pull):
       state,
     )
     memory = method.between(view, memory, settings)
-    order = rng.permutation(n)[: n // BATCH * BATCH].reshape(-1, BATCH)
+    order = rng.permutation(n)[: n // batch * batch].reshape(-1, batch)
     params, state, memory = jax.block_until_ready(
       run(params, state, memory, order, problem.images, problem.labels, traced)
     )
