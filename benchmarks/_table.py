@@ -85,7 +85,7 @@ def _pair(record, column, form):
 
 def _number(text: str) -> str:
   value = float(text)
-  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+  return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def _size(text: str) -> str:

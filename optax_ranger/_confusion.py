@@ -174,7 +174,8 @@ def confusion_spread(confusion: Any) -> _types.Array:
   exponents keep a network from memorizing wrong labels; where these fall evenly,
   the likeliest class stays the likeliest, and where they don't, the wrong one may
   become it. Take ``exponent=0.4 * confusion_spread(confusion)``. It doesn't see
-  that some classes have more wrong labels than others, nor anything in two.
+  that some classes have more wrong labels than others, nor anything in two, and
+  of a matrix that is almost the identity it tells only where the error lies.
 
   .. math::
     s = \frac{-\sum_c \sum_{y \neq c} T[c, y] \log (T[c, y] / e_c)}
@@ -211,15 +212,9 @@ def confusion_spread(confusion: Any) -> _types.Array:
     2017, https://arxiv.org/abs/1712.09482, theorems 1 and 3: which noise a robust
     loss tolerates. The measure is ours.
   """
-  confusion = jnp.asarray(confusion)
-  if confusion.ndim != 2 or not len(confusion):
-    raise ValueError(
-      f"confusion must have shape [C, C], C at least 1, got {list(confusion.shape)}."
-    )
-  _validate.shape("confusion", confusion, (len(confusion),) * 2)
-  dtype = _numerics.wide(confusion.dtype)
-  classes = len(confusion)
-  matrix = _stochastic(jax.lax.stop_gradient(confusion.astype(dtype)))
+  confusion = jax.lax.stop_gradient(jnp.asarray(confusion))
+  matrix = _stochastic(_targets.distributions("confusion", confusion))
+  classes, dtype = matrix.shape[1], matrix.dtype
   wrong = jnp.where(jnp.eye(classes, dtype=bool), jnp.zeros_like(matrix), matrix)
   total = wrong.sum()
   if classes <= 2:
@@ -352,5 +347,6 @@ def _generalized(log_chance: _types.Array, exponent: _types.Array) -> _types.Arr
 def _stochastic(matrix: _types.Array) -> _types.Array:
   """Rows that sum to one: those of the identity where there is nothing to scale."""
   rows = _targets.normalized(matrix)
+  _validate.shape("confusion", rows, (rows.shape[1],) * 2)
   known = rows.any(axis=1, keepdims=True)
   return jnp.where(known, rows, jnp.eye(rows.shape[0], dtype=rows.dtype))

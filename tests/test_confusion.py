@@ -416,11 +416,12 @@ def test_spread_tells_symmetric_noise_from_pairs():
     np.testing.assert_allclose(spread_of(symmetric(rate)), 1, rtol=1e-4)
     pairs = (1 - rate) * np.eye(10) + rate * np.roll(np.eye(10), 1, axis=1)
     assert spread_of(jnp.asarray(pairs, jnp.float32)) < 1e-4
-  # A class of ten wrong labels in a hundred counts as much as ten of one in it.
+  # The mean over wrong labels, not over classes that have some.
   mixed = np.eye(10)
   mixed[0] = symmetric(0.4)[0]
-  mixed[1, 1:3] = 0.6, 0.4
-  np.testing.assert_allclose(spread_of(jnp.asarray(mixed, jnp.float32)), 0.5, rtol=1e-4)
+  mixed[1, 1:3] = 0.8, 0.2
+  spread = spread_of(jnp.asarray(mixed, jnp.float32))
+  np.testing.assert_allclose(spread, 2 / 3, rtol=1e-4)
 
 
 def test_spread_of_few_classes():
@@ -428,6 +429,8 @@ def test_spread_of_few_classes():
   assert spread_of(symmetric(0.3, 2)) == 1
   for classes in (1, 2):
     assert spread_of(jnp.eye(classes)) == 0
+  counts = spread_of(jnp.array([[9, 1, 1], [0, 5, 0], [2, 2, 8]]))
+  assert (counts, counts.dtype) == (1, jnp.float32)
 
 
 def test_spread_of_renamed_classes():

@@ -498,12 +498,12 @@ REFUSALS = {
   "confusion that is not square": (
     lambda: ranger.confusion_spread(jnp.ones([3, 2])),
     ValueError,
-    r"confusion must have shape \[3, 3\], got \[3, 2\]",
+    r"confusion must have shape \[2, 2\], got \[3, 2\]",
   ),
   "confusion of no class": (
     lambda: ranger.confusion_spread(jnp.ones([0, 0])),
     ValueError,
-    r"confusion must have shape \[C, C\], C at least 1, got \[0, 0\]",
+    r"confusion must have shape \[n, C\], C at least 1, got \[0, 0\]",
   ),
   "logits to correct": (
     lambda: ranger.forward_corrected_loss(

@@ -23,7 +23,10 @@ from benchmarks.noisy_labels import work
 def tune(args: argparse.Namespace) -> None:
   """Tries every method's settings; the best on noisy tuning images are printed."""
   path = args.out / "tuning.csv"
-  rows = _table.read(path) if path.exists() and not args.fresh else []
+  rows = _table.read(path) if path.exists() else []
+  if args.fresh:
+    again = args.only.split(",") if args.only else list(work.METHODS)
+    rows = [row for row in rows if row["method"] not in again]
   done = {(row["method"], row["settings"]) for row in rows}
   spelled = lambda trial: " ".join(f"{key}={value:g}" for key, value in trial.items())
   trials = [
@@ -102,14 +105,15 @@ def main() -> None:
   stem = "noisy_labels" if args.data == "fashion-mnist" else "noisy_labels_digits"
   stem += "_quick" * args.quick
   paths = report.Paths.of(args.out, stem)
-  results = report.Results.read(paths, args.fresh)
-  todo = (
-    [] if args.report else [key for key in work.pieces(args) if not results.has(key)]
-  )
+  results = report.Results.read(paths)
+  todo = [] if args.report else work.pieces(args)
   if args.only:
     todo = [key for key in todo if key[1] in args.only.split(",")]
   if args.model:
     todo = [key for key in todo if key[0] == args.model]
+  if args.fresh:
+    results.drop(todo)
+  todo = [key for key in todo if not results.has(key)]
   if todo:
     with work.pool() as pool, tqdm.tqdm(total=len(todo), unit="training") as progress:
       train = functools.partial(pool.submit, work.train)

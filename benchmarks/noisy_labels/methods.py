@@ -174,7 +174,7 @@ RIVALS = {
     "SCE",
     _symmetric,
     {**_SGD, "rate": 0.03, "forward": 0.3, "reverse": 1.0},
-    grid(forward=(0.1, 0.3), decay=(0.0, 5e-4, 1e-3)),
+    grid(forward=(0.1, 0.3), decay=(0.0, 5e-4, 1e-3, 2e-3)),
   ),
   "elr": Method(
     "ELR",
@@ -196,7 +196,7 @@ RIVALS = {
     "deep k-NN filter, then cross-entropy (two trainings)",
     _chosen,
     {**_SGD, "decay": 2e-3, "k": 50},
-    grid(k=(20, 50), decay=(5e-4, 1e-3, 2e-3)),
+    grid(k=(20, 50), decay=(5e-4, 1e-3, 2e-3, 4e-3)),
     memory=_everything,
     filtered=True,
   ),

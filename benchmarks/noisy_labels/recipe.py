@@ -96,6 +96,7 @@ def between(
   told: bool = False,
   weighted: bool = True,
   even: bool = False,
+  corrected: bool = True,
 ) -> Any:
   """Estimates the confusion matrix, and how well each label is supported.
 
@@ -107,6 +108,7 @@ def between(
     told: whether the true matrix is given away.
     weighted: whether neighbors weigh examples too.
     even: whether wrong labels are taken to fall evenly on all classes.
+    corrected: whether the loss is.
   """
   if view.epoch not in (settings["warm_up"], settings["again"]):
     return memory
@@ -121,7 +123,7 @@ def between(
   if weighted:
     weights = _supported(view.labels, ids, beliefs, confusion, spread)
   return {
-    "confusion": confusion,
+    "confusion": confusion if corrected else memory["confusion"],
     "exponent": settings["exponent"] * spread,
     "weights": weights,
   }
@@ -157,12 +159,13 @@ def _without(title: str, **changes: Any) -> methods.Method:
 
 ABLATIONS = {
   "no_confusion": RANGER._replace(
-    title="without what neighbors tell", between=methods.kept
+    title="without what neighbors tell (exponent 0.5 throughout)", between=methods.kept
   ),
   "own_confusion": _without(
     "its own predictions instead of its neighbors'", beliefs_of=_own_beliefs
   ),
   "true_confusion": _without("told the true confusion matrix", told=True),
+  "no_correction": _without("without correcting the loss", corrected=False),
   "no_weights": _without("without weights of examples", weighted=False),
   "even": _without("as if wrong labels fell evenly on all classes", even=True),
   "one_search": _changed("with one search", again=-1),

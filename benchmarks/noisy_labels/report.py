@@ -63,11 +63,8 @@ class Results:
     self.rows, self.curves, self.confusion = rows, curves, confusion
 
   @classmethod
-  def read(cls, paths: Paths, fresh: bool) -> "Results":
-    parts = [
-      [] if fresh or not path.exists() else _table.read(path) for path in paths[:3]
-    ]
-    return cls(*parts)
+  def read(cls, paths: Paths) -> "Results":
+    return cls(*(_table.read(path) if path.exists() else [] for path in paths[:3]))
 
   def has(self, key: tuple[Any, ...]) -> bool:
     return tuple(map(str, key)) in {_key(row) for row in self.rows}
@@ -79,7 +76,7 @@ class Results:
       self.confusion += [
         {
           "noise": row["noise"],
-          "rate": row["rate"],
+          "rate": str(row["rate"]),
           "class": given,
           "label": label,
           "chance": f"{confusion[given, label]:.4f}",
@@ -101,14 +98,26 @@ class Results:
       paths.confusion, self.confusion, ("noise", "rate", "class", "label", "chance")
     )
 
-  def figures(self, model: str, name: str, noise: tuple[str, float], what: str):
-    """One figure of a method under a kind of noise, over seeds."""
-    rows = [
-      row
+  def by_seed(self, model: str, name: str, noise: tuple[str, float], what: str):
+    """One figure of a method under a kind of noise, by seed."""
+    return {
+      int(row["seed"]): float(row[what])
       for row in self.rows
       if _key(row)[:4] == (model, name, noise[0], str(noise[1]))
-    ]
-    return np.array([float(row[what]) for row in rows])
+    }
+
+  def figures(self, model: str, name: str, noise: tuple[str, float], what: str):
+    """The same, as an array."""
+    return np.array(list(self.by_seed(model, name, noise, what).values()))
+
+  def drop(self, keys: list[tuple[Any, ...]]) -> None:
+    """Forgets pieces, that they may be trained again."""
+    gone = {tuple(map(str, key)) for key in keys}
+    self.rows = [row for row in self.rows if _key(row) not in gone]
+    drawn = {key[1:4] for key in gone if key[0] == "mlp" and key[4] == "0"}
+    kind = lambda row: (row.get("method", "ranger"), row["noise"], str(row["rate"]))
+    self.curves = [row for row in self.curves if kind(row) not in drawn]
+    self.confusion = [row for row in self.confusion if kind(row) not in drawn]
 
 
 def _key(row: Any) -> tuple[str, ...]:
@@ -178,9 +187,9 @@ def summary(results: Results, known: Mapping[str, methods.Method]) -> str:
       both = [
         results.figures("mlp", name, noise, kind) for kind in ("last", "selected")
       ]
-      if len(both[0]):
-        cells.append(f"{max(part.mean() for part in both):.3f}")
-    if cells:
+      best = max(part.mean() for part in both) if len(both[0]) else 0
+      cells.append(f"{best:.3f}" if best else "-")
+    if set(cells) != {"-"}:
       lines.append(f"| {known[name].title} | " + " | ".join(cells) + " |")
   return "\n".join(lines)
 
@@ -192,24 +201,34 @@ def verdicts(results: Results, known: Mapping[str, methods.Method]) -> str:
     "| --- | ---: | ---: | --- | ---: |",
   ]
   for noise in data.NOISES:
-    ours = results.figures("mlp", "ranger", noise, "last")
+    last = results.by_seed("mlp", "ranger", noise, "last")
     rivals = [
-      (results.figures("mlp", name, noise, kind), name, kind)
+      (*_paired(last, results.by_seed("mlp", name, noise, kind)), name, kind)
       for name in known
       if name in methods.RIVALS
       for kind in ("last", "selected")
     ]
-    rivals = [rival for rival in rivals if len(rival[0]) == len(ours) > 1]
+    rivals = [rival for rival in rivals if len(rival[0]) > 1]
     if not rivals:
       continue
-    best, name, kind = max(rivals, key=lambda rival: rival[0].mean())
+    ours, best, name, kind = max(rivals, key=lambda rival: rival[1].mean())
     gain = ours - best
-    error = gain.std(ddof=1) / np.sqrt(len(gain))
     lines.append(
       f"| {heading(noise)} | {ours.mean():.4f} | {best.mean():.4f} |"
-      f" {known[name].title}, {kind} | {gain.mean():+.4f} ± {error:.4f} |"
+      f" {known[name].title}, {kind} | {gain.mean():+.4f} ± {_error(gain):.4f} |"
     )
   return "\n".join(lines)
+
+
+def _paired(one: dict[int, float], other: dict[int, float]):
+  """Figures of the seeds that both have."""
+  seeds = sorted(set(one) & set(other))
+  return tuple(np.array([part[seed] for seed in seeds]) for part in (one, other))
+
+
+def _error(gain: np.ndarray) -> float:
+  """The standard error of a mean."""
+  return gain.std(ddof=1) / np.sqrt(len(gain))
 
 
 def ablations(results: Results, known: Mapping[str, methods.Method]) -> str:
@@ -221,13 +240,13 @@ def ablations(results: Results, known: Mapping[str, methods.Method]) -> str:
   for name, method in known.items():
     cells = []
     for noise in data.NOISES[:4]:
-      changed = results.figures("mlp", name, noise, "last")
-      gain = 100 * (
-        changed - results.figures("mlp", "ranger", noise, "last")[: len(changed)]
+      changed, whole = _paired(
+        results.by_seed("mlp", name, noise, "last"),
+        results.by_seed("mlp", "ranger", noise, "last"),
       )
+      gain = 100 * (changed - whole)
       if len(gain) > 1:
-        error = gain.std(ddof=1) / np.sqrt(len(gain))
-        cells.append(f"{gain.mean():+.1f} ± {error:.1f}")
+        cells.append(f"{gain.mean():+.1f} ± {_error(gain):.1f}")
     if len(cells) == 4:
       lines.append(f"| {method.title} | " + " | ".join(cells) + " |")
   return "\n".join(lines)

@@ -58,7 +58,7 @@ def train(
     return _train(method, model, problem, settings, seed, epochs, None, pull)[0]
   first, params = _train(method, model, problem, settings, seed, epochs, None, False)
   start = time.perf_counter()
-  keep = _supported(model, params, problem, settings["k"])
+  keep = jax.block_until_ready(_supported(model, params, problem, settings["k"]))
   between = time.perf_counter() - start
   again, _ = _train(method, model, problem, settings, seed + 1000, epochs, keep, pull)
   return again._replace(seconds=first.seconds + between + again.seconds)
