@@ -24,6 +24,7 @@ import optax_ranger as ranger
 BATCH_SIZE = 128
 NUM_CLASSES = 10
 NUM_NEIGHBORS = 20
+ASK_NEIGHBORS_AFTER = (10, 30)  # Epochs.
 
 
 class Mlp(nnx.Module):
@@ -49,48 +50,64 @@ def plain_step(graphdef, params, images, labels):
     return losses.mean()
 
   @jax.jit
-  def step(params, state, ids):
+  def step(params, state, told, ids):
+    del told
     updates, state = tx.update(jax.grad(loss)(params, ids), state, params)
     return optax.apply_updates(params, updates), state
 
-  return step, tx.init(params)
+  return step, tx.init(params), None, lambda state: None
 
 
 def ranger_step(graphdef, params, images, labels):
   """Ranger: the part to lift into your own code."""
   n = len(images)
-  # Steps 1 and 4: an example that its neighbors do not back loses its weight.
-  neighbors = ranger.nearest_neighbors(images, k=NUM_NEIGHBORS)
-  neighbors = ranger.weigh_neighbors(neighbors, labels=labels)
-  weights = ranger.example_weights(ranger.ranger_head(), n, neighbors=neighbors)
   # Steps 2, 3 and 5: accumulation, acceleration, smoothing.
   tx = ranger.ranger(
-      0.12, acceleration=1.0, hyper_rate=0.01, bounds=(0.5, 2.0), ema_decay=0.99,
-      num_examples=n, num_classes=NUM_CLASSES, prediction_decay=0.5,
+      0.12, acceleration=1.0, hyper_rate=0.01, bounds=(0.5, 2.0), weight_decay=0.003,
+      ema_decay=0.99, num_examples=n, num_classes=NUM_CLASSES, prediction_decay=0.7,
   )  # fmt: skip
+  neighbors = ranger.nearest_neighbors(images, k=NUM_NEIGHBORS)
 
-  def losses(params, batch, smoothed):
+  def losses(params, batch, confusion, exponent):
     logits = nnx.merge(graphdef, params)(batch["image"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    # Stay near what was predicted before wrong labels could be memorized.
-    losses += 3 * ranger.early_learning_regularizer(logits, smoothed)
+    losses = ranger.forward_corrected_loss(
+      logits, batch["label"], confusion, exponent=exponent, smoothing=0.05
+    )
     return losses, jax.nn.softmax(logits)
 
+  # Step 4: examples become one gradient.
   grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean(), has_aux=True)
 
   @jax.jit
-  def step(params, state, ids):
+  def step(params, state, told, ids):
+    confusion, exponent, weights = told
     batch = {"image": images[ids], "label": labels[ids]}
-    smoothed = ranger.smoothed_predictions(state, ids)
     (_, probabilities), grads = grad_fn(
-      params, batch, smoothed=smoothed, member_weights=weights[ids]
+      params,
+      batch,
+      confusion=confusion,
+      exponent=exponent,
+      member_weights=weights[ids],
     )
     updates, state = tx.update(
       grads, state, params, predictions=probabilities, example_ids=ids
     )
     return optax.apply_updates(params, updates), state
 
-  return step, tx.init(params)
+  @jax.jit
+  def ask_neighbors(state):
+    """Step 1: which labels get confused, how robust to be, and whom to believe."""
+    beliefs = ranger.neighbor_beliefs(
+      neighbors, ranger.smoothed_predictions(state, jnp.arange(n))
+    )
+    confusion = ranger.label_confusion(labels, beliefs)
+    spread = ranger.confusion_spread(confusion)
+    targets = ranger.refine_targets(labels, beliefs, confusion=confusion)
+    return confusion, 0.7 * spread, targets[jnp.arange(n), labels] ** spread
+
+  # Until neighbors are asked, labels are taken as they are.
+  told = jnp.eye(NUM_CLASSES), 0.7, jnp.ones(n)
+  return step, tx.init(params), told, ask_neighbors
 
 
 def load_digits(noise: float, seed: int):
@@ -111,7 +128,7 @@ def train(make_step, data, epochs: int, seed: int, progress: tqdm.tqdm):
   """Trains one model; returns test accuracy after each epoch and seconds a step."""
   images, labels, _, test_images, test_labels = map(jnp.asarray, data)
   graphdef, params = nnx.split(Mlp(rngs=nnx.Rngs(seed)), nnx.Param)
-  step, state = make_step(graphdef, params, images, labels)
+  step, state, told, ask_neighbors = make_step(graphdef, params, images, labels)
 
   @jax.jit
   def accuracy(params, state):
@@ -120,13 +137,15 @@ def train(make_step, data, epochs: int, seed: int, progress: tqdm.tqdm):
 
   rng = np.random.default_rng(seed)
   accuracies, seconds = [], []
-  for _ in range(epochs):
+  for epoch in range(epochs):
+    if epoch in ASK_NEIGHBORS_AFTER:
+      told = ask_neighbors(state)
     order = rng.permutation(len(images))
     start = time.perf_counter()
     batches = [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
     batches = [ids for ids in batches if len(ids) == BATCH_SIZE]
     for ids in batches:
-      params, state = step(params, state, ids)
+      params, state = step(params, state, told, ids)
     jax.block_until_ready(params)
     seconds.append((time.perf_counter() - start) / len(batches))
     accuracies.append(float(accuracy(params, state)))

@@ -168,7 +168,8 @@ def test_neighbors_tell_exponent_and_weights(monkeypatch, noise):
   problem = data.problem("digits", *noise, 0, _NOWHERE)
   view, before = _view(problem), recipe.memory(1000, recipe.SETTINGS)
   after = recipe.between(view, before, recipe.SETTINGS)
-  assert _distance(after["confusion"], problem) < problem.wrong  # The identity: twice that.
+  # The identity is twice as far.
+  assert _distance(after["confusion"], problem) < problem.wrong
   spread = ranger.confusion_spread(after["confusion"])
   np.testing.assert_allclose(after["exponent"], 0.4 * spread, rtol=1e-6)
   weights = np.asarray(after["weights"])

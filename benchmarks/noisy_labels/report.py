@@ -220,10 +220,13 @@ def verdicts(results: Results, known: Mapping[str, methods.Method]) -> str:
   return "\n".join(lines)
 
 
-def _paired(one: dict[int, float], other: dict[int, float]):
+def _paired(
+  one: dict[int, float], other: dict[int, float]
+) -> tuple[np.ndarray, np.ndarray]:
   """Figures of the seeds that both have."""
   seeds = sorted(set(one) & set(other))
-  return tuple(np.array([part[seed] for seed in seeds]) for part in (one, other))
+  first, second = (np.array([part[s] for s in seeds]) for part in (one, other))
+  return first, second
 
 
 def _error(gain: np.ndarray) -> float:
