@@ -291,6 +291,22 @@ def test_last_and_selected_epochs():
   assert start.wrong_share[0] == pytest.approx(0.4, abs=0.1)
 
 
+def test_tuning_accuracy_is_corrected_for_the_noise():
+  problem = data.problem("digits", "asymmetric", 0.4, 0, _NOWHERE)
+  true = np.tile(problem.test_labels, 10)
+  given = data.corrupt(true, problem.confusion, seed=5)
+  problem = problem._replace(
+    labels=problem.true_labels,
+    tuning_images=jnp.tile(problem.test_images, (10, 1)),
+    tuning_labels=jnp.asarray(given, jnp.int32),
+  )
+  plain = methods.RIVALS["averaged"]
+  got = training.train(plain, models.MODELS["mlp"], problem, plain.settings, 0, 4)
+  assert got.last > 0.8
+  assert got.tuning_last == pytest.approx(got.last, abs=0.03)
+  assert (given == true).mean() < 0.85
+
+
 def test_pieces_in_the_table_are_not_run_again(tmp_path):
   paths = report.Paths.of(tmp_path, "some")
   results = report.Results.read(paths)
