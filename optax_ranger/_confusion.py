@@ -213,7 +213,9 @@ def confusion_spread(confusion: Any) -> _types.Array:
     loss tolerates. The measure is ours.
   """
   confusion = jax.lax.stop_gradient(jnp.asarray(confusion))
-  matrix = _stochastic(_targets.distributions("confusion", confusion))
+  rows = _targets.distributions("confusion", confusion)
+  _validate.shape("confusion", rows, (rows.shape[1],) * 2)
+  matrix = _stochastic(rows)
   classes, dtype = matrix.shape[1], matrix.dtype
   wrong = jnp.where(jnp.eye(classes, dtype=bool), jnp.zeros_like(matrix), matrix)
   total = wrong.sum()
@@ -347,6 +349,5 @@ def _generalized(log_chance: _types.Array, exponent: _types.Array) -> _types.Arr
 def _stochastic(matrix: _types.Array) -> _types.Array:
   """Rows that sum to one: those of the identity where there is nothing to scale."""
   rows = _targets.normalized(matrix)
-  _validate.shape("confusion", rows, (rows.shape[1],) * 2)
   known = rows.any(axis=1, keepdims=True)
   return jnp.where(known, rows, jnp.eye(rows.shape[0], dtype=rows.dtype))

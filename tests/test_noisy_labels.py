@@ -138,6 +138,18 @@ def test_the_filter_keeps_right_labels():
   np.testing.assert_array_equal(keep, problem.labels == problem.true_labels)
 
 
+@pytest.mark.parametrize("side", [7, 8])
+def test_patches_make_a_convolution(side):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal([3, side, side + 4, 2]), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal([5, 5, 2, 4]), jnp.float32)
+  wanted = jax.lax.conv_general_dilated(
+    x, kernel, (2, 2), [(2, 2)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  found = models._patches(x) @ kernel.reshape(50, 4)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def _distance(confusion, problem):
   return abs(confusion - problem.confusion).sum(axis=1).mean()
 

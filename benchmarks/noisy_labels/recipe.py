@@ -150,7 +150,7 @@ RANGER = methods.Method(
 
 
 def _changed(title: str, **settings: Any) -> methods.Method:
-  return RANGER._replace(title=title, settings={**SETTINGS, **settings}, trials=())
+  return RANGER._replace(title=title, settings={**SETTINGS, **settings})
 
 
 def _without(title: str, **changes: Any) -> methods.Method:

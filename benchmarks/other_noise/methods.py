@@ -97,7 +97,7 @@ def neighbor_weights(run: training.Run, settings: Settings) -> training.Fitted:
 
 
 def neighbor_weights_elr(run: training.Run, settings: Settings) -> training.Fitted:
-  """The same, with ELR on top: the recipe of the README."""
+  """The same, with ELR on top."""
   return training.fit(
     run, _with_elr(settings["lambda"]), weights=_backed(run, settings)
   )
