@@ -21,7 +21,7 @@ lint: .venv/.installed  ## Checks style, format and types.
 	$(BIN)/pyrefly check
 
 bench: .venv/.installed  ## Measures the figures of the README, side by side.
-	$(BIN)/python -m benchmarks.performance --out $(OUT)
+	$(BIN)/python -m benchmarks.speed --out $(OUT)
 
 clean:
 	rm -rf .venv out

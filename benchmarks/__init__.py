@@ -1,1 +1,1 @@
-"""The figures of the README, measured side by side; `make bench` prints them."""
+"""`speed`: time and memory, beside rivals. `learning`: what training with it gains."""

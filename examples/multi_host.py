@@ -63,13 +63,13 @@ def make_step(graphdef: Any, mesh: Any, options: argparse.Namespace) -> Any:
     features = model.features(batch["image"])
     logits = model.out(features)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    losses += 3 * ranger.early_learning_regularizer(logits, smoothed)
+    losses += 3 * ranger.labels.early_learning_regularizer(logits, smoothed)
     return losses, {"features": features, "predictions": nnx.softmax(logits)}
 
   def find_neighbors(features, label):
     # In the model's own space, among the examples of all devices.
-    neighbors = ranger.nearest_neighbors(features, NUM_NEIGHBORS)
-    return ranger.weigh_neighbors(neighbors, labels=label)
+    neighbors = ranger.neighbors.nearest(features, NUM_NEIGHBORS)
+    return ranger.neighbors.weigh(neighbors, labels=label)
 
   tx = ranger.ranger(
     0.12,

@@ -66,11 +66,11 @@ def ranger_step(graphdef, params, images, labels):
       0.12, acceleration=1.0, hyper_rate=0.01, bounds=(0.5, 2.0), weight_decay=0.003,
       ema_decay=0.99, num_examples=n, num_classes=NUM_CLASSES, prediction_decay=0.7,
   )  # fmt: skip
-  neighbors = ranger.nearest_neighbors(images, k=NUM_NEIGHBORS)
+  neighbors = ranger.neighbors.nearest(images, k=NUM_NEIGHBORS)
 
   def losses(params, batch, confusion, exponent):
     logits = nnx.merge(graphdef, params)(batch["image"])
-    losses = ranger.forward_corrected_loss(
+    losses = ranger.labels.forward_corrected_loss(
       logits, batch["label"], confusion, exponent=exponent, smoothing=0.05
     )
     return losses, jax.nn.softmax(logits)
@@ -97,12 +97,12 @@ def ranger_step(graphdef, params, images, labels):
   @jax.jit
   def ask_neighbors(state):
     """Step 1: which labels get confused, how robust to be, and whom to believe."""
-    beliefs = ranger.neighbor_beliefs(
+    beliefs = ranger.labels.neighbor_beliefs(
       neighbors, ranger.smoothed_predictions(state, jnp.arange(n))
     )
-    confusion = ranger.label_confusion(labels, beliefs)
-    spread = ranger.confusion_spread(confusion)
-    targets = ranger.refine_targets(labels, beliefs, confusion=confusion)
+    confusion = ranger.labels.label_confusion(labels, beliefs)
+    spread = ranger.labels.confusion_spread(confusion)
+    targets = ranger.labels.refine_targets(labels, beliefs, confusion=confusion)
     return confusion, 0.7 * spread, targets[jnp.arange(n), labels] ** spread
 
   # Until neighbors are asked, labels are taken as they are.
@@ -175,12 +175,12 @@ def draw(path, results, noise, data):
   axis.legend(loc="lower right")
 
   images, given, true, _, _ = data
-  neighbors = ranger.nearest_neighbors(images, k=NUM_NEIGHBORS)
-  support = np.asarray(ranger.label_support(neighbors, given))
+  neighbors = ranger.neighbors.nearest(images, k=NUM_NEIGHBORS)
+  support = np.asarray(ranger.labels.label_support(neighbors, given))
   suspicious = np.argsort(support, kind="stable")[:20]
   right.suptitle(
-    "the twenty most suspicious labels: given \u2192 what neighbors say"
-    " (green where the neighbors are right)"
+    "the twenty most suspicious labels: given \u2192 label of most neighbors,\n"
+    "green where the neighbors are right"
   )
   for axis, i in zip(right.subplots(4, 5).flat, suspicious, strict=True):
     votes = np.bincount(given[neighbors.indices[i]], minlength=NUM_CLASSES)

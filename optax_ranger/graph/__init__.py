@@ -1,4 +1,7 @@
-"""Neighbor graphs of whole data sets: built, kept, audited, refreshed and sampled."""
+"""Neighbor graphs of whole data sets: built, kept, audited, refreshed and sampled.
+
+Runs on the host. Imports `_core`, `neighbors` and `labels`.
+"""
 
 from optax_ranger.graph._audit import Audit as Audit
 from optax_ranger.graph._audit import audit as audit

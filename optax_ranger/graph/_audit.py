@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import validate
+from optax_ranger._core.types import ArrayLike
+from optax_ranger._core.types import Neighbors
 
 _CELLS = 2**22  # of a block of votes
 
@@ -31,10 +32,10 @@ class Audit(NamedTuple):
 
 
 def audit(
-  neighbors: _types.Neighbors,
-  labels: _types.ArrayLike,
+  neighbors: Neighbors,
+  labels: ArrayLike,
   *,
-  beliefs: _types.ArrayLike | None = None,
+  beliefs: ArrayLike | None = None,
   num_classes: int | None = None,
   balance: bool = False,
 ) -> Audit:
@@ -81,8 +82,8 @@ def audit(
   """
   weights, indices = np.asarray(neighbors.weights), np.asarray(neighbors.indices)
   n, k = indices.shape
-  _validate.integers("labels", labels)
-  _validate.shape("labels", labels, (n,))
+  validate.integers("labels", labels)
+  validate.shape("labels", labels, (n,))
   given = np.asarray(labels, np.int64)
   if beliefs is not None:
     beliefs = np.asarray(beliefs)
@@ -90,7 +91,7 @@ def audit(
       raise ValueError(f"beliefs must have shape [{n}, C], got {list(beliefs.shape)}.")
     if num_classes is None:
       num_classes = beliefs.shape[1]
-    _validate.shape("beliefs", beliefs, (n, num_classes))
+    validate.shape("beliefs", beliefs, (n, num_classes))
   if num_classes is None:
     num_classes = int(given.max()) + 1
   if given.min() < 0 or given.max() >= num_classes:

@@ -2,19 +2,20 @@
 
 import jax.numpy as jnp
 
-from optax_ranger import _numerics
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.types import ArrayLike
+from optax_ranger._core.types import Neighbors
 
 
 def balance_classes(
-  neighbors: _types.Neighbors, labels: _types.ArrayLike, num_classes: int
-) -> _types.Neighbors:
+  neighbors: Neighbors, labels: ArrayLike, num_classes: int
+) -> Neighbors:
   r"""Gives every class the same mean weight, whatever share of the data it has.
 
   A rare class has fewer neighbors of its own, even where all labels are right,
   so that agreement takes more of its weight than of a common one's. Apply it to
-  what ``weigh_neighbors`` returns. It hurts where a class is rightly distrusted.
+  what ``neighbors.weigh`` returns. It hurts where a class is rightly distrusted.
 
   .. math::
     w_{ij} \leftarrow w_{ij} \, \bar s \, / \, \bar s_{y_i}, \qquad
@@ -44,13 +45,13 @@ def balance_classes(
     >>> print(graph.balance_classes(weighed, jnp.array([0, 0, 1]), 2).weights[:, 0])
     [0.75 0.75 0.75]
   """
-  _validate.static_count("num_classes", num_classes)
+  validate.static_count("num_classes", num_classes)
   labels, weights = jnp.asarray(labels), jnp.asarray(neighbors.weights)
-  _validate.integers("labels", labels)
-  _validate.shape("labels", labels, weights.shape[:1])
+  validate.integers("labels", labels)
+  validate.shape("labels", labels, weights.shape[:1])
   total = weights.sum(axis=1)
   zeros = jnp.zeros([num_classes], total.dtype)
   count = zeros.at[labels].add(jnp.ones_like(total))
-  mean = _numerics.divide(zeros.at[labels].add(total), count)
-  factor = _numerics.divide(jnp.full_like(mean, total.mean()), mean)
+  mean = numerics.divide(zeros.at[labels].add(total), count)
+  factor = numerics.divide(jnp.full_like(mean, total.mean()), mean)
   return neighbors._replace(weights=weights * factor[labels][:, None])

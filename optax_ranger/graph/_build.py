@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ranger import _neighbors
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import validate
+from optax_ranger._core.types import Neighbors
 from optax_ranger.graph import _exact
 from optax_ranger.graph import _faiss
 from optax_ranger.graph import _sharded
 from optax_ranger.graph import _sparse
+from optax_ranger.neighbors import _nearest
 
 BACKENDS = ("auto", "faiss", "jax", "hnsw", "ivf")
 
@@ -127,7 +127,7 @@ def build(
   if not hasattr(features, "shape"):
     features = np.asarray(features)
   _check(features, k, backend, metric, mesh, axis_name)
-  _validate.static_count("recall_sample", recall_sample, least=0)
+  validate.static_count("recall_sample", recall_sample, least=0)
   recall, repaired, duplicates = 1.0, 0, 0
   if _sparse.is_sparse(features):
     backend = "sparse"
@@ -161,7 +161,7 @@ def build(
 
 
 def measure_recall(
-  neighbors: _types.Neighbors,
+  neighbors: Neighbors,
   features: Any,
   *,
   sample: int = 1000,
@@ -205,8 +205,8 @@ def measure_recall(
   return float((distances <= last).sum() / max(1, wanted))
 
 
-def _uniform(distances: np.ndarray, indices: np.ndarray) -> _types.Neighbors:
-  return _neighbors.uniform(jnp.asarray(indices), jnp.asarray(distances))
+def _uniform(distances: np.ndarray, indices: np.ndarray) -> Neighbors:
+  return _nearest.uniform(jnp.asarray(indices), jnp.asarray(distances))
 
 
 def _check(features, k, backend, metric, mesh, axis_name) -> None:
@@ -217,19 +217,19 @@ def _check(features, k, backend, metric, mesh, axis_name) -> None:
     )
   if jnp.issubdtype(features.dtype, jnp.complexfloating):
     raise TypeError(f"features must be real, got {features.dtype}.")
-  _validate.static_count("k", k)
+  validate.static_count("k", k)
   if k >= features.shape[0]:
     raise ValueError(
       "k must be less than the number of examples, n ="
       f" {features.shape[0]}, got {k}: an example is not its own neighbor."
     )
-  _validate.choice("backend", backend, BACKENDS)
-  _validate.choice("metric", metric, _neighbors.METRICS)
+  validate.choice("backend", backend, BACKENDS)
+  validate.choice("metric", metric, _nearest.METRICS)
   if mesh is not None:
     if backend not in ("auto", "jax"):
       raise ValueError(f"a mesh needs backend='auto' or 'jax', got {backend!r}.")
     if axis_name is not None:
-      _validate.choice("axis_name", axis_name, mesh.axis_names)
+      validate.choice("axis_name", axis_name, mesh.axis_names)
   other = metric != "cosine" or backend != "auto" or mesh is not None
   if _sparse.is_sparse(features) and other:
     raise ValueError(

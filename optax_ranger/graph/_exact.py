@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ranger import _points
-from optax_ranger import _search
 from optax_ranger.graph import _duplicates
 from optax_ranger.graph import _progress
+from optax_ranger.neighbors import _points
+from optax_ranger.neighbors import _search
 
 _BLOCK = 2048  # queries of a tile of the engine in JAX
 _CHUNK = 1024  # examples whose candidates are measured at a time

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from optax_ranger import _points
-from optax_ranger import _search
 from optax_ranger.graph import _exact
 from optax_ranger.graph import _progress
+from optax_ranger.neighbors import _points
+from optax_ranger.neighbors import _search
 
 _QUERIES = 4096  # at a time: FAISS's own blocks
 

@@ -9,7 +9,7 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ranger import _types
+from optax_ranger._core.types import Neighbors
 from optax_ranger.graph import _sparse
 
 _FORMAT = "optax_ranger.graph"
@@ -47,7 +47,7 @@ def fingerprint(features: Any) -> str:
 
 
 def save(
-  path: str | os.PathLike[str], neighbors: _types.Neighbors, *, features: Any = None
+  path: str | os.PathLike[str], neighbors: Neighbors, *, features: Any = None
 ) -> None:
   """Writes a graph to a file, all or nothing.
 
@@ -88,7 +88,7 @@ def save(
   unfinished.replace(path)
 
 
-def load(path: str | os.PathLike[str], *, features: Any = None) -> _types.Neighbors:
+def load(path: str | os.PathLike[str], *, features: Any = None) -> Neighbors:
   """Reads a graph that ``save`` wrote; nothing in the file is executed.
 
   Args:
@@ -132,18 +132,18 @@ def load(path: str | os.PathLike[str], *, features: Any = None) -> _types.Neighb
       f"{path} has version {found.get('version')}, and this optax_ranger reads"
       f" version {_VERSION}."
     )
-  arrays = {name: found.get(name) for name in _types.Neighbors._fields}
+  arrays = {name: found.get(name) for name in Neighbors._fields}
   known = str(found.get("fingerprint"))
   complete = all(array is not None for array in arrays.values())
   if not complete or str(found.get("sum")) != _checksum(arrays, known):
     raise ValueError(f"{path} is damaged: its checksum is another one.")
   if features is not None and known != fingerprint(features):
     raise ValueError(f"{path} was built of other features.")
-  return _types.Neighbors(**{name: jnp.asarray(arrays[name]) for name in arrays})
+  return Neighbors(**{name: jnp.asarray(arrays[name]) for name in arrays})
 
 
 def _checksum(arrays: dict[str, Any], known: str) -> str:
   digest = hashlib.sha256(known.encode())
-  for name in _types.Neighbors._fields:
+  for name in Neighbors._fields:
     digest.update(fingerprint(arrays[name]).encode())
   return digest.hexdigest()

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_ranger import _neighbors
-from optax_ranger import _numerics
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import ArrayLike
+from optax_ranger._core.types import Neighbors
+from optax_ranger.neighbors import _nearest
 
 WAYS = ("fetched", "in_batch", "amortized")
 
@@ -24,9 +26,9 @@ class Plan(NamedTuple):
       graph, times n: its own and what its neighbors give it.
   """
 
-  neighbors: _types.Neighbors
-  scale: _types.Array
-  table: _types.Array
+  neighbors: Neighbors
+  scale: Array
+  table: Array
 
 
 class Paid(NamedTuple):
@@ -37,11 +39,11 @@ class Paid(NamedTuple):
     weights: ``float [m]``.
   """
 
-  ids: _types.Array
-  weights: _types.Array
+  ids: Array
+  weights: Array
 
 
-def plan(neighbors: _types.Neighbors) -> Plan:
+def plan(neighbors: Neighbors) -> Plan:
   r"""Prepares a graph for ``pay``; after each change of its weights, once.
 
   .. math::
@@ -49,7 +51,7 @@ def plan(neighbors: _types.Neighbors) -> Plan:
     c_i = \gamma \big( \textstyle\sum_j w_{ij} + \sum_{j : N(j, \cdot) = i} w_{ji} \big)
 
   Args:
-    neighbors: ``[n, k]``, weighed; see ``weigh_neighbors``.
+    neighbors: ``[n, k]``, weighed; see ``neighbors.weigh``.
 
   Returns:
     ``Plan(neighbors, scale, table)``.
@@ -67,18 +69,18 @@ def plan(neighbors: _types.Neighbors) -> Plan:
   """
   indices, weights = _usable(neighbors)
   own = weights.sum(axis=1)
-  scale = _numerics.divide(jnp.ones_like(own[0]), 2 * own.mean())
+  scale = numerics.divide(jnp.ones_like(own[0]), 2 * own.mean())
   received = jnp.zeros_like(own).at[indices].add(weights)
-  clean = _types.Neighbors(indices, jnp.asarray(neighbors.distances), weights)
+  clean = Neighbors(indices, jnp.asarray(neighbors.distances), weights)
   return Plan(clean, scale, scale * (own + received))
 
 
 def pay(
   plan: Plan,
-  ids: _types.ArrayLike,
+  ids: ArrayLike,
   way: str,
   *,
-  key: _types.Array | None = None,
+  key: Array | None = None,
   k: int | None = None,
 ) -> Paid:
   r"""Tells what to compute for a batch, so that neighbors are averaged in the mean.
@@ -127,7 +129,7 @@ def pay(
     >>> print(ids, weights)
     [0 2 1 1] [0.25 0.25 0.25 0.25]
   """
-  _validate.choice("way", way, WAYS)
+  validate.choice("way", way, WAYS)
   ids = jnp.asarray(ids).astype(jnp.int32)
   n, size = plan.table.shape[0], ids.shape[0]
   share = plan.scale / size
@@ -138,7 +140,7 @@ def pay(
     if k is not None:
       if key is None:
         raise ValueError("way='fetched' with k= needs key=, a key of jax.random.")
-      own = _neighbors.sample_neighbors(key, own, k)
+      own = _nearest.sample(key, own, k)
     weights = jnp.concatenate([own.weights.sum(axis=1), own.weights.reshape(-1)])
     return Paid(jnp.concatenate([ids, own.indices.reshape(-1)]), share * weights)
   if size < 2:
@@ -153,7 +155,7 @@ def pay(
   return Paid(ids, share * (weights.sum(axis=1) + received))
 
 
-def _usable(neighbors: _types.Neighbors) -> tuple[_types.Array, _types.Array]:
+def _usable(neighbors: Neighbors) -> tuple[Array, Array]:
   """Empty places point at example 0 and weigh nothing."""
   indices = jnp.asarray(neighbors.indices).astype(jnp.int32)
   weights = jnp.asarray(neighbors.weights)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import validate
+from optax_ranger._core.types import Neighbors
 
 
 class NeighborBatches(Iterator[dict[str, np.ndarray]]):
@@ -48,14 +48,14 @@ class NeighborBatches(Iterator[dict[str, np.ndarray]]):
 
   def __init__(
     self,
-    neighbors: _types.Neighbors,
+    neighbors: Neighbors,
     batch_size: int,
     *,
     k: int | None = None,
     seed: int = 0,
   ):
     self._draw = _Draw(neighbors, k)
-    _validate.static_count("batch_size", batch_size)
+    validate.static_count("batch_size", batch_size)
     self._n = len(neighbors.indices)
     if batch_size > self._n:
       raise ValueError(f"batch_size must be at most n = {self._n}, got {batch_size}.")
@@ -87,7 +87,7 @@ class NeighborBatches(Iterator[dict[str, np.ndarray]]):
 
 
 def add_neighbors(
-  neighbors: _types.Neighbors, *, k: int | None = None, id_key: str = "id"
+  neighbors: Neighbors, *, k: int | None = None, id_key: str = "id"
 ) -> Any:
   """A Grain transformation that adds neighbors to elements, or batches, with ids.
 
@@ -141,12 +141,12 @@ def add_neighbors(
 class _Draw:
   """Draws k of the K neighbors of some examples, on the host."""
 
-  def __init__(self, neighbors: _types.Neighbors, k: int | None):
+  def __init__(self, neighbors: Neighbors, k: int | None):
     self._indices = np.asarray(neighbors.indices)
     self._weights = np.asarray(neighbors.weights)
     total = self._indices.shape[1]
     if k is not None:
-      _validate.static_count("k", k)
+      validate.static_count("k", k)
       if k > total:
         raise ValueError(f"k must be at most the {total} neighbors given, got {k}.")
     self._k = None if k == total else k

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import validate
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import Neighbors
+from optax_ranger._core.types import PyTree
 from optax_ranger.graph import _build
 from optax_ranger.graph import _progress
 
 
 def embed(
-  features_of: Callable[[_types.PyTree, Any], _types.Array],
-  params: _types.PyTree,
-  data: _types.PyTree,
+  features_of: Callable[[PyTree, Any], Array],
+  params: PyTree,
+  data: PyTree,
   *,
   batch_size: int = 1024,
   progress: bool = True,
@@ -41,8 +43,8 @@ def embed(
     >>> print(graph.embed(double, 2.0, np.ones([3, 1]), batch_size=2)[:, 0])
     [2. 2. 2.]
   """
-  _validate.static_count("batch_size", batch_size)
-  n = _validate.leading_axis("data", data)
+  validate.static_count("batch_size", batch_size)
+  n = validate.leading_axis("data", data)
   if not n:
     raise ValueError("data must have at least one array of at least one example.")
   compiled = jax.jit(features_of)
@@ -55,16 +57,16 @@ def embed(
 
 
 def refresh(
-  features_of: Callable[[_types.PyTree, Any], _types.Array],
-  params: _types.PyTree,
-  data: _types.PyTree,
-  previous: _types.Neighbors,
+  features_of: Callable[[PyTree, Any], Array],
+  params: PyTree,
+  data: PyTree,
+  previous: Neighbors,
   *,
-  weigh: Callable[[_types.Neighbors], _types.Neighbors] | None = None,
+  weigh: Callable[[Neighbors], Neighbors] | None = None,
   batch_size: int = 1024,
   progress: bool = True,
   **options: Any,
-) -> _types.Neighbors:
+) -> Neighbors:
   """Rebuilds a graph from the model's own features, for the same compiled step.
 
   Neighbors in pixels find labels that were flipped at random, but not those of
@@ -82,7 +84,7 @@ def refresh(
     previous: the graph that it replaces; its k, shapes, types and shardings are
       kept.
     weigh: weighs the new neighbors, for example by agreement with smoothed
-      predictions (``weigh_neighbors``); None for uniform weights.
+      predictions (``neighbors.weigh``); None for uniform weights.
     batch_size: as in ``embed``.
     progress: as in ``embed``.
     **options: of ``build``, ``metric="cosine"`` for example.

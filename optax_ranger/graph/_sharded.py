@@ -9,17 +9,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from optax_ranger import _neighbors
-from optax_ranger import _points
-from optax_ranger import _search
-from optax_ranger import _types
+from optax_ranger._core.types import Neighbors
+from optax_ranger.neighbors import _nearest
+from optax_ranger.neighbors import _points
+from optax_ranger.neighbors import _search
 
 _BLOCK = 1024
 
 
 def build(
   features: Any, k: int, metric: str, mesh: jax.sharding.Mesh, axis_name: str
-) -> tuple[_types.Neighbors, int]:
+) -> tuple[Neighbors, int]:
   """Neighbors whose arrays are split by rows, and how many rows were repaired."""
   n, size = features.shape[0], mesh.shape[axis_name]
   split = NamedSharding(mesh, PartitionSpec(axis_name))
@@ -35,7 +35,7 @@ def build(
   distances, indices, repaired = _search_of(mesh, axis_name, k, metric, n)(
     jax.device_put(rows, split)
   )
-  found = _neighbors.uniform(indices, distances)
+  found = _nearest.uniform(indices, distances)
   if n % size:
     # Not as many as the devices can share evenly: the rows come home.
     found = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:n]), found)

@@ -1,4 +1,7 @@
-"""Flax NNX layers: compute locally in regions of the input, then combine."""
+"""Flax NNX layers: compute locally in regions of the input, then combine.
+
+Imports `_core` and `regions`.
+"""
 
 try:
   import flax as _flax  # noqa: F401

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import validate
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Grid:
   def __post_init__(self):
     object.__setattr__(self, "parts", tuple(self.parts))
     for i, count in enumerate(self.parts):
-      _validate.static_count(f"parts[{i}]", count)
+      validate.static_count(f"parts[{i}]", count)
 
   @property
   def num_regions(self) -> int:
     return int(np.prod(self.parts))
 
-  def split(self, inputs: _types.Array) -> tuple[tuple[Any, ...], None]:
+  def split(self, inputs: Array) -> tuple[tuple[Any, ...], None]:
     axes = len(self.parts)
     if inputs.ndim < 1 + axes:
       raise ValueError(
@@ -93,7 +94,7 @@ class Centers:
   Empty places are zeros. A region without points counts for nothing.
 
   Args:
-    centers: ``[num_regions, d]``, such as ``kmeans_regions(...).centers``.
+    centers: ``[num_regions, d]``, such as ``regions.by_kmeans(...).centers``.
     capacity: how many points of a region are kept, the first ones; None for all,
       which runs the local network on arrays as long as the input.
 
@@ -107,19 +108,19 @@ class Centers:
      [8. 0.]] [ True False]
   """
 
-  def __init__(self, centers: _types.ArrayLike, *, capacity: int | None = None):
+  def __init__(self, centers: ArrayLike, *, capacity: int | None = None):
     if np.ndim(centers) != 2:
       raise ValueError(
         f"centers must have shape [num_regions, d], got {list(np.shape(centers))}."
       )
     if capacity is not None:
-      _validate.static_count("capacity", capacity)
+      validate.static_count("capacity", capacity)
     # NumPy: no device is touched before the layer is called.
     self.centers = np.asarray(centers)
     self.capacity = capacity
     self.num_regions = self.centers.shape[0]
 
-  def split(self, inputs: _types.Array) -> tuple[tuple[Any, ...], _types.Array]:
+  def split(self, inputs: Array) -> tuple[tuple[Any, ...], Array]:
     width = self.centers.shape[1]
     if inputs.ndim != 3 or inputs.shape[2] != width:
       raise ValueError(
@@ -158,7 +159,7 @@ class Graph:
   balanced ones; empty places are zeros. Edges between regions are cut.
 
   Args:
-    regions: ``int [nodes]``, such as ``graph_regions(edges, nodes, 8)``. A
+    regions: ``int [nodes]``, such as ``regions.by_graph(edges, nodes, 8)``. A
       negative one is no region.
     edges: ``int [m, 2]``, pairs of nodes, both directions meant.
 
@@ -171,10 +172,10 @@ class Graph:
     (2, 1, 2, 1) [[0.0, 1.0], [1.0, 0.0]] [[0.0, 0.0], [0.0, 0.0]]
   """
 
-  def __init__(self, regions: _types.ArrayLike, edges: _types.ArrayLike):
+  def __init__(self, regions: ArrayLike, edges: ArrayLike):
     regions, edges = np.asarray(regions), np.asarray(edges).reshape(-1, 2)
-    _validate.integers("regions", regions)
-    _validate.integers("edges", edges)
+    validate.integers("regions", regions)
+    validate.integers("edges", edges)
     if regions.ndim != 1 or not (regions >= 0).any():
       raise ValueError(
         "regions must have shape [nodes] and hold one region at least, got shape"
@@ -202,7 +203,7 @@ class Graph:
     for a, b in (inside.T, inside.T[::-1]):
       self.adjacency[regions[a], position[a], position[b]] = 1
 
-  def split(self, inputs: _types.Array) -> tuple[tuple[Any, ...], _types.Array]:
+  def split(self, inputs: Array) -> tuple[tuple[Any, ...], Array]:
     if inputs.ndim < 2 or inputs.shape[1] != self.num_nodes:
       raise ValueError(
         f"inputs must have shape [batch, {self.num_nodes}, ...], one row for each"

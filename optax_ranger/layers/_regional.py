@@ -7,9 +7,9 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from optax_ranger import _numerics
-from optax_ranger import _types
-from optax_ranger import _validate
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.types import Array
 from optax_ranger.layers import _partitions
 
 _WAYS = ("mean", "sum", "max")
@@ -86,7 +86,7 @@ class RegionalAggregator(nnx.Module):
     shared: bool = True,
     rngs: nnx.Rngs | None = None,
   ):
-    _validate.choice("aggregator", aggregator, _WAYS)
+    validate.choice("aggregator", aggregator, _WAYS)
     if not isinstance(partition, _partitions.Partition):
       raise TypeError(
         f"partition must be a Grid, TimeWindows, Centers or Graph, got {partition!r}."
@@ -116,19 +116,17 @@ class RegionalAggregator(nnx.Module):
       self.local = make(rngs.split(count))
     learned, given = None, None
     if isinstance(weights, str):
-      _validate.choice("weights", weights, ("learned",))
+      validate.choice("weights", weights, ("learned",))
       learned = nnx.Param(jnp.zeros([count]))
     elif weights is not None:
-      _validate.shape("weights", weights, (count,))
-      if _validate.is_known(weights) and (np.asarray(weights) < 0).any():
+      validate.shape("weights", weights, (count,))
+      if validate.is_known(weights) and (np.asarray(weights) < 0).any():
         raise ValueError(f"weights must not be negative, got {weights!r}.")
       given = nnx.Variable(jnp.asarray(weights))
     self.log_weights = nnx.data(learned)
     self.given_weights = nnx.data(given)
 
-  def __call__(
-    self, inputs: _types.Array, region_weights: _types.Array | None = None
-  ) -> _types.Array:
+  def __call__(self, inputs: Array, region_weights: Array | None = None) -> Array:
     count, batch = self.partition.num_regions, inputs.shape[0]
     pieces, present = self.partition.split(inputs)
     results = self._run(pieces, batch)
@@ -163,9 +161,9 @@ class RegionalAggregator(nnx.Module):
     if self.aggregator == "sum":
       return total
     divisor = jnp.broadcast_to(per_row.sum(axis=0), total.shape)
-    return _numerics.divide(total, divisor)
+    return numerics.divide(total, divisor)
 
-  def _run(self, pieces: tuple[_types.Array, ...], batch: int) -> _types.Array:
+  def _run(self, pieces: tuple[Array, ...], batch: int) -> Array:
     """The local results of all regions, ``[num_regions, batch, ...]``."""
     if self.shared and not isinstance(self.partition, _partitions.Graph):
       # Regions join the batch, the batch first: so it stays split over devices.

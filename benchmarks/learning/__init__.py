@@ -1,0 +1,1 @@
+"""Learning studies: wrong labels, other noise, learning rates."""

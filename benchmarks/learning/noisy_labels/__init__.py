@@ -1,0 +1,1 @@
+"""Training on wrong labels: `python -m benchmarks.learning.noisy_labels`."""

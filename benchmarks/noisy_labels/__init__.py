@@ -1,1 +1,0 @@
-"""Training on wrong labels, side by side: `python -m benchmarks.noisy_labels`."""

@@ -1,0 +1,1 @@
+"""Speed and memory, beside rivals and the bandwidth floor."""

@@ -1,0 +1,127 @@
+"""Inner products of members, leaf by leaf, for Krum and the geometric median.
+
+They are taken around a center and in a unit that no single member can move far,
+and summed leaf by leaf, so that nothing is concatenated and nothing overflows.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from optax_ranger._core import numerics
+from optax_ranger._core.members import gather_rows
+from optax_ranger._core.members import keep_rows
+from optax_ranger._core.members import weighted_sum
+from optax_ranger._core.sharding import after
+from optax_ranger._core.sharding import is_sharded
+from optax_ranger._core.sharding import replicate
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
+
+# A member this many times the size of the median one is absent: its square would
+# leave the others' below the rounding of float32, or overflow.
+_FARTHEST = 2.0**40
+
+
+class Frame(NamedTuple):
+  """Where inner products are taken from, and in which unit.
+
+  Attributes:
+    weights: ``float [n]``, the members' weights; absent ones have zero.
+    center: ``float [n]``, one for the member of median size, where the center
+      is, and zero for the others.
+    unit: the median size, positive.
+  """
+
+  weights: Array
+  center: Array
+  unit: Array
+
+
+def sizes(updates: PyTree, n: int) -> Array:
+  """The largest magnitude among each member's entries, [n]."""
+  found = jnp.zeros([n], jnp.float32)
+  for leaf in jax.tree.leaves(updates):
+    for part in _real_parts(leaf):
+      largest = jnp.abs(part).max(axis=tuple(range(1, part.ndim)), initial=0)
+      dtype = numerics.widest(found.dtype, numerics.wide(part.dtype))
+      largest = replicate(largest.astype(dtype))
+      found = jnp.maximum(found.astype(dtype), largest)
+  return found
+
+
+def frame(sizes: Array, weights: Array) -> Frame:
+  """Chooses the center and the unit by the members' sizes and weights, [n] each."""
+  sizes = sizes.astype(weights.dtype)
+  positive = jnp.where(sizes > 0, weights, jnp.zeros_like(weights))
+  unit = weighted_median(sizes, positive)
+  # Of the median's size: no lie that is large. The first one, where several are.
+  there = jnp.logical_and(positive > 0, sizes == unit)
+  first = jnp.logical_and(there, jnp.cumsum(there) == 1)
+  unit = jnp.where(unit > 0, unit, jnp.ones_like(unit))
+  unit = jnp.maximum(unit, 2 * jnp.finfo(unit.dtype).tiny)
+  near = sizes / _FARTHEST <= unit
+  weights = jnp.where(near, weights, jnp.zeros_like(weights))
+  return Frame(weights, first.astype(weights.dtype), unit)
+
+
+def of_leaf(leaf: Array, frame: Frame, row: Any = None) -> Array:
+  """One leaf's inner products, [n, n]; add up those of all leaves.
+
+  With `row`, those of that member alone, [1, n].
+  """
+  dtype = numerics.widest(numerics.real(numerics.wide(leaf.dtype)))
+  n = leaf.shape[0]
+  total = jnp.zeros([n if row is None else 1, n], dtype)
+  for part in _real_parts(gather_rows(leaf)):
+    part = keep_rows(frame.weights > 0, part.astype(dtype))
+    part = part / frame.unit.astype(dtype)
+    part = part - weighted_sum(frame.center, part)[None]
+    axes = tuple(range(1, part.ndim))
+    total = total + jax.lax.dot_general(
+      part if row is None else part[row][None],
+      part,
+      ((axes, axes), ((), ())),
+      precision=jax.lax.Precision.HIGHEST,
+      out_sharding=PartitionSpec(None, None) if is_sharded(part) else None,
+    )
+  return total
+
+
+def of_members(updates: PyTree, weights: Array) -> tuple[Any, Any]:
+  """The frame of these members and their inner products, over all leaves."""
+  n = weights.shape[0]
+  found = frame(sizes(updates, n), weights)
+  total = jnp.zeros([n, n], weights.dtype)
+  for leaf in jax.tree.leaves(updates):
+    waiting = found._replace(weights=after(total, found.weights))
+    total = total + of_leaf(leaf, waiting).astype(total.dtype)
+  return found, total
+
+
+def squared_distances(gramian: Array) -> Array:
+  """Squared distances between the members, [n, n], in the Gramian's unit."""
+  squares = jnp.diagonal(gramian)
+  squared = squares[:, None] + squares[None] - 2 * gramian
+  squared = jnp.where(jnp.eye(len(squares), dtype=bool), 0, squared)
+  return jnp.maximum(squared, jnp.zeros_like(squared))
+
+
+def weighted_median(values: Array, weights: Array) -> Array:
+  """The lower weighted median of a vector; zero where no weight is positive."""
+  if not values.shape[0]:
+    return jnp.zeros([], values.dtype)
+  order = jnp.argsort(jnp.where(weights > 0, values, jnp.inf))
+  upper = jnp.cumsum(weights[order])
+  place = jnp.argmax(upper >= upper[-1] / 2)
+  median = values[order[place]]
+  return jnp.where(upper[-1] > 0, median, jnp.zeros_like(median))
+
+
+def _real_parts(leaf: Array) -> tuple[Array, ...]:
+  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+    return jnp.real(leaf), jnp.imag(leaf)
+  return (leaf,)

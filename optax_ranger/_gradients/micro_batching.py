@@ -1,0 +1,174 @@
+"""Many micro-batches in one compiled step, and one reduction across devices."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.sharding import vary
+from optax_ranger._core.sharding import varying_axes
+from optax_ranger._core.tree import all_finite
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
+
+
+class MicroBatchReport(NamedTuple):
+  """What went into a gradient of ``micro_batched``.
+
+  Attributes:
+    weight: ``float32``, the sum of the weights, over all devices. Pass it as
+      ``weight=`` to ``accumulate``.
+    num_left_out: ``int32``, micro-batches left out because their gradient, a
+      scalar of their value, or their weight was not finite.
+  """
+
+  weight: Array
+  num_left_out: Array
+
+
+def micro_batched(
+  value_and_grad_fn: Callable[..., Any],
+  num_micro_batches: int,
+  *,
+  weigh: Callable[[Any], Any] | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
+) -> Callable[..., Any]:
+  r"""Computes a gradient in micro-batches, with the memory of one.
+
+  It scans over the micro-batches of a batch of any size; when the size does not
+  divide, the last one is smaller. ``optax.microbatch`` refuses such batches, and
+  knows neither weights nor devices.
+
+  .. math::
+    g = \sum_j w_j g_j \, / \, \sum_j w_j
+
+  Under ``jax.shard_map``, name the axis: gradients then stay apart on each
+  device until one ``psum`` at the end, for any number of micro-batches. Without
+  the name, JAX sums the gradient of replicated parameters in every micro-batch.
+
+  Args:
+    value_and_grad_fn: ``(params, batch, **extra_args) -> (value, grads)``, the
+      gradient of a *mean* over the batch, as of ``jax.value_and_grad`` or
+      ``optax_ranger.value_and_grad`` with ``aggregate_by_mean``.
+    num_micro_batches: a static Python integer; a batch of n examples is cut into
+      pieces of ceil(n / num_micro_batches).
+    weigh: ``micro_batch -> weight``, tokens or a mask's sum; None for the number
+      of examples. Where ``value_and_grad`` may leave examples out, weigh by the
+      number of finite ones.
+    axis_name: the mesh axis, or axes, over which devices hold parts of the
+      batch; None for one device, or for automatic sharding.
+
+  Returns:
+    A function ``(params, batch, **extra_args) -> (value, grads, report)``.
+    Every leaf of ``batch`` has leading axis n; extra args go to each call whole.
+    Scalars in ``value`` are averaged with the weights, and over devices; leaves
+    with one row an example come back with n rows, each device its own.
+
+  Guarantees:
+    * The gradient of the whole batch, whatever the number of micro-batches
+      (``test_micro_batches_are_the_whole_batch``).
+    * A micro-batch that is not finite counts as weight zero, on its own device
+      only (``test_left_out_on_one_device``).
+    * One reduction across devices (``test_one_all_reduce_for_any_number``).
+
+  Raises:
+    TypeError: for a number of micro-batches that is not a Python integer.
+    ValueError: for one below 1, and for leaves that differ in their leading axis.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> mean_loss = lambda w, batch: (w * batch).mean()
+    >>> grad_fn = ranger.micro_batched(jax.value_and_grad(mean_loss), 2)
+    >>> value, grad, report = grad_fn(jnp.array(2.0), jnp.array([1.0, 2.0, 6.0]))
+    >>> print(value, grad, report.weight)  # pieces of 2 and 1
+    6.0 3.0 3.0
+  """
+  validate.static_count("num_micro_batches", num_micro_batches)
+
+  def function(params: PyTree, batch: PyTree, **extra_args: Any) -> Any:
+    n = validate.leading_axis("batch", batch)
+    if not n:
+      raise ValueError(f"batch must hold at least one example, got {n}.")
+    size = -(-n // num_micro_batches)
+    whole = n // size
+    if axis_name is not None:
+      params = jax.tree.map(lambda leaf: vary(leaf, axis_name), params)
+
+    def evaluate(micro_batch):
+      value, grads = value_and_grad_fn(params, micro_batch, **extra_args)
+      rows = jax.tree.leaves(micro_batch)[0].shape[0]
+      weight = numerics.scalar(weigh(micro_batch) if weigh else rows)
+      by_row, scalars = _split(jax.tree.map(jnp.asarray, value), rows)
+      good = jnp.logical_and(weight >= 0, weight < jnp.inf)
+      good = jnp.logical_and(good, all_finite((grads, scalars)))
+      return by_row, (scalars, grads), weight, good
+
+    def add(total, part):
+      sums, weight_sum, left_out = total
+      _, terms, weight, good = part
+      weight = jnp.where(good, weight, jnp.zeros_like(weight))
+
+      def add_leaf(sum_, term):
+        new = sum_ + weight.astype(sum_.dtype) * term.astype(sum_.dtype)
+        return jnp.where(good, new, sum_)
+
+      sums = jax.tree.map(add_leaf, sums, terms)
+      left_out = numerics.increment(left_out, jnp.logical_not(good))
+      return sums, weight_sum + weight, left_out
+
+    def step(total, micro_batch):
+      part = evaluate(micro_batch)
+      return add(total, part), part[0]
+
+    micro_batches = jax.tree.map(
+      lambda leaf: leaf[: whole * size].reshape(whole, size, *leaf.shape[1:]), batch
+    )
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+    _, types, _, good = jax.eval_shape(evaluate, first)
+    total = _zeros(types, good)
+    total, by_row = jax.lax.scan(step, total, micro_batches)
+    by_row = jax.tree.map(
+      lambda leaf: leaf.reshape(whole * size, *leaf.shape[2:]), by_row
+    )
+    if whole * size < n:
+      rest = evaluate(jax.tree.map(lambda leaf: leaf[whole * size :], batch))
+      total = add(total, rest)
+      by_row = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), by_row, rest[0])
+    if axis_name is not None:
+      total = jax.lax.psum(total, axis_name)
+    sums, weight, left_out = total
+    scalars, grads = jax.tree.map(
+      lambda leaf, like: numerics.divide(leaf, weight).astype(like.dtype), sums, types
+    )
+    return _merge(by_row, scalars), grads, MicroBatchReport(weight, left_out)
+
+  return function
+
+
+def _split(value: PyTree, rows: int) -> tuple[PyTree, PyTree]:
+  """Parts a value into leaves with one row an example, and all others."""
+  is_rows = lambda leaf: jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == rows
+  by_row = jax.tree.map(lambda leaf: leaf if is_rows(leaf) else None, value)
+  others = jax.tree.map(lambda leaf: None if is_rows(leaf) else leaf, value)
+  return by_row, others
+
+
+def _merge(by_row: PyTree, others: PyTree) -> PyTree:
+  choose = lambda a, b: b if a is None else a
+  return jax.tree.map(choose, by_row, others, is_leaf=lambda leaf: leaf is None)
+
+
+def _zeros(terms: PyTree, good: Any) -> Any:
+  """Sums at their start, each varying over the devices as its terms will."""
+
+  def zero(like, dtype):
+    zeros = jnp.zeros(like.shape, dtype)
+    axes = tuple(varying_axes(like) | varying_axes(good))
+    return vary(zeros, axes)
+
+  sums = jax.tree.map(lambda like: zero(like, numerics.wide(like.dtype)), terms)
+  return sums, zero(good, jnp.float32), zero(good, jnp.int32)

@@ -1,0 +1,357 @@
+"""The confusion matrix of the labels, estimated by neighbors, and losses with it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.sharding import automatic
+from optax_ranger._core.sharding import first_sharded
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import Neighbors
+from optax_ranger.labels import _targets
+from optax_ranger.neighbors import _weights
+
+
+def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
+  r"""Returns what the neighbors of each example believe its class to be.
+
+  The example's own belief has no part in it (leave-one-out): a network that has
+  memorized a label believes in it, and only others can tell that it is wrong.
+  It helps where neighbors share a class; where they don't, it is as smeared as
+  the neighborhood.
+
+  .. math::
+    b_i = \sum_j w_{ij} \, p_{N(i, j)} \, / \, \sum_j w_{ij},
+    \qquad N(i, j) \neq i, \quad p_{N(i, j)} \neq 0
+
+  Args:
+    neighbors: ``Neighbors`` with arrays of ``[n, k]``. Left out are empty places,
+      weights that are not positive and finite, and the example itself, where it
+      is among its own neighbors. Copies of an example are other examples, and
+      confirm it.
+    beliefs: ``float [n, C]``, not negative, of any scale, such as the rows of
+      ``smoothed_predictions``. A row of zeros, or one that is not finite, is no
+      belief: that neighbor is left out, from the denominator too.
+
+  Shapes:
+    One neighbor is added at a time: memory is O(n (C + k)), not O(n k C).
+
+  Returns:
+    ``float32 [n, C]`` (float64 for such beliefs); a row of zeros, "no belief",
+    where no neighbor has one. No gradient flows through it.
+
+  Guarantees:
+    * The weighted mean of the others' normalized beliefs
+      (``test_neighbor_beliefs_equal_a_loop``).
+    * An example's row does not depend on its own belief
+      (``test_no_example_confirms_itself``).
+    * Rows are not negative, and sum to one or are zeros, whatever comes
+      (``test_neighbor_beliefs_are_probabilities_or_none``).
+    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+
+  Raises:
+    ValueError: for shapes that do not fit.
+    TypeError: for indices that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> points = jnp.array([[0.0], [1.0], [2.0]])
+    >>> neighbors = ranger.neighbors.nearest(points, k=2)
+    >>> beliefs = jnp.array([[0.0, 1.0], [0.5, 0.5], [0.0, 0.0]])  # the last: none
+    >>> print(ranger.labels.neighbor_beliefs(neighbors, beliefs))
+    [[0.5  0.5 ]
+     [0.   1.  ]
+     [0.25 0.75]]
+
+  References:
+    Bahri et al., Deep k-NN for Noisy Labels, 2020,
+    https://arxiv.org/abs/2004.12289, for votes of neighbors; here they vote with
+    beliefs instead of labels.
+  """
+  rows = _targets.distributions("beliefs", beliefs)
+  n = rows.shape[0]
+  places, weights = _weights.usable(neighbors, n, rows.dtype)
+  others = places != jnp.arange(n, dtype=places.dtype)[:, None]
+  weights = jnp.where(others, weights, jnp.zeros_like(weights))
+  if not places.size:
+    return jnp.zeros_like(rows)
+  weights = numerics.to_peak(weights)  # Sums stay in range then.
+  on = first_sharded(rows, places)
+  add = automatic(_weights.add_neighbors, on, on)
+  total = add(jnp.zeros_like(rows), rows, places, weights)
+  # Each neighbor's belief sums to one or to zero, so the sum is the denominator.
+  return jax.lax.stop_gradient(_targets.normalized(total))
+
+
+def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array:
+  r"""Estimates how labels get confused: the chance of each label, given the class.
+
+  Each class's row is told by the examples that are most confident of that class,
+  its anchors. Examples between look-alikes count for neither: their share would
+  leak from row to row and make T too flat, and estimating anew with the beliefs
+  that T gives would only confirm itself. Give T to ``forward_corrected_loss`` or
+  to ``refine_targets``. It helps where some classes are mistaken for certain
+  others. It is wrong where confident beliefs are.
+
+  .. math::
+    T_{cy} \propto \sum_i w_i(c) \, [y_i = y], \qquad
+    w_i(c) = \Big( \frac{b_i(c)}{\max_j b_j(c)} \Big)^s, \qquad
+    \sum_y T_{cy} = 1
+
+  The beliefs must not have seen the labels, or they agree with them: those of a
+  network that has memorized wrong labels make T the identity. So take the
+  neighbors' beliefs, ``neighbor_beliefs(neighbors, beliefs)``, of which an
+  example's own is no part; the network's own memory of its label may still have
+  reached its neighbors.
+
+  Args:
+    labels: ``int [n]``, each in [0, C); an example out of range has no label, and
+      is left out.
+    beliefs: ``float [n, C]``, not negative, of any scale: rows are normalized. An
+      example with a row of zeros, or one that is not finite, is left out.
+    sharpness: s, positive. A smaller one makes T flatter, 4 already; a larger one
+      noisier, 16 already, as fewer examples tell each row, effectively
+      :math:`(\sum_i w_i)^2 / \sum_i w_i^2`. Infinity counts the most confident
+      alone, several if they are equally so.
+
+  Returns:
+    ``float32 [C, C]`` (float64 for such beliefs), T[c, y]. A class that nobody
+    believes in has the row of the identity: where nothing is known, labels are
+    trusted. One that nobody is confident of gets its row from examples of others.
+    No gradient flows through it.
+
+  Guarantees:
+    * Rows are not negative and sum to one, whatever comes
+      (``test_confusion_rows_are_probabilities``).
+    * With the true classes as beliefs it is their confusion matrix, counted
+      (``test_confusion_of_true_classes_is_counted``).
+    * Anchors that are certain of their class tell it, whatever the others between
+      look-alikes bear, as s grows (``test_anchors_tell_the_rows``).
+    * The order of examples does not matter (``test_order_does_not_matter``).
+    * No usable example makes the identity (``test_nothing_known_is_the_identity``).
+    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+
+  Raises:
+    ValueError: for shapes that do not fit, and a sharpness that is not positive.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    Of class 0, half bears the label 1; nobody knows of class 2.
+
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> labels = jnp.array([0, 1, 1, 1])
+    >>> beliefs = jnp.array([[4.0, 0, 0], [4, 0, 0], [0, 1, 0], [0, 1, 0]])
+    >>> print(ranger.labels.label_confusion(labels, beliefs))
+    [[0.5 0.5 0. ]
+     [0.  1.  0. ]
+     [0.  0.  1. ]]
+
+  References:
+    Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
+    https://arxiv.org/abs/1609.03683, theorem 3, where the most confident example
+    of a class tells its row, here made soft; Northcutt et al., Confident Learning,
+    2021, https://arxiv.org/abs/1911.00068, a relative, which counts confident
+    examples.
+  """
+  validate.in_range("sharpness", sharpness, 0, float("inf"), open_low=True)
+  rows = _targets.distributions("beliefs", beliefs)
+  label = _targets.one_hot(labels, rows)
+  rows = jnp.where(label.any(axis=1, keepdims=True), rows, jnp.zeros_like(rows))
+  rows = numerics.to_peak(rows, axis=0)  # The peak's power is one, whatever s.
+  power = rows ** numerics.scalar(sharpness, rows.dtype)
+  rows = jnp.where(rows > 0, power, rows)
+  count = lambda rows, label: jnp.matmul(rows.T, label, precision="highest")
+  counts = automatic(count, rows, jnp.zeros([]))(rows, label)
+  return jax.lax.stop_gradient(_stochastic(counts))
+
+
+def confusion_spread(confusion: Any) -> Array:
+  r"""Returns how evenly wrong labels fall on the other classes, from 0 to 1.
+
+  It is 1 for symmetric noise, and, of three classes or more, 0 where each is
+  mistaken for one other only. That tells how robust a corrected loss may be:
+  exponents keep a network from memorizing wrong labels; where these fall evenly,
+  the likeliest class stays the likeliest, and where they don't, the wrong one may
+  become it. Take ``exponent=0.4 * confusion_spread(confusion)``. It doesn't see
+  that some classes have more wrong labels than others, nor anything in two, and
+  of a matrix that is almost the identity it tells only where the error lies.
+
+  .. math::
+    s = \frac{-\sum_c \sum_{y \neq c} T[c, y] \log (T[c, y] / e_c)}
+             {\log (C - 1) \, \sum_c e_c}, \qquad e_c = \sum_{y \neq c} T[c, y]
+
+  Args:
+    confusion: ``float [C, C]``, T[c, y], such as ``label_confusion(...)``, with
+      rows as in ``forward_corrected_loss``.
+
+  Returns:
+    A scalar in [0, 1], float32 (float64 for such a matrix): the entropy of wrong
+    labels given the class, over its largest value, mean over wrong labels. 0 where
+    no label is wrong, and 1 for two classes where some are. No gradient flows
+    through it.
+
+  Guarantees:
+    * 1 for symmetric noise of any rate, 0 for pairs
+      (``test_spread_tells_symmetric_noise_from_pairs``).
+    * Renaming classes changes nothing (``test_spread_of_renamed_classes``).
+    * It lies in [0, 1], whatever comes (``test_spread_lies_between_zero_and_one``).
+
+  Raises:
+    ValueError: for a matrix that is not square, or empty.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> pairs = jnp.array([[0.6, 0.4, 0.0], [0.0, 0.6, 0.4], [0.4, 0.0, 0.6]])
+    >>> even = jnp.array([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2], [0.2, 0.2, 0.6]])
+    >>> print(*(ranger.labels.confusion_spread(t).round(3) for t in (pairs, even)))
+    0.0 1.0
+
+  References:
+    Ghosh et al., Robust Loss Functions under Label Noise for Deep Neural Networks,
+    2017, https://arxiv.org/abs/1712.09482, theorems 1 and 3: which noise a robust
+    loss tolerates. The measure is ours.
+  """
+  confusion = jax.lax.stop_gradient(jnp.asarray(confusion))
+  rows = _targets.distributions("confusion", confusion)
+  validate.shape("confusion", rows, (rows.shape[1],) * 2)
+  matrix = _stochastic(rows)
+  classes, dtype = matrix.shape[1], matrix.dtype
+  wrong = jnp.where(jnp.eye(classes, dtype=bool), jnp.zeros_like(matrix), matrix)
+  total = wrong.sum()
+  if classes <= 2:
+    return (total > 0).astype(dtype)
+  entropy = jax.scipy.special.entr(_targets.normalized(wrong)).sum(axis=1)
+  spread = (wrong.sum(axis=1) * entropy).sum() / math.log(classes - 1)
+  spread = spread / jnp.where(total > 0, total, jnp.ones_like(total))
+  return jnp.clip(spread, 0, 1)
+
+
+def forward_corrected_loss(
+  logits: Any, labels: Any, confusion: Any, *, exponent: Any = 0.0, smoothing: Any = 0.0
+) -> Array:
+  r"""Returns the loss of each label under what the network says of it.
+
+  The network tells the class, the confusion matrix what label that class gets:
+  so the network is fitted to the classes behind the labels. It helps where
+  classes are confused systematically. A network with room for it memorizes wrong
+  labels all the same, only later: an exponent keeps it from that, or stop early.
+
+  .. math::
+    u_i &= \sum_c p_i(c) \, T[c, y_i], \qquad
+    p_i = \mathrm{softmax}(\mathrm{logits}_i) \\
+    \ell_i &= \frac{1 - u_i^q}{q} - \frac{\lambda}{C} \sum_c \log p_i(c), \qquad
+    \frac{1 - u^q}{q} \to -\log u \;\text{ as }\; q \to 0
+
+  Theorem (Patrini et al.): over labels drawn from the classes by a T that can be
+  inverted, the minimizer is the distribution of the *classes*, for q = 0 and
+  :math:`\lambda = 0`.
+
+  Args:
+    logits: ``float [n, C]``.
+    labels: ``int [n]``, each in [0, C). An example whose label is out of range
+      has no label, and loss and gradient zero.
+    confusion: ``float [C, C]``, T[c, y], such as ``label_confusion(...)``. Its
+      rows are normalized, and one that is blank, negative or not finite becomes
+      that of the identity. No gradient flows into it.
+    exponent: q in [0, 1], from cross-entropy (0) to mean absolute error (1).
+      Examples that contradict the corrected prediction lose weight, to
+      :math:`u^q` of what they have in cross-entropy, so that wrong labels are not
+      memorized. The correction is unbiased at 0 only: with a confusion matrix
+      that is far from symmetric, large exponents favor the label of the class
+      that is confused most. ``confusion_spread`` tells how large it may be.
+    smoothing: :math:`\lambda` in [0, 1], the pull of the prediction to the uniform
+      distribution, the term that label smoothing adds: nothing saturates.
+
+  Returns:
+    ``float32 [n]`` (float64 for such logits). A label that cannot be, as T is zero
+    for all classes the network allows, has the largest loss that floats tell
+    apart, that of the least normal u (87 in float32 for q = 0), and no gradient but
+    that of the smoothing. A class whose log-probability is infinite is left out of
+    the smoothing. Logits that are not numbers make a loss that is none, of this
+    example only.
+
+  Guarantees:
+    * The minimizer over noisy labels is the clean posterior
+      (``test_forward_loss_finds_the_clean_posterior``).
+    * With the identity it is the softmax cross-entropy
+      (``test_identity_is_cross_entropy``), and with an exponent the generalized
+      one (``test_identity_with_an_exponent_is_gce``).
+    * ``exponent=0`` is the logarithm, exactly, and small ones go there
+      (``test_exponents_join_the_logarithm_at_zero``); ``exponent=1`` is 1 - u
+      (``test_exponent_of_one_is_the_absolute_error``).
+    * The smoothing is what label smoothing adds (``test_smoothing_is_added``).
+    * Finite logits have a finite loss and gradient, zeros in T or not
+      (``test_forward_loss_stays_finite``).
+    * An example without a label has none (``test_no_label_no_loss``).
+    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+
+  Raises:
+    ValueError: for shapes that do not fit, and an exponent or a smoothing out of
+      range. Traced, they may be any, of one compiled program.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> logits, labels = jnp.log(jnp.array([[0.5, 0.5]] * 2)), jnp.array([0, 1])
+    >>> confusion = jnp.array([[0.5, 0.5], [0.0, 1.0]])  # half of 0 is called 1
+    >>> loss = ranger.labels.forward_corrected_loss(logits, labels, confusion)
+    >>> print(jnp.exp(-loss))  # 1/2 1/2; 1/2 1/2 + 1/2
+    [0.25 0.75]
+    >>> corrected = ranger.labels.forward_corrected_loss
+    >>> loss = corrected(logits, labels, confusion, exponent=0.5)
+    >>> print(loss.round(4))  # 2 (1 - 1/2); 2 (1 - 0.866)
+    [1.     0.2679]
+
+  References:
+    Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
+    https://arxiv.org/abs/1609.03683, theorem 2; Zhang and Sabuncu, Generalized
+    Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels, 2018,
+    https://arxiv.org/abs/1805.07836, equation 6, here of the corrected prediction.
+  """
+  validate.in_range("exponent", exponent, 0, 1)
+  validate.in_range("smoothing", smoothing, 0, 1)
+  logits, confusion = jnp.asarray(logits), jnp.asarray(confusion)
+  if logits.ndim != 2 or not logits.shape[1]:
+    raise ValueError(
+      f"logits must have shape [n, C], C at least 1, got {list(logits.shape)}."
+    )
+  validate.shape("confusion", confusion, (logits.shape[1],) * 2)
+  logits = logits.astype(numerics.wide(logits.dtype))
+  label, dtype = _targets.one_hot(labels, logits), logits.dtype
+  confusion = _stochastic(jax.lax.stop_gradient(confusion.astype(dtype)))
+  chances = _targets.chances(label, confusion)
+  labeled = label.any(axis=1)
+  # Selected before the logarithms too: a gradient of zero times infinity is none.
+  logits = jnp.where(labeled[:, None], logits, jnp.zeros_like(logits))
+  said = jax.nn.log_softmax(logits)
+  nowhere = jnp.asarray(-jnp.inf, dtype)
+  known = jnp.log(jnp.where(chances > 0, chances, jnp.ones_like(chances)))
+  scores = jnp.where(chances > 0, said + known, nowhere)
+  impossible = (scores == nowhere).all(axis=1)
+  scores = jnp.where(impossible[:, None], jnp.zeros_like(scores), scores)
+  floor = jnp.log(jnp.asarray(jnp.finfo(dtype).tiny, dtype))
+  log_chance = jnp.where(impossible, floor, jax.nn.logsumexp(scores, axis=1))
+  loss = _generalized(log_chance, numerics.scalar(exponent, dtype))
+  said = jnp.where(said == nowhere, jnp.zeros_like(said), said)
+  pull = -(said / said.shape[1]).sum(axis=1)  # A sum of the whole could overflow.
+  loss = loss + numerics.scalar(smoothing, dtype) * pull
+  return jnp.where(labeled, loss, jnp.zeros_like(loss))
+
+
+def _generalized(log_chance: Array, exponent: Array) -> Array:
+  """(1 - u^q) / q of log u, without cancellation; -log u for q of zero."""
+  # Below, q log u would be flushed to zero, and the loss with it.
+  positive = exponent > jnp.sqrt(jnp.finfo(exponent.dtype).tiny).astype(exponent.dtype)
+  power = jnp.where(positive, exponent, jnp.ones_like(exponent))
+  return jnp.where(positive, -jnp.expm1(power * log_chance) / power, -log_chance)
+
+
+def _stochastic(matrix: Array) -> Array:
+  """Rows that sum to one: those of the identity where there is nothing to scale."""
+  rows = _targets.normalized(matrix)
+  known = rows.any(axis=1, keepdims=True)
+  return jnp.where(known, rows, jnp.eye(rows.shape[0], dtype=rows.dtype))

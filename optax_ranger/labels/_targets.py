@@ -1,0 +1,184 @@
+"""What smoothed predictions are used for: a regularizer, and soft targets."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.sharding import per_row
+from optax_ranger._core.types import Array
+
+# The logarithm of what is left of one must stay finite, and its slope useful.
+_LEAST = 1e-4
+
+
+def early_learning_regularizer(logits: Any, smoothed: Any) -> Array:
+  r"""Returns the ELR term of each example, to be added to its loss.
+
+  It falls as the prediction agrees with its own past, and its gradient keeps an
+  example whose early predictions contradict its label from being memorized.
+  It helps under wrong labels; under look-alike classes that are confused
+  systematically, less.
+
+  .. math:: r_i = \log(1 - \langle p_i, \tilde p_i \rangle)
+
+  Its factor :math:`\lambda` in the loss is left to the caller, 3 being usual.
+
+  Args:
+    logits: ``float [n, C]``.
+    smoothed: ``float [n, C]``, the rows of ``smoothed_predictions``; no gradient
+      flows into it. A row of zeros, an example never visited, gives zero.
+
+  Returns:
+    ``float32 [n]`` (float64 for such logits), from :math:`\log 10^{-4}` to 0:
+    the agreement is cut off there, where its gradient would explode.
+
+  Raises:
+    ValueError: for shapes that do not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> logits, smoothed = jnp.zeros([2, 2]), jnp.array([[1.0, 0.0], [0.0, 0.0]])
+    >>> print(ranger.labels.early_learning_regularizer(logits, smoothed).round(4))
+    [-0.6931  0.    ]
+
+  References:
+    Liu et al., Early-Learning Regularization Prevents Memorization of Noisy
+    Labels, 2020, https://arxiv.org/abs/2007.00151, equation 6.
+  """
+  logits, smoothed = jnp.asarray(logits), jnp.asarray(smoothed)
+  if logits.ndim != 2:
+    raise ValueError(f"logits must have shape [n, C], got {list(logits.shape)}.")
+  validate.shape("smoothed", smoothed, logits.shape)
+  probabilities = jax.nn.softmax(logits.astype(numerics.wide(logits.dtype)))
+  past = jax.lax.stop_gradient(smoothed.astype(probabilities.dtype))
+  agreement = (probabilities * past).sum(axis=1)
+  return jnp.log(jnp.maximum(1 - agreement, jnp.asarray(_LEAST, agreement.dtype)))
+
+
+def refine_targets(
+  labels: Any, beliefs: Any, *, confusion: Any = None, support: Any = None
+) -> Array:
+  r"""Returns soft targets: what the labels become in the light of the beliefs.
+
+  With a confusion matrix, the posterior of the true class given belief and
+  label. Without, a mixture of label and belief, in which the label keeps as
+  much as its support.
+
+  .. math::
+    q_i(c) &\propto b_i(c) \, T[c, y_i] \\
+    t_i &= s_i \, e_{y_i} + (1 - s_i) \, q_i
+
+  Args:
+    labels: ``int [n]``, each in [0, C). An example whose label is out of range
+      has no label, and its belief is its target.
+    beliefs: ``float [n, C]``, not negative, such as the rows of
+      ``smoothed_predictions`` or of ``neighbor_beliefs``, or a mixture of both;
+      of any scale. A row of zeros, or one that is not finite, is no belief: the
+      label stays.
+    confusion: ``float [C, C]``, T[c, y], the chance that an example of class c
+      bears the label y, such as ``label_confusion(labels, beliefs)``; its rows
+      need not be normalized. None for q = b.
+    support: ``float [n]``, s in [0, 1], how far the label is to be kept, such as
+      ``label_support(neighbors, labels)``. When missing: zero with a confusion
+      matrix, which has weighed the label already; without, the belief in it,
+      :math:`b_i(y_i)`.
+
+  Returns:
+    ``float32 [n, C]`` (float64 for such beliefs). No gradient flows through it.
+
+  Guarantees:
+    * Rows are not negative and sum to one, whatever comes
+      (``test_refined_targets_are_probabilities``).
+    * ``support=1`` is the label (``test_full_support_keeps_the_label``).
+    * With the true confusion and belief it is Bayes' posterior
+      (``test_refined_target_is_the_posterior``).
+
+  Raises:
+    ValueError: for shapes that do not fit.
+    TypeError: for labels that are not integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> labels, beliefs = jnp.array([0]), jnp.array([[0.25, 0.75]])
+    >>> print(ranger.labels.refine_targets(labels, beliefs))  # 1/4 label, 3/4 belief
+    [[0.4375 0.5625]]
+    >>> confusion = jnp.array([[0.75, 0.25], [0.25, 0.75]])  # a quarter is wrong
+    >>> print(ranger.labels.refine_targets(labels, beliefs, confusion=confusion))
+    [[0.5 0.5]]
+
+  References:
+    Reed et al., Training Deep Neural Networks on Noisy Labels with
+    Bootstrapping, 2015, https://arxiv.org/abs/1412.6596, equation 6; Patrini et
+    al., Making Deep Neural Networks Robust to Label Noise, 2017,
+    https://arxiv.org/abs/1609.03683.
+  """
+  belief = distributions("beliefs", beliefs)
+  (n, classes), dtype = belief.shape, belief.dtype
+  label = one_hot(labels, belief)
+  posterior = belief
+  if confusion is None:
+    trust = (belief * label).sum(axis=1)
+  else:
+    confusion = jnp.asarray(confusion)
+    validate.shape("confusion", confusion, (classes, classes))
+    columns = chances(label, confusion.astype(dtype))
+    posterior = normalized(belief * columns)
+    trust = jnp.zeros_like(belief[:, 0])
+  if support is not None:
+    support = jnp.asarray(support)
+    validate.shape("support", support, (n,))
+    support = per_row(support.astype(dtype), belief)
+    trust = jnp.clip(support[:, 0], 0, 1)
+    trust = jnp.where(jnp.isnan(trust), jnp.zeros_like(trust), trust)
+  labeled = label.any(axis=1)
+  # A posterior of zeros: the label contradicts the belief, which is left then.
+  usable = jnp.logical_and(labeled, posterior.any(axis=1))
+  posterior = jnp.where(usable[:, None], posterior, belief)
+  trust = jnp.where(belief.any(axis=1), trust, jnp.ones_like(trust))
+  trust = jnp.where(labeled, trust, jnp.zeros_like(trust))[:, None]
+  target = trust * label + (1 - trust) * posterior
+  blank = jnp.logical_not(target.any(axis=1, keepdims=True))
+  target = jnp.where(blank, jnp.full_like(target, 1 / classes), target)
+  return jax.lax.stop_gradient(target)
+
+
+def distributions(name: str, rows: Any) -> Array:
+  """Rows [n, C] of any scale as probabilities, in float32 or better.
+
+  One that is blank, negative or not finite is no distribution: zeros.
+  """
+  rows = jnp.asarray(rows)
+  if rows.ndim != 2 or not rows.shape[1]:
+    raise ValueError(
+      f"{name} must have shape [n, C], C at least 1, got {list(rows.shape)}."
+    )
+  if jnp.issubdtype(rows.dtype, jnp.inexact):
+    return normalized(rows.astype(numerics.wide(rows.dtype)))
+  return normalized(rows.astype(jnp.float32))
+
+
+def normalized(rows: Array) -> Array:
+  """Rows scaled to sum to one; zeros where there is nothing to scale."""
+  usable = jnp.logical_and(jnp.isfinite(rows), rows >= 0).all(axis=1, keepdims=True)
+  rows = jnp.where(usable, rows, jnp.zeros_like(rows))
+  rows = numerics.to_peak(rows)  # The sum stays in range then.
+  return numerics.divide(rows, rows.sum(axis=1, keepdims=True))
+
+
+def one_hot(labels: Any, like: Array) -> Array:
+  """Labels [n] as rows like those of [n, C]; zeros where one is out of range."""
+  labels = jnp.asarray(labels)
+  validate.integers("labels", labels)
+  validate.shape("labels", labels, like.shape[:1])
+  if labels.dtype.itemsize < 4:  # Classes beyond its range would wrap around.
+    labels = labels.astype(jnp.int32)
+  labels = per_row(labels, like)[:, 0]
+  return jax.nn.one_hot(labels, like.shape[1], dtype=like.dtype)
+
+
+def chances(label: Array, confusion: Array) -> Array:
+  """The chance of each example's label, given each class: columns of a confusion."""
+  return jnp.matmul(label, confusion.T, precision="highest")

@@ -1,0 +1,10 @@
+"""Nearest neighbors as arrays, and what they weigh.
+
+Imports `_core`.
+"""
+
+from optax_ranger.neighbors._nearest import nearest as nearest
+from optax_ranger.neighbors._nearest import sample as sample
+from optax_ranger.neighbors._weights import WeightReport as WeightReport
+from optax_ranger.neighbors._weights import weigh as weigh
+from optax_ranger.neighbors._weights import weight_report as weight_report

@@ -1,0 +1,159 @@
+"""The recipes `ranger_head` and `ranger`: all five steps in their order."""
+
+from typing import Any
+
+import optax
+
+from optax_ranger.steps import _acceleration
+from optax_ranger.steps import _accumulation
+from optax_ranger.steps import _aggregation
+from optax_ranger.steps import _averaging
+from optax_ranger.steps import _ema
+from optax_ranger.steps import _predictions
+
+
+def ranger_head(
+  *, include_self: bool = True, normalize: str | None = "batch"
+) -> optax.GradientTransformationExtraArgs:
+  """Turns per-example gradients into one: neighbor averaging, then the mean.
+
+  Made to be fused: give it to ``value_and_grad`` or ``example_weights``, and it
+  costs one ordinary backward pass.
+
+  Args:
+    include_self: as in ``average_neighbors``.
+    normalize: as in ``average_neighbors``.
+
+  Extra args of ``update``:
+    neighbors, member_weights, graph_weight, num_dropped: as in
+      ``average_neighbors``.
+
+  Shapes:
+    ``[n, *shape]`` to ``[*shape]``. The state is two counters.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> neighbors = ranger.neighbors.nearest(jnp.array([[0.0], [1.0], [9.0]]), 1)
+    >>> neighbors = ranger.neighbors.weigh(
+    ...     neighbors, labels=jnp.array([0, 0, 1]))
+    >>> weights = ranger.example_weights(
+    ...     ranger.ranger_head(), 3, neighbors=neighbors)
+    >>> print(weights)  # nobody backs the third label
+    [0.5 0.5 0. ]
+  """
+  return optax.named_chain(
+    (
+      "average_neighbors",
+      _averaging.average_neighbors(include_self=include_self, normalize=normalize),
+    ),
+    ("aggregate", _aggregation.aggregate_by_mean()),
+  )
+
+
+def ranger(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  momentum: Any = 0.9,
+  acceleration: Any = 1e-3,
+  hyper_rate: Any = 0.05,
+  bounds: tuple[Any, Any] = (1e-6, 1e6),
+  weight_decay: Any = 0.0,
+  every: Any = 1,
+  ema_decay: Any = None,
+  num_examples: int | None = None,
+  num_classes: int | None = None,
+  prediction_decay: Any = 0.7,
+) -> optax.GradientTransformationExtraArgs:
+  r"""The Ranger of five steps, from the mean gradient on: steps 2, 3 and 5.
+
+  Accumulates, accelerates (NGS), applies the learning rate and smooths, each in
+  its place; steps 1 and 4 come before it, in ``ranger_head``. For the PyTorch
+  optimizer of the same name see the README.
+
+  Reads aloud as: smooth predictions, then accumulate (scale by NGS, decay
+  weights, scale by the learning rate, smooth by EMA).
+
+  Args:
+    learning_rate: a number, or a schedule of the optimizer step.
+    momentum: as in ``scale_by_ngs``.
+    acceleration: as in ``scale_by_ngs``: small, the start is from below. Take 1
+      with a ``hyper_rate`` of 0, or with a learning rate that is known to be
+      good and narrow ``bounds``.
+    hyper_rate: as in ``scale_by_ngs``.
+    bounds: as in ``scale_by_ngs``.
+    weight_decay: multiplied with the learning rate and the parameters, apart
+      from the gradient (decoupled), and not with the acceleration; 0 is none.
+    every: micro-batches in an optimizer step, as in ``accumulate``.
+    ema_decay: decay of the smoothed parameters, as in ``smooth_by_ema``; None
+      keeps none, and no memory.
+    num_examples: rows of the table of smoothed predictions, as in
+      ``smooth_predictions``; None keeps none.
+    num_classes: its columns; needed with ``num_examples``.
+    prediction_decay: its decay.
+
+  Extra args of ``update``:
+    weight, last: as in ``accumulate``.
+    predictions, example_ids: as in ``smooth_predictions``, with
+      ``num_examples``.
+
+  Shapes:
+    Any tree to the same tree. The state holds the momentum and the accumulator,
+    and with ``ema_decay`` the smoothed parameters: each of the parameters' size.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs`` whose state is addressed by
+    name (``optax.named_chain``), so that a checkpoint survives the insertion of
+    a step.
+
+  Guarantees:
+    * Without acceleration, accumulation and smoothing it is Nesterov SGD
+      (``test_plain_ranger_is_nesterov_sgd``).
+    * A gradient that is not finite gives zeros and changes nothing but a
+      counter (``test_nothing_poisons``).
+
+  Raises:
+    ValueError: for arguments out of range, and for one of ``num_examples`` and
+      ``num_classes`` without the other.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> tx = ranger.ranger(
+    ...     0.5, momentum=0.0, acceleration=1.0, ema_decay=0.5)
+    >>> params = jnp.array(1.0)
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(jnp.array(4.0), state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> print(params, ranger.eval_params(state, params))  # 1 - 0.5 * 4
+    -1.0 0.0
+  """
+  if (num_examples is None) != (num_classes is None):
+    raise ValueError(
+      "smoothed predictions need num_examples and num_classes, got"
+      f" num_examples={num_examples!r} and num_classes={num_classes!r}."
+    )
+  inner = [
+    (
+      "ngs",
+      _acceleration.scale_by_ngs(
+        momentum,
+        acceleration=acceleration,
+        hyper_rate=hyper_rate,
+        bounds=bounds,
+      ),
+    ),
+    ("weight_decay", optax.add_decayed_weights(weight_decay)),
+    ("learning_rate", optax.scale_by_learning_rate(learning_rate)),
+  ]
+  if ema_decay is not None:
+    inner.append(("ema", _ema.smooth_by_ema(ema_decay)))
+  steps = []
+  if num_examples is not None and num_classes is not None:
+    table = _predictions.smooth_predictions(num_examples, num_classes, prediction_decay)
+    steps.append(("predictions", table))
+  steps.append(
+    ("accumulate", _accumulation.accumulate(optax.named_chain(*inner), every))
+  )
+  return optax.named_chain(*steps)

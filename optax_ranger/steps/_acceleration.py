@@ -1,0 +1,361 @@
+"""Step 3, NGS: Nesterov gradient scaling with a learned acceleration factor."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.tree import zeros_like
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import transformation
+from optax_ranger.steps import _factor
+
+
+class NgsState(NamedTuple):
+  """The state of ``scale_by_ngs``.
+
+  Attributes:
+    count: ``int32``, steps taken so far.
+    num_skipped: ``int32``, updates skipped so far because the gradient, or its
+      squared norm in float32, was not finite.
+    factor: the learned factor, ``acceleration``, and what it needs.
+    momentum_norm: ``float32``, the squared norm of the momentum.
+    momentum: the sum of past gradients, decayed.
+  """
+
+  count: Array
+  num_skipped: Array
+  factor: _factor.Factor
+  momentum_norm: PyTree
+  momentum: PyTree
+
+
+def scale_by_ngs(
+  momentum: Any = 0.9,
+  *,
+  acceleration: Any = 1e-3,
+  hyper_rate: Any = 0.05,
+  shrink: Any = 0.2,
+  hurry: Any = 10.0,
+  bounds: tuple[Any, Any] = (1e-6, 1e6),
+  per_leaf: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Scales Nesterov's direction with an acceleration factor learned on the way.
+
+  The factor grows while the gradient agrees with the momentum and shrinks when
+  it turns against it, so the learning rate after it is a unit more than a
+  choice. It starts from below, in a hurry, and is divided at once when the
+  gradient turns around and outgrows what is usual: an explosion. It costs one
+  multiplication and two inner products. It hurts where the rate must fall far
+  to average noise out: the factor makes up for a part of a decaying schedule.
+
+  .. math::
+    c_t &= \cos(g_t, m_{t-1}), \qquad
+    e_t = \max\big(1, -c_t \, |g_t| / \bar g_{t-1}\big) \\
+    a_t &= \mathrm{clip}\big(
+      a_{t-1} \exp(\beta h_t \, (c_t^+ - \sigma c_t^-)) / e_t, lo, hi\big) \\
+    m_t &= \mu m_{t-1} + g_t \\
+    u_t &= a_t \, (g_t + \mu m_t)
+
+  with :math:`\bar g` the running root mean square of the gradient's norm, and
+  the hurry :math:`h_t = \max(1, h_{t-1} 2^{-c_t^- / 2})`, or 1 from an
+  explosion on.
+
+  Args:
+    momentum: :math:`\mu` in [0, 1). 0 is plain gradient descent, and then only
+      the last gradient's agreement with this one counts.
+    acceleration: :math:`a_0`, positive; at most ``bounds[1]`` and at least
+      ``bounds[0]``. Small, so that a learning rate too large is met from below;
+      a start at 1 can destroy the parameters before the factor is down.
+    hyper_rate: :math:`\beta`, not negative; 0 keeps the factor fixed.
+    shrink: :math:`\sigma` in (0, 1], how fast the factor shrinks, as a share of
+      how fast it grows. With 1 noise makes the rate bleed away.
+    hurry: :math:`h_0`, at least 1: the multiple of ``hyper_rate`` at the start.
+    bounds: :math:`(lo, hi)`, positive.
+    per_leaf: whether each leaf learns a factor of its own.
+
+  Shapes:
+    Any tree to the same tree, types kept. The state holds the momentum, of the
+    parameters' size in float32 or better, and six scalars; with ``per_leaf``
+    four of them are trees of one scalar a leaf.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``. Read the factor with
+    ``optax.tree.get(state, "acceleration")``.
+
+  Guarantees:
+    * ``hyper_rate=0`` equals ``optax.sgd`` with Nesterov momentum, times the
+      acceleration (``test_no_hyper_rate_is_nesterov_sgd``).
+    * The factor is positive, finite and within bounds, whatever comes
+      (``test_acceleration_stays_within_bounds``).
+    * A gradient that is not finite gives zeros and changes nothing but a
+      counter (``test_nothing_poisons``).
+    * The factor does not depend on the gradient's unit, as long as the squared
+      norm is neither zero nor infinite in float32
+      (``test_acceleration_is_scale_free``).
+    * Where gradients are pure noise of some hundred dimensions or more, the
+      factor doesn't bleed away; in n of them it grows by some
+      :math:`0.3 \beta / \sqrt n` a step at most
+      (``test_noise_alone_does_not_bleed``).
+
+  Raises:
+    ValueError: for arguments out of range, and for gradients that differ from
+      device to device under ``jax.shard_map``.
+    TypeError: for parameters that hold integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> step = ranger.scale_by_ngs(0.5, acceleration=1.0, hyper_rate=0.1, hurry=1.0)
+    >>> gradient = jnp.array(1.0)
+    >>> state = step.init(gradient)
+    >>> _, state = step.update(gradient, state)  # no momentum yet: cosine 0
+    >>> update, state = step.update(gradient, state)  # cosine 1
+    >>> print(f"{optax.tree.get(state, 'acceleration'):.4f}")
+    1.1052
+    >>> print(f"{update:.4f}")  # exp(0.1) * (1 + 0.5 * 1.5)
+    1.9340
+    >>> _, state = step.update(-8 * gradient, state)  # an explosion: e = 8
+    >>> print(f"{optax.tree.get(state, 'acceleration'):.4f}")  # exp(0.08) / 8
+    0.1354
+
+  References:
+    Baydin et al., Online Learning Rate Adaptation with Hypergradient Descent,
+    2018, https://arxiv.org/abs/1703.04782, equations 7 and 8 (SGDN-HD); here
+    multiplicative, bounded and free of scale.
+  """
+  validate.in_range("momentum", momentum, 0, 1, open_high=True)
+  hyper = _factor.Hyper(acceleration, hyper_rate, shrink, hurry, bounds, per_leaf)
+  hyper.check()
+
+  def init(params: PyTree) -> NgsState:
+    validate.inexact_leaves("params", params, "scale_by_ngs")
+    return NgsState(
+      count=numerics.zero_count(),
+      num_skipped=numerics.zero_count(),
+      factor=hyper.init(params),
+      momentum_norm=hyper.spread(jnp.zeros([], jnp.float32), params),
+      momentum=jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=numerics.wide(p.dtype)), params
+      ),
+    )
+
+  def update(
+    updates: PyTree,
+    state: NgsState,
+    params: PyTree = None,
+    **extra_args: Any,
+  ) -> tuple[PyTree, NgsState]:
+    del params, extra_args
+    validate.reduced("updates", updates, state.momentum, "scale_by_ngs")
+    decay = numerics.scalar(momentum)
+    agreement = hyper.inner_product(updates, state.momentum)
+    norm = hyper.inner_product(updates, updates)
+    # |m|^2 by recurrence: a third reduction would be a third pass.
+    momentum_norm = jax.tree.map(
+      lambda old, a, n: jnp.maximum(decay * decay * old + 2 * decay * a + n, 0),
+      state.momentum_norm,
+      agreement,
+      norm,
+    )
+    # The new momentum depends on both reductions, or XLA copies the momentum.
+    good = _factor.all_finite(norm, momentum_norm)
+    factor = hyper.advance(state.factor, agreement, norm, state.momentum_norm, good)
+
+    def advance(m: Array, g: Array) -> Array:
+      new = g.astype(m.dtype) + decay.astype(m.dtype) * m
+      return jnp.where(good, new, m)
+
+    def direct(a: Array, m: Array, g: Array) -> Array:
+      dtype = numerics.wide(g.dtype)
+      ahead = g.astype(dtype) + decay.astype(dtype) * m.astype(dtype)
+      return _scaled(a, ahead, g.dtype, good)
+
+    new_momentum = jax.tree.map(advance, state.momentum, updates)
+    accelerations = hyper.for_leaves(factor, updates)
+    new_state = NgsState(
+      count=numerics.increment(state.count, good),
+      num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
+      factor=factor,
+      momentum_norm=jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), momentum_norm, state.momentum_norm
+      ),
+      momentum=new_momentum,
+    )
+    return jax.tree.map(direct, accelerations, new_momentum, updates), new_state
+
+  return transformation(init, update)
+
+
+class AccelerateState(NamedTuple):
+  """The state of ``accelerate``.
+
+  Attributes:
+    count: ``int32``, steps taken so far.
+    num_skipped: ``int32``, updates skipped so far because the gradient, or its
+      squared norm in float32, was not finite.
+    factor: the learned factor, ``acceleration``, and what it needs.
+    direction_norm: ``float32``, the squared norm of the last direction.
+    direction: what the inner optimizer last gave, before the factor.
+    inner_state: the state of the inner optimizer.
+  """
+
+  count: Array
+  num_skipped: Array
+  factor: _factor.Factor
+  direction_norm: PyTree
+  direction: PyTree
+  inner_state: PyTree
+
+
+def accelerate(
+  inner: optax.GradientTransformation,
+  *,
+  acceleration: Any = 1e-3,
+  hyper_rate: Any = 0.05,
+  shrink: Any = 0.2,
+  hurry: Any = 10.0,
+  bounds: tuple[Any, Any] = (1e-6, 1e6),
+  per_leaf: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Scales what any optimizer gives with the learned factor of ``scale_by_ngs``.
+
+  With :math:`d_t` the inner optimizer's update, learning rate and all, the loss
+  changes with the factor of the last step as :math:`\langle g_t, d_{t-1} \rangle`:
+  that holds for Adam's or Muon's directions as well, which are no gradients. So
+  the factor grows while the gradient still points against the last update. What
+  is inside is scaled as a whole, its weight decay and its schedule too.
+
+  .. math::
+    c_t &= \cos(-g_t, d_{t-1}) \\
+    a_t &= \mathrm{clip}\big(
+      a_{t-1} \exp(\beta h_t \, (c_t^+ - \sigma c_t^-)) / e_t, lo, hi\big) \\
+    u_t &= a_t d_t
+
+  with :math:`e_t` and :math:`h_t` as in ``scale_by_ngs``.
+
+  Args:
+    inner: any optimizer whose updates are to be added to the parameters. Inside
+      ``accumulate`` the order is ``accumulate(accelerate(inner), every)``: the
+      factor then advances on emission only.
+    acceleration: as in ``scale_by_ngs``.
+    hyper_rate: as in ``scale_by_ngs``.
+    shrink: as in ``scale_by_ngs``.
+    hurry: as in ``scale_by_ngs``.
+    bounds: as in ``scale_by_ngs``.
+    per_leaf: as in ``scale_by_ngs``.
+
+  Extra args of ``update``:
+    Forwarded to ``inner``.
+
+  Shapes:
+    Any tree to the same tree, types kept. Beside the inner state it holds the
+    last direction, once the parameters' size and in their type, and scalars.
+    ``scale_by_ngs`` needs no such copy: its momentum stands for the direction.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``. Read the factor with
+    ``optax.tree.get(state, "acceleration")``.
+
+  Guarantees:
+    * ``hyper_rate=0`` equals ``inner``, times the acceleration
+      (``test_no_hyper_rate_is_the_inner_optimizer``).
+    * The factor is positive, finite and within bounds, whatever comes
+      (``test_acceleration_stays_within_bounds``).
+    * A gradient that is not finite gives zeros and changes nothing but a
+      counter; ``inner`` never sees it (``test_nothing_poisons``).
+
+  Raises:
+    ValueError: for arguments out of range, and for gradients that differ from
+      device to device under ``jax.shard_map``.
+    TypeError: for parameters that hold integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> tx = ranger.accelerate(
+    ...     optax.sgd(0.5), acceleration=1.0, hyper_rate=0.1, hurry=1.0)
+    >>> params = jnp.array(1.0)
+    >>> state = tx.init(params)
+    >>> update, state = tx.update(jnp.array(2.0), state, params)
+    >>> print(update)  # no last direction yet: the factor stays at 1
+    -1.0
+    >>> update, state = tx.update(jnp.array(2.0), state, params)
+    >>> print(f"{update:.4f}")  # cosine 1: -exp(0.1)
+    -1.1052
+
+  References:
+    Baydin et al., Online Learning Rate Adaptation with Hypergradient Descent,
+    2018, https://arxiv.org/abs/1703.04782, equation 6 (any update rule).
+  """
+  hyper = _factor.Hyper(acceleration, hyper_rate, shrink, hurry, bounds, per_leaf)
+  hyper.check()
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params: PyTree) -> AccelerateState:
+    validate.inexact_leaves("params", params, "accelerate")
+    return AccelerateState(
+      count=numerics.zero_count(),
+      num_skipped=numerics.zero_count(),
+      factor=hyper.init(params),
+      direction_norm=hyper.spread(jnp.zeros([], jnp.float32), params),
+      direction=zeros_like(params),
+      inner_state=inner.init(params),
+    )
+
+  def update(
+    updates: PyTree,
+    state: AccelerateState,
+    params: PyTree = None,
+    **extra_args: Any,
+  ) -> tuple[PyTree, AccelerateState]:
+    validate.reduced("updates", updates, state.direction, "accelerate")
+    norm = hyper.inner_product(updates, updates)
+    agreement = hyper.inner_product(updates, state.direction)
+    uphill = jax.tree.map(jnp.negative, agreement)
+    good = _factor.all_finite(norm, agreement)
+    factor = hyper.advance(state.factor, uphill, norm, state.direction_norm, good)
+
+    def run_inner(carry):
+      direction, inner_state = carry
+      result, inner_state = inner.update(updates, inner_state, params, **extra_args)
+      like = lambda new, old: new.astype(old.dtype)
+      return jax.tree.map(like, result, direction), inner_state
+
+    direction, inner_state = jax.lax.cond(
+      good, run_inner, lambda carry: carry, (state.direction, state.inner_state)
+    )
+    direction_norm = hyper.inner_product(direction, direction)
+    # An inner optimizer that overflows must not stay the last direction.
+    kept = _factor.all_finite(direction_norm)
+    good = jnp.logical_and(good, kept)
+    zero_unless = lambda leaf: jnp.where(kept, leaf, jnp.zeros_like(leaf))
+    results = jax.tree.map(
+      lambda a, d, g: _scaled(a, d.astype(numerics.wide(d.dtype)), g.dtype, good),
+      hyper.for_leaves(factor, updates),
+      direction,
+      updates,
+    )
+    return results, AccelerateState(
+      count=numerics.increment(state.count, good),
+      num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
+      factor=factor,
+      direction_norm=jax.tree.map(zero_unless, direction_norm),
+      direction=jax.tree.map(zero_unless, direction),
+      inner_state=inner_state,
+    )
+
+  return transformation(init, update)
+
+
+def _scaled(factor: Array, direction: Array, dtype: Any, good: Array) -> Array:
+  """The factor times the direction in type `dtype`; zeros where it isn't good."""
+  new = factor.astype(direction.dtype) * direction
+  if dtype == jnp.float16:  # The one type whose range a direction leaves.
+    top = jnp.asarray(jnp.finfo(dtype).max, direction.dtype)
+    new = jnp.clip(new, -top, top)
+  new = new.astype(dtype)
+  return jnp.where(good, new, jnp.zeros_like(new))

@@ -1,0 +1,299 @@
+"""Step 2: m gradients become one large step."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.sharding import vary
+from optax_ranger._core.shards import axes_of
+from optax_ranger._core.tree import all_finite
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import transformation
+
+
+class AccumulateState(NamedTuple):
+  """The state of ``accumulate``.
+
+  Attributes:
+    mini_step: ``int32``, micro-batches seen in the open window.
+    gradient_step: ``int32``, optimizer steps taken so far.
+    weight_sum: ``float32``, the weight of the open window.
+    num_left_out: ``int32``, micro-batches left out so far because their
+      gradient or weight was not finite.
+    accumulated: the weighted sum of the open window's gradients; empty where every
+      window is of one micro-batch.
+    inner_state: the state of the inner transformation.
+  """
+
+  mini_step: Array
+  gradient_step: Array
+  weight_sum: Array
+  num_left_out: Array
+  accumulated: PyTree
+  inner_state: PyTree
+
+
+def accumulate(
+  inner: optax.GradientTransformation,
+  every: int | Callable[[Any], Any],
+  *,
+  reduce: str = "mean",
+  accumulator_dtype: str | None = "float32",
+) -> optax.GradientTransformationExtraArgs:
+  r"""Accumulates gradients, and lets `inner` take one step for `every` of them.
+
+  Other calls return zeros. Use it where a batch does not fit; a drop-in for
+  ``optax.MultiSteps`` that runs `inner` on emission only, weighs micro-batches
+  exactly, passes every other extra argument on, and cannot be poisoned by a NaN.
+  Finite gradients whose weighted sum overflows the accumulator do poison it: give
+  half precision the default ``accumulator_dtype``.
+
+  .. math::
+    G = \sum_j w_j g_j \, / \, \sum_j w_j \quad (\text{"mean"}), \qquad
+    G = \sum_j w_j g_j \quad (\text{"sum"})
+
+  Put everything that counts optimizer steps *inside*: schedules, weight decay,
+  ``scale_by_ngs``, ``smooth_by_ema``. A smoothing step after ``accumulate`` in
+  a chain would tick on zeros.
+
+  Args:
+    inner: the transformation of the large step; any optimizer.
+    every: micro-batches in a window; 1 is `inner` itself. Or a function of the
+      number of optimizer steps taken, to a number of at least 1.
+    reduce: ``"mean"`` or ``"sum"`` over the window.
+    accumulator_dtype: the least precise type to accumulate in; None to use the
+      gradients'. Wider gradients (float64, complex) keep their type.
+
+  Extra args of ``update``:
+    weight: the micro-batch's weight (tokens, examples, a mask's sum), not
+      negative; 1 when missing. A negative or non-finite one skips the
+      micro-batch.
+    last: True (it may be traced) closes the window now, at full magnitude.
+
+  Shapes:
+    Any tree to the same tree; updates have the gradients' types. The state
+    holds one accumulator of the parameters' size beside `inner`'s state, and none
+    where ``every`` is the Python integer 1.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``.
+
+  Guarantees:
+    * ``every=1`` is `inner` (``test_every_one_is_the_inner_optimizer``).
+    * With weights, the emission is the gradient of the sum of losses over the
+      sum of weights, for any partition (``test_exact_for_any_partition``).
+    * A micro-batch that is not finite counts as weight zero and fills its
+      place (``test_left_out_is_weight_zero``).
+    * A window of zero weight gives zeros and leaves `inner`'s state alone
+      (``test_window_of_zero_weight``).
+    * `inner` runs on emission only (``test_inner_runs_on_emission_only``).
+    * Where accumulators and gradients are one part of a sum on each device of a
+      ``jax.shard_map``, parts are added up on emission only, and all devices
+      leave out what is not finite on one
+      (``test_a_call_that_emits_nothing_sends_scalars``).
+
+  Raises:
+    ValueError: for ``every`` below 1, another ``reduce``, and gradients that
+      differ from device to device under ``jax.shard_map`` where the accumulator
+      does not: each device would decide alone. Reduce them first, or use
+      ``micro_batched``, or ``train_step(..., reduce="on_emission")``.
+    TypeError: for parameters that hold integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> step = ranger.accumulate(optax.sgd(1.0), every=2)
+    >>> state = step.init(jnp.array(0.0))
+    >>> update, state = step.update(jnp.array(1.0), state, weight=3)
+    >>> print(update)
+    0.0
+    >>> update, state = step.update(jnp.array(5.0), state, weight=1)
+    >>> print(update)  # -(3 * 1 + 1 * 5) / 4
+    -2.0
+  """
+  if not callable(every):
+    validate.count("every", every)
+  keeps = not (isinstance(every, int) and every == 1)
+  validate.choice("reduce", reduce, ("mean", "sum"))
+  inner = optax.with_extra_args_support(inner)
+
+  def accumulator_type(leaf: Array) -> np.dtype:
+    if accumulator_dtype is None:
+      return leaf.dtype
+    return numerics.widest(leaf.dtype, accumulator_dtype)
+
+  def start(tree: PyTree) -> PyTree:
+    zeros = lambda leaf: jnp.zeros_like(leaf, dtype=accumulator_type(leaf))
+    return jax.tree.map(zeros, tree)
+
+  def init(params: PyTree) -> AccumulateState:
+    validate.inexact_leaves("params", params, "accumulate")
+    return AccumulateState(
+      mini_step=numerics.zero_count(),
+      gradient_step=numerics.zero_count(),
+      weight_sum=jnp.zeros([], jnp.float32),
+      num_left_out=numerics.zero_count(),
+      accumulated=start(params) if keeps else (),
+      inner_state=inner.init(params),
+    )
+
+  def update(
+    updates: PyTree,
+    state: AccumulateState,
+    params: PyTree = None,
+    *,
+    weight: Any = None,
+    last: Any = False,
+    **extra_args: Any,
+  ) -> tuple[PyTree, AccumulateState]:
+    totals = state.accumulated if keeps else start(updates)
+    validate.reduced("updates", updates, totals, "accumulate")
+    weight = numerics.scalar(1 if weight is None else weight)
+    good = jnp.logical_and(weight >= 0, weight < jnp.inf)
+    good = jnp.logical_and(good, all_finite(updates))
+    apart = axes_of(*jax.tree.leaves(totals))
+    if apart:  # All devices decide alike.
+      bad = vary(jnp.logical_not(good).astype(jnp.int32), apart)
+      good = jax.lax.psum(bad, apart) == 0
+    weight = jnp.where(good, weight, jnp.zeros_like(weight))
+    weight_sum = state.weight_sum + weight
+    window = every(state.gradient_step) if callable(every) else every
+    full = state.mini_step + 1 >= numerics.scalar(window, jnp.int32)
+    emit = jnp.logical_or(full, jnp.asarray(last).astype(bool))
+    step_now = jnp.logical_and(emit, weight_sum > 0)
+
+    # Weight, guard and divisor go into the one pass that adds: inside the
+    # branch, a traced divisor would cost a buffer of the parameters' size.
+    def add(total: Array, leaf: Array) -> Array:
+      new = total + weight.astype(total.dtype) * leaf.astype(total.dtype)
+      new = jnp.where(good, new, total)
+      if reduce == "sum":
+        return new
+      one = jnp.ones([], numerics.real(total.dtype))
+      mean = numerics.divide(one, weight_sum.astype(one.dtype))
+      return new * jnp.where(emit, mean, one).astype(total.dtype)
+
+    accumulated = jax.tree.map(add, totals, updates)
+
+    def run_inner(total, inner_state):
+      gradient = jax.tree.map(lambda a, u: a.astype(u.dtype), total, updates)
+      return inner.update(gradient, inner_state, params, **extra_args)
+
+    take_step = _step_reduced if apart else _step_in_place
+    emitted, kept, inner_state = take_step(
+      run_inner, emit, step_now, accumulated, updates, state.inner_state, apart
+    )
+    return emitted, AccumulateState(
+      mini_step=jnp.where(emit, jnp.zeros_like(state.mini_step), state.mini_step + 1),
+      gradient_step=numerics.increment(state.gradient_step, step_now),
+      weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),
+      num_left_out=numerics.increment(state.num_left_out, jnp.logical_not(good)),
+      accumulated=kept if keeps else (),
+      inner_state=inner_state,
+    )
+
+  return transformation(init, update)
+
+
+def _step_in_place(
+  run_inner: Callable[..., Any],
+  emit: Array,
+  step_now: Array,
+  accumulated: PyTree,
+  updates: PyTree,
+  inner_state: PyTree,
+  apart: tuple[str, ...],
+) -> tuple[PyTree, PyTree, PyTree]:
+  """What to emit, what to keep, and the inner state, after the step if it is time."""
+  del apart
+
+  # The inner update comes back in the accumulator's place, so that the
+  # branches carry nothing else of the parameters' size.
+  def step(carry):
+    total, inner_state = carry
+    result, inner_state = run_inner(total, inner_state)
+    result = jax.tree.map(lambda r, a: r.astype(a.dtype), result, total)
+    return result, inner_state
+
+  carried, inner_state = jax.lax.cond(
+    step_now, step, lambda carry: carry, (accumulated, inner_state)
+  )
+  emitted = jax.tree.map(
+    lambda c, u: jnp.where(emit, c, jnp.zeros_like(c)).astype(u.dtype),
+    carried,
+    updates,
+  )
+  kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), carried)
+  return emitted, kept, inner_state
+
+
+def _step_reduced(
+  run_inner: Callable[..., Any],
+  emit: Array,
+  step_now: Array,
+  accumulated: PyTree,
+  updates: PyTree,
+  inner_state: PyTree,
+  apart: tuple[str, ...],
+) -> tuple[PyTree, PyTree, PyTree]:
+  """The same where each device accumulates its part: they meet at the step only."""
+
+  def step(inner_state):
+    result, inner_state = run_inner(jax.lax.psum(accumulated, apart), inner_state)
+    return jax.tree.map(lambda r, u: r.astype(u.dtype), result, updates), inner_state
+
+  def wait(inner_state):
+    return jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates), inner_state
+
+  emitted, inner_state = jax.lax.cond(step_now, step, wait, inner_state)
+  kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), accumulated)
+  return emitted, kept, inner_state
+
+
+def large_step(learning_rate: Any, every: int, *, rule: str = "linear") -> Any:
+  r"""Scales a learning rate that was found for one micro-batch to the large step.
+
+  The sources give the accumulated step a rate of its own, :math:`\eta'`; these
+  are the two rules that the field uses for it. Where gradients are mostly noise
+  the linear one is usual for SGD; the square root, for adaptive optimizers.
+
+  .. math::
+    \eta' = m \, \eta \quad (\text{"linear"}), \qquad
+    \eta' = \sqrt m \, \eta \quad (\text{"square\_root"})
+
+  Args:
+    learning_rate: a number, or a schedule of the optimizer step.
+    every: micro-batches in a step, m.
+    rule: ``"linear"`` or ``"square_root"``.
+
+  Returns:
+    A number, or a schedule, as was given.
+
+  Raises:
+    ValueError: for ``every`` below 1 and another rule.
+
+  Examples:
+    >>> import optax_ranger as ranger
+    >>> tx = ranger.ranger(ranger.large_step(0.01, every=4), every=4)
+    >>> ranger.large_step(0.01, every=4)
+    0.04
+
+  References:
+    Goyal et al., Accurate, Large Minibatch SGD, 2017,
+    https://arxiv.org/abs/1706.02677, section 2.1; Krizhevsky, One weird trick
+    for parallelizing convolutional neural networks, 2014,
+    https://arxiv.org/abs/1404.5997, section 5.
+  """
+  validate.count("every", every)
+  validate.choice("rule", rule, ("linear", "square_root"))
+  factor = every if rule == "linear" else every**0.5
+  if callable(learning_rate):
+    return lambda count: factor * learning_rate(count)
+  return factor * learning_rate

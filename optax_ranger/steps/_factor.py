@@ -1,0 +1,165 @@
+"""Step 3: the learned acceleration factor, all of its scalar arithmetic."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.tree import inner_product
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
+
+# How fast the hurry of the start cools: with each full turn of the gradient
+# against the last direction, it falls by the square root of two.
+_COOLING = 0.5
+# The running squared norm forgets a tenth a step, and no gradient counts for
+# more than a hundred times it: an explosion must not become the new normal.
+_MEMORY = 0.9
+_LARGEST_GROWTH = 100.0
+
+
+class Factor(NamedTuple):
+  """What the learned factor needs from step to step: ``float32`` scalars.
+
+  Each is one scalar, or with ``per_leaf`` a tree of one scalar a leaf.
+
+  Attributes:
+    acceleration: the learned factor.
+    hurry: the present multiple of the hyper rate; it cools down to 1.
+    reference: a running mean of the gradient's squared norm; 0 is none yet.
+  """
+
+  acceleration: PyTree
+  hurry: PyTree
+  reference: PyTree
+
+
+class Hyper(NamedTuple):
+  """The hyperparameters of the factor, as they were given."""
+
+  acceleration: Any
+  hyper_rate: Any
+  shrink: Any
+  hurry: Any
+  bounds: tuple[Any, Any]
+  per_leaf: bool
+
+  def check(self) -> None:
+    """Refuses what is out of range."""
+    top = float("inf")
+    validate.in_range("hyper_rate", self.hyper_rate, 0, top, open_high=True)
+    validate.in_range("shrink", self.shrink, 0, 1, open_low=True)
+    validate.in_range("hurry", self.hurry, 1, top, open_high=True)
+    validate.choice("per_leaf", self.per_leaf, (False, True))
+    low, high = self.bounds
+    for name, value in (("bounds[0]", low), ("bounds[1]", high)):
+      validate.in_range(name, value, 0, top, open_low=True, open_high=True)
+    if validate.is_known(low) and validate.is_known(high):
+      validate.in_range("bounds[0]", low, 0, float(high))
+      validate.in_range("acceleration", self.acceleration, float(low), float(high))
+
+  def init(self, params: PyTree) -> Factor:
+    """The factor before the first step."""
+    acceleration = numerics.scalar(self.acceleration)
+    hurry = numerics.scalar(self.hurry)
+    return Factor(
+      acceleration=self.spread(acceleration, params),
+      hurry=self.spread(hurry, params),
+      reference=self.spread(jnp.zeros([], jnp.float32), params),
+    )
+
+  def spread(self, scalar: Array, tree: PyTree) -> PyTree:
+    """A scalar, or with `per_leaf` a tree of it, leaf by leaf."""
+    # Copies: no two leaves of a state may share a buffer, or donation fails.
+    return jax.tree.map(lambda _: jnp.copy(scalar), tree) if self.per_leaf else scalar
+
+  def inner_product(self, a: PyTree, b: PyTree) -> PyTree:
+    """The inner product of two trees, or with `per_leaf` those of their leaves."""
+    if self.per_leaf:
+      return jax.tree.map(inner_product, a, b)
+    return inner_product(a, b)
+
+  def for_leaves(self, factor: Factor, tree: PyTree) -> PyTree:
+    """The acceleration of each leaf of `tree`."""
+    if self.per_leaf:
+      return factor.acceleration
+    return jax.tree.map(lambda _: factor.acceleration, tree)
+
+  def advance(
+    self,
+    factor: Factor,
+    agreement: PyTree,
+    gradient_norm: PyTree,
+    direction_norm: PyTree,
+    good: Array,
+  ) -> Factor:
+    r"""One step of the factor; nothing changes where `good` is false.
+
+    Args:
+      factor: the factor so far.
+      agreement: the inner product of the gradient and the last direction, which
+        is one that points uphill.
+      gradient_norm: the squared norm of the gradient.
+      direction_norm: the squared norm of the last direction.
+      good: whether these numbers are finite.
+
+    Returns:
+      The new factor.
+    """
+
+    def one(*scalars: Array) -> Factor:
+      old, new = Factor(*scalars[:3]), self._one(*scalars)
+      return Factor(*(jnp.where(good, n, o) for n, o in zip(new, old, strict=True)))
+
+    shape = jax.tree.structure(factor.acceleration)
+    columns = (*factor, agreement, gradient_norm, direction_norm)
+    rows = zip(*(shape.flatten_up_to(column) for column in columns), strict=True)
+    new = [one(*row) for row in rows]
+    return Factor(
+      *(shape.unflatten([row[field] for row in new]) for field in range(len(factor)))
+    )
+
+  def _one(
+    self,
+    acceleration: Array,
+    hurry: Array,
+    reference: Array,
+    agreement: Array,
+    gradient_norm: Array,
+    direction_norm: Array,
+  ) -> Factor:
+    rate = numerics.scalar(self.hyper_rate)
+    low, high = (numerics.scalar(bound) for bound in self.bounds)
+    size = jnp.sqrt(gradient_norm)
+    cosine = numerics.divide(agreement, size * jnp.sqrt(direction_norm))
+    cosine = jnp.clip(cosine, -1, 1)
+    against = jnp.minimum(cosine, 0)
+
+    # Past 1 only where the gradient turns around *and* outgrows what is usual.
+    growth = jnp.minimum(numerics.divide(size, jnp.sqrt(reference)), 1e30)
+    explosion = jnp.maximum(-against * growth, 1)
+    exploded = explosion > 1
+    cooled = jnp.maximum(hurry * jnp.exp2(_COOLING * against), 1)
+    hurry = jnp.where(exploded, jnp.ones_like(hurry), cooled)
+
+    # Shrinking slower than growing: noise alone turns the gradient against the
+    # last step, at any rate that is worth having.
+    pull = jnp.where(cosine < 0, numerics.scalar(self.shrink) * cosine, cosine)
+    brake = jnp.where(rate > 0, explosion, jnp.ones_like(explosion))
+    acceleration = acceleration * jnp.exp(rate * hurry * pull) / brake
+    capped = jnp.minimum(gradient_norm, _LARGEST_GROWTH * reference)
+    running = _MEMORY * reference + (1 - _MEMORY) * capped
+    return Factor(
+      acceleration=jnp.clip(acceleration, low, high),
+      hurry=hurry,
+      reference=jnp.where(reference > 0, running, gradient_norm),
+    )
+
+
+def all_finite(*trees: PyTree) -> Array:
+  """Whether every scalar of these trees is finite."""
+  checks = [jnp.isfinite(leaf) for leaf in jax.tree.leaves(trees)]
+  return jnp.stack(checks).all() if checks else jnp.asarray(True)

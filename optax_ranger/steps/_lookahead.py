@@ -1,0 +1,156 @@
+"""Step 5: lookahead, with fast parameters that return to a slow copy."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.tree import wide_copy
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import transformation
+
+
+class LookaheadState(NamedTuple):
+  """The state of ``smooth_by_lookahead``.
+
+  Attributes:
+    count: ``int32``, steps taken since the last synchronization. At zero, the
+      parameters themselves are the slow copy, and `slow` may be out of date.
+    slow: the slow parameters, in float32 or better.
+  """
+
+  count: Array
+  slow: PyTree
+
+
+def smooth_by_lookahead(
+  every: Any = 6, step_size: Any = 0.5
+) -> optax.GradientTransformationExtraArgs:
+  r"""Lets the parameters run ahead, and pulls them back to a slow copy.
+
+  Every so many steps the slow copy moves a part of the way to the parameters,
+  and these return to it. Plain parameters go in and plain updates come out, so
+  it drops into any loop, which ``optax.lookahead`` does not. Place it last in
+  the chain, inside ``accumulate``: what comes after it would be lost at a
+  return. Evaluate with the slow copy: ``eval_params(state, params)``.
+
+  .. math::
+    \phi &\leftarrow \phi + \alpha (\theta - \phi), \quad \theta \leftarrow \phi
+    \qquad \text{every } k \text{ steps}
+
+  Args:
+    every: k, a whole number of at least 1; 1 only shortens every step.
+    step_size: :math:`\alpha` in [0, 1]. 1 leaves the updates as they are; at 0
+      every return is to the initial parameters.
+
+  Shapes:
+    Any tree to the same tree; updates keep their types. The state holds one
+    copy of the parameters in float32 or better, with their shardings.
+
+  Returns:
+    An ``optax.GradientTransformationExtraArgs``; its ``update`` needs
+    ``params``.
+
+  Guarantees:
+    * Fast and slow parameters are those of ``optax.lookahead``
+      (``test_lookahead_equals_optax``).
+    * ``step_size=1`` changes no iterate (``test_lookahead_of_whole_steps``).
+    * The slow copy of half-precision parameters keeps what a rounded one would
+      lose (``test_lookahead_of_half_precision_moves``).
+    * An entry that is not finite leaves its slow copy alone
+      (``test_lookahead_leaves_bad_entries_alone``).
+
+  Raises:
+    ValueError: for arguments out of range, and for a call without ``params``.
+    TypeError: for parameters that hold integers.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> tx = optax.chain(optax.sgd(1.0), ranger.smooth_by_lookahead(2, 0.5))
+    >>> params = jnp.array(0.0)
+    >>> state = tx.init(params)
+    >>> for _ in range(2):  # to 1, then to 2, and half of the way back
+    ...   updates, state = tx.update(jnp.array(-1.0), state, params)
+    ...   params = optax.apply_updates(params, updates)
+    ...   print(params, ranger.eval_params(state, params))
+    1.0 0.0
+    1.0 1.0
+
+  References:
+    Zhang et al., Lookahead Optimizer: k steps forward, 1 step back, 2019,
+    https://arxiv.org/abs/1907.08610, algorithm 1.
+  """
+  validate.count("every", every)
+  validate.in_range("step_size", step_size, 0, 1)
+
+  def init(params: PyTree) -> LookaheadState:
+    validate.inexact_leaves("params", params, "smooth_by_lookahead")
+    return LookaheadState(count=numerics.zero_count(), slow=wide_copy(params))
+
+  def update(
+    updates: PyTree,
+    state: LookaheadState,
+    params: PyTree = None,
+    **extra_args: Any,
+  ) -> tuple[PyTree, LookaheadState]:
+    del extra_args
+    validate.given_params(params, "smooth_by_lookahead")
+    return look_ahead(updates, state, params, every, step_size)
+
+  return transformation(init, update)
+
+
+def look_ahead(
+  updates: PyTree,
+  state: LookaheadState,
+  params: PyTree,
+  every: Any,
+  step_size: Any,
+  advance: Any = True,
+) -> tuple[PyTree, LookaheadState]:
+  """The update of ``smooth_by_lookahead``; nothing moves unless `advance`."""
+  advance = jnp.asarray(advance)
+  begin = state.count == 0
+  full = state.count + 1 >= numerics.scalar(every, jnp.int32)
+  sync = jnp.logical_and(advance, full)
+  rate = numerics.scalar(step_size)
+
+  # The slow copy is brought up to date when its next window begins: the
+  # parameters are equal to it then, and it depends on no update. Writing it
+  # together with the return would cost a buffer and twice the time.
+  def refresh(slow: Array, param: Array) -> Array:
+    if slow.dtype != param.dtype:
+      return slow
+    return jnp.where(jnp.logical_and(begin, jnp.isfinite(param)), param, slow)
+
+  def moved(slow: Array, update: Array, param: Array) -> Array:
+    new = numerics.step_towards(slow, _applied(param, update), rate)
+    return jnp.where(jnp.isfinite(new), new, slow)
+
+  def pull(update: Array, slow: Array, param: Array) -> Array:
+    back = moved(slow, update, param) - param.astype(slow.dtype)
+    return jnp.where(sync, back.astype(update.dtype), update)
+
+  # Parameters that round their slow copy can't bring it up to date.
+  def keep(slow: Array, update: Array, param: Array) -> Array:
+    if slow.dtype == param.dtype:
+      return slow
+    return jnp.where(sync, moved(slow, update, param), slow)
+
+  slow = jax.tree.map(refresh, state.slow, params)
+  count = jnp.where(full, jnp.zeros_like(state.count), state.count + 1)
+  return jax.tree.map(pull, updates, slow, params), LookaheadState(
+    count=jnp.where(advance, count, state.count),
+    slow=jax.tree.map(keep, slow, updates, params),
+  )
+
+
+def _applied(param: Array, update: Array) -> Array:
+  """The parameter as ``optax.apply_updates`` makes it, rounding included."""
+  wide = numerics.wide(param.dtype)
+  return (param.astype(wide) + update.astype(wide)).astype(param.dtype)

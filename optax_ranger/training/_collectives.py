@@ -1,0 +1,136 @@
+"""What a compiled step sends between devices, read from its program."""
+
+import math
+import re
+from typing import Any
+from typing import NamedTuple
+
+import jax
+
+_KINDS = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)')
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+
+
+class Collective(NamedTuple):
+  """One collective operation of a compiled program.
+
+  Attributes:
+    kind: ``"all-reduce"``, ``"all-gather"``, ``"reduce-scatter"``, ...
+    num_bytes: of what it makes on one device, or takes if that is more: the
+      reduced arrays, or the gathered ones.
+    count: how often a call of the program runs it; a loop whose number of rounds
+      the compiler does not know counts once.
+    conditional: whether it stands in a branch that need not be taken.
+  """
+
+  kind: str
+  num_bytes: int
+  count: int
+  conditional: bool
+
+
+def collectives(step: Any) -> list[Collective]:
+  """Lists what a step sends between devices, the largest first.
+
+  For tests that hold communication fixed, and to see what a change costs. All
+  arrays of one operation count as one; XLA merges those that it can.
+
+  Args:
+    step: what ``lower`` of a jitted function gives, or that compiled:
+      ``jax.jit(f).lower(...)``, ``train_step(...).lower(...)``.
+
+  Returns:
+    A list of ``Collective(kind, num_bytes, count, conditional)``.
+
+  Raises:
+    TypeError: for anything else.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> ranger.training.collectives(jax.jit(jnp.sin).lower(jnp.ones(3)))
+    []
+  """
+  if isinstance(step, jax.stages.Lowered):
+    step = step.compile()
+  if not isinstance(step, jax.stages.Compiled):
+    raise TypeError(
+      "collectives needs what jax.jit(f).lower(...) gives, or that compiled, got"
+      f" {type(step).__name__}."
+    )
+  computations, entry = _parse(step.as_text() or "")
+  found: list[Collective] = []
+
+  def visit(name: str, count: int, conditional: bool) -> None:
+    for line in computations.get(name, ()):
+      operation = _OPERATION.match(line)
+      if operation is None:
+        continue
+      opcode = operation[2]
+      kind = opcode.removesuffix("-start")
+      if kind in _KINDS:
+        size = _num_bytes(operation[1], line, kind, opcode != kind)
+        found.append(Collective(kind, size, count, conditional))
+        continue
+      trips = _TRIPS.search(line)
+      rounds = int(trips[1]) if opcode == "while" and trips else 1
+      for called in _CALLED.findall(line):
+        visit(called, count * rounds, conditional)
+      branches = _BRANCHES.search(line)
+      for called in re.findall(r"[\w.\-]+", branches[1]) if branches else ():
+        visit(called, count, True)
+
+  visit(entry, 1, False)
+  return sorted(found, key=lambda one: -one.num_bytes)
+
+
+def _parse(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation of a program, and the name of the first."""
+  computations: dict[str, list[str]] = {}
+  entry, lines = "", []
+  for line in text.splitlines():
+    start = _COMPUTATION.match(line)
+    if start:
+      lines = computations.setdefault(start[2], [])
+      entry = start[2] if start[1] else entry
+    else:
+      lines.append(line)
+  return computations, entry
+
+
+def _num_bytes(result: str, line: str, kind: str, started: bool) -> int:
+  """Bytes of the larger side of a collective operation."""
+  sizes = [
+    math.prod(int(size) for size in shape.split(",") if size) * _width(dtype)
+    for dtype, shape in _SHAPE.findall(result)
+  ]
+  if started and kind in ("all-gather", "collective-permute"):
+    # An asynchronous start makes (operands, results), and some counters.
+    sizes = sizes[1:2] if len(sizes) < 4 else sizes[len(sizes) // 2 :]
+  total = sum(sizes)
+  if kind == "reduce-scatter":
+    groups = _GROUPS.search(line)
+    if groups:
+      total *= int(groups[2]) if groups[2] else len(groups[1].split(","))
+  return total
+
+
+def _width(dtype: str) -> int:
+  """Bytes of a number of HLO's types, such as bf16, pred and f8e4m3fn."""
+  bits = re.search(r"\d+", dtype)
+  return max(1, int(bits[0]) // 8) if bits else 1

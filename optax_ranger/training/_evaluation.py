@@ -1,0 +1,78 @@
+"""`eval_params`: the parameters to evaluate with, found in any state."""
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.tree import find_states
+from optax_ranger._core.tree import leaves_like
+from optax_ranger._core.tree import unboxed
+from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
+from optax_ranger.steps import _ema
+from optax_ranger.steps import _lookahead
+
+
+def eval_params(state: PyTree, params: PyTree) -> PyTree:
+  """Returns the parameters to evaluate with: smoothed ones, where there are any.
+
+  Args:
+    state: an optimizer's state, or an ``nnx.Optimizer`` or ``TrainState`` that
+      holds it. The smoothing may stand anywhere in it: inside ``optax.chain``,
+      ``accumulate``, ``optax.masked``, ``optax.partition`` and others.
+    params: the parameters in training; of an NNX model,
+      ``nnx.state(model, nnx.Param)``.
+
+  Returns:
+    A tree like `params`, with its types: each leaf smoothed if one of the
+    states holds it, else the leaf of `params`; `params` itself without any
+    smoothing.
+
+  Raises:
+    ValueError: when two states hold the same leaf.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> params = {"w": jnp.array(1.0)}
+    >>> ranger.eval_params(optax.adam(0.1).init(params), params) is params
+    True
+  """
+  # Each with the share of the parameters in it: all, where nothing is smoothed yet.
+  one = jnp.ones([], jnp.float32)
+  copies = []
+  for node in find_states(state, _ema.EmaState):
+    averaged = unboxed(node.num_averaged) > 0
+    copies.append((jnp.where(averaged, unboxed(node.rate), one), node.ema))
+  for node in find_states(state, _lookahead.LookaheadState):
+    apart = unboxed(node.count) > 0
+    copies.append((jnp.where(apart, jnp.zeros_like(one), one), node.slow))
+  if not copies:
+    return params
+  leaves, treedef = jax.tree.flatten(params)
+  chosen = dict(enumerate(leaves))
+  smoothed = set()
+  for rate, copy in copies:
+    for i, slow in enumerate(leaves_like(params, copy)):
+      if slow is None:
+        continue
+      if i in smoothed:
+        raise ValueError(
+          "the state holds two smoothed copies of one parameter of shape"
+          f" {list(leaves[i].shape)}: give eval_params the part of the state that"
+          " holds the one to evaluate."
+        )
+      smoothed.add(i)
+      chosen[i] = _evaluated(slow, leaves[i], rate)
+  return jax.tree.unflatten(treedef, chosen.values())
+
+
+def _evaluated(slow: Array, param: Array, rate: Array) -> Array:
+  here = jax.typeof(param).sharding
+  if jax.typeof(slow).sharding != here and not here.mesh.empty:
+    # Of a state that is split; on concrete arrays no mesh need be set.
+    known = validate.is_known(param)
+    slow = jax.device_put(slow, param.sharding if known else here)
+  mean = numerics.step_towards(slow, param, rate)
+  mean = jnp.where(jnp.isfinite(mean), mean, slow).astype(param.dtype)
+  return jnp.where(rate == 1, param, mean)

@@ -1,0 +1,322 @@
+"""Where things live on a mesh: batches split by rows, states whole or split."""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from optax_ranger._core import numerics
+from optax_ranger._core.tree import find_states
+from optax_ranger._core.tree import unboxed
+from optax_ranger._core.types import PyTree
+from optax_ranger.steps import _accumulation
+from optax_ranger.steps import _predictions
+
+WHOLE = PartitionSpec()
+# What a row that is no example holds; other arrays repeat their last row.
+_FILL = {"example_ids": -1, "member_weights": 0}
+
+
+class Placement:
+  """The places of a mesh, and who lives where."""
+
+  def __init__(self, mesh: Mesh | None, axis_name: Any, *, shard_state: bool):
+    self.mesh = mesh
+    self.names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if mesh is not None:
+      for name in self.names:
+        if name not in mesh.axis_names:
+          raise ValueError(
+            f"axis_name must be among the mesh's axes {mesh.axis_names}, got {name!r}."
+          )
+    self.rows = PartitionSpec(self.names if len(self.names) > 1 else self.names[0])
+    self.num_devices = (
+      1 if mesh is None else math.prod(mesh.shape[name] for name in self.names)
+    )
+    self.shard_state = shard_state
+
+  def sharding(self, spec: PartitionSpec) -> NamedSharding:
+    assert self.mesh is not None
+    return NamedSharding(self.mesh, spec)
+
+  def split_dim(self, leaf: Any) -> int | None:
+    """The dimension over which a leaf of a split state is split: its largest."""
+    taken = _spec_of(leaf)
+    if any(not _names(entry).isdisjoint(self.names) for entry in taken):
+      return None  # It is split already.
+    fits = [
+      (size, -dim)
+      for dim, size in enumerate(jnp.shape(leaf))
+      if size and size % self.num_devices == 0 and taken[dim] is None
+    ]
+    return -max(fits)[1] if fits else None
+
+  def split_spec(self, leaf: Any) -> PartitionSpec:
+    spec = list(_spec_of(leaf))
+    dim = self.split_dim(leaf)
+    if dim is not None:
+      spec[dim] = self.rows[0]
+    return PartitionSpec(*spec)
+
+  def scatter_dim(self, leaf: Any) -> int:
+    """Where a gradient is cut when it is reduced, -1 for nowhere."""
+    # Over gloo, CPUs of several processes have no sound reduce-scatter.
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+      return -1
+    dim = self.split_dim(leaf)
+    return -1 if dim is None else dim
+
+  def scatter(self, dims: PyTree) -> Callable[[PyTree], PyTree]:
+    """Adds gradients up over devices, and leaves each its part of the sum."""
+
+    def reduce(grads):
+      leaves, structure = jax.tree.flatten(grads)
+      cut = structure.flatten_up_to(dims)
+      whole = jax.lax.psum(
+        [leaf for leaf, dim in zip(leaves, cut, strict=True) if dim < 0], self.names
+      )
+      whole = iter(whole)
+      return structure.unflatten(
+        next(whole)
+        if dim < 0
+        else jax.lax.psum_scatter(leaf, self.names, scatter_dimension=dim, tiled=True)
+        for leaf, dim in zip(leaves, cut, strict=True)
+      )
+
+    return reduce
+
+  def scattered_specs(self, dims: PyTree) -> PyTree:
+    spec = lambda dim: PartitionSpec(*[None] * dim, self.rows[0]) if dim >= 0 else WHOLE
+    return jax.tree.map(spec, dims)
+
+  def state_specs(self, state: PyTree, *, late: bool) -> PyTree:
+    """Over the data axes: tables by rows, what is apart by device, the rest whole."""
+
+    def node_spec(node):
+      specs = jax.tree.map(lambda leaf: WHOLE, node)
+      if isinstance(node, _predictions.PredictionState):
+        rows = jnp.shape(unboxed(node.smoothed))[0]
+        spec = WHOLE if rows % self.num_devices else self.rows
+        specs = specs._replace(smoothed=jax.tree.map(lambda _: spec, node.smoothed))
+      if isinstance(node, _accumulation.AccumulateState):
+        inner = self.state_specs(node.inner_state, late=False)
+        specs = specs._replace(inner_state=inner)
+        if late:
+          parts = jax.tree.map(lambda leaf: self.rows, node.accumulated)
+          specs = specs._replace(accumulated=parts)
+      return specs
+
+    return jax.tree.map(node_spec, state, is_leaf=_is_special)
+
+  def automatic(self, function: Callable[..., Any], like: PyTree) -> Any:
+    """Leaves explicit axes to the compiler inside of an update."""
+    assert self.mesh is not None
+    if AxisType.Explicit not in self.mesh.axis_types:
+      return function
+    params, state = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.sharding.auto_axes(
+      function, out_sharding=(params, state, self.sharding(WHOLE))
+    )
+
+  def place_params(self, params: PyTree) -> PyTree:
+    """Keeps what lies on the mesh, and copies what doesn't to every device."""
+    if self.mesh is None:
+      return params
+    return jax.tree.map(lambda leaf: self._put(leaf, WHOLE), params)
+
+  def place_shared(self, tree: PyTree) -> PyTree:
+    """Copies arrays to every device."""
+    if self.mesh is None:
+      return tree
+    put = lambda leaf: self._put(leaf, WHOLE) if isinstance(leaf, jax.Array) else leaf
+    return jax.tree.map(put, tree)
+
+  def place_state(self, state: PyTree, *, late: bool) -> PyTree:
+    """Puts the state where the update keeps it."""
+    if self.mesh is None:
+      return state
+
+    def put(leaf, spec):
+      if self.shard_state and spec == WHOLE:
+        return self._put(leaf, self.split_spec(leaf), exactly=True)
+      return self._put(leaf, spec, exactly=spec != WHOLE)
+
+    return jax.tree.map(put, state, self.state_specs(state, late=late))
+
+  def fit_windows(self, state: PyTree, like: PyTree, *, late: bool) -> PyTree:
+    """Brings sums of open windows into this run's form, whatever form they had.
+
+    With `late` each device has its part: the sum goes to the first device, and
+    the others start from zero.
+
+    Args:
+      state: the optimizer's, such as a checkpoint's of other devices.
+      like: what ``init`` makes for one device, or its shapes.
+      late: whether the devices keep their own parts.
+    """
+    shapes = [leaf.shape for leaf in jax.tree.leaves(windows(like))]
+    found = len(jax.tree.leaves(windows(state)))
+    if found != len(shapes):
+      raise ValueError(
+        f"the state must have {len(shapes)} leaves in its open windows, as accumulate's"
+        f" init makes them, got {found}: was it made with another every= or optimizer?"
+      )
+    wanted = iter(shapes)
+
+    def fit(path, leaf):
+      shape = next(wanted)
+      apart = (self.num_devices, *shape)
+      if jnp.shape(leaf) == (apart if late else shape):
+        return leaf
+      if jnp.shape(leaf) != shape and jnp.shape(leaf)[1:] != shape:
+        raise ValueError(
+          f"accumulated{jax.tree_util.keystr(path)} must have the parameter's shape"
+          f" {list(shape)}, or that of parts of it, one a device, got"
+          f" {list(jnp.shape(leaf))}."
+        )
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(apart if late else shape, leaf.dtype)
+      total = _on_host(leaf, f"accumulated{jax.tree_util.keystr(path)}")
+      if total.shape != shape:
+        total = total.sum(axis=0, dtype=numerics.wide(total.dtype)).astype(total.dtype)
+      if not late:
+        return total
+      return np.concatenate([total[None], np.zeros_like(total, shape=apart)[1:]])
+
+    return map_windows(fit, state, with_path=True)
+
+  @functools.cached_property
+  def num_local_devices(self) -> int:
+    """Of the data axes, those that this process feeds."""
+    if self.mesh is None:
+      return 1
+    axes = [self.mesh.axis_names.index(name) for name in self.names]
+    grid = np.moveaxis(self.mesh.devices, axes, range(len(axes)))
+    me = jax.process_index()
+    return sum(
+      any(device.process_index == me for device in feeds)
+      for feeds in grid.reshape(self.num_devices, -1)
+    )
+
+  def is_global(self, tree: PyTree) -> bool:
+    """Whether arrays hold the rows of all processes already."""
+    return any(
+      isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+      for leaf in jax.tree.leaves(tree)
+    )
+
+  def _put(self, leaf: Any, spec: PartitionSpec, *, exactly: bool = False) -> Any:
+    wanted = self.sharding(spec)
+    now = getattr(leaf, "sharding", None)
+    if isinstance(now, NamedSharding) and now.mesh == self.mesh:
+      kept = not exactly or now.is_equivalent_to(wanted, jnp.ndim(leaf))
+      if kept:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted)
+    if jax.process_count() > 1 and getattr(leaf, "is_fully_addressable", True):
+      leaf = np.asarray(leaf)
+    elif isinstance(leaf, jax.Array):
+      # What is donated later must not share a buffer with the caller's array;
+      # may_alias=False does not see to that for several devices.
+      leaf = jnp.copy(leaf)
+    return jax.device_put(leaf, wanted)
+
+  def place_rows(self, tree: PyTree) -> PyTree:
+    """Splits rows over the devices; every process gives its own."""
+    if self.mesh is None:
+      return tree
+    wanted = self.sharding(self.rows)
+
+    def put(leaf):
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted)
+      now = getattr(leaf, "sharding", None)
+      if isinstance(now, NamedSharding) and now.mesh == self.mesh:
+        return leaf if now.spec == self.rows else jax.device_put(leaf, wanted)
+      if jax.process_count() > 1:
+        rows = jnp.shape(leaf)[0] * self.num_devices // self.num_local_devices
+        return jax.make_array_from_process_local_data(
+          wanted, np.asarray(leaf), (rows, *jnp.shape(leaf)[1:])
+        )
+      return jax.device_put(leaf, wanted)
+
+    return jax.tree.map(put, tree)
+
+
+def padded(tree: Any, name: str, to: int) -> Any:
+  """Repeats the last row of every leaf, so that there are `to` rows."""
+
+  def pad(leaf):
+    missing = to - jnp.shape(leaf)[0]
+    if missing == 0:
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct((to, *leaf.shape[1:]), leaf.dtype)
+    library = jnp if isinstance(leaf, jax.Array) else np
+    widths = [(0, missing)] + [(0, 0)] * (jnp.ndim(leaf) - 1)
+    if name in _FILL:
+      return library.pad(leaf, widths, constant_values=_FILL[name])
+    mode = "edge" if jnp.shape(leaf)[0] else "constant"
+    return library.pad(leaf, widths, mode=mode)
+
+  return jax.tree.map(pad, tree)
+
+
+def windows(state: PyTree) -> list[Any]:
+  """The sums of the windows that are open, each like the parameters."""
+  found = find_states(state, _accumulation.AccumulateState)
+  return [node.accumulated for node in found]
+
+
+def map_windows(
+  function: Callable[..., Any], state: PyTree, *, with_path: bool = False
+) -> PyTree:
+  """Maps the leaves of the sums of the windows that are open."""
+  map_ = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
+
+  def visit(node):
+    if not _is_window(node):
+      return node
+    return node._replace(accumulated=map_(function, node.accumulated))
+
+  return jax.tree.map(visit, state, is_leaf=_is_window)
+
+
+def _is_window(node: Any) -> bool:
+  return isinstance(node, _accumulation.AccumulateState)
+
+
+def _is_special(node: Any) -> bool:
+  return isinstance(node, _predictions.PredictionState) or _is_window(node)
+
+
+def _on_host(leaf: Any, name: str) -> np.ndarray:
+  everywhere = lambda leaf: leaf.is_fully_addressable or leaf.is_fully_replicated
+  if isinstance(leaf, jax.Array) and not everywhere(leaf):
+    raise ValueError(
+      f"{name}, of shape {list(leaf.shape)}, is that of another number of devices or"
+      " another reduce=, and no process has all of it: restore it whole on each."
+    )
+  return np.asarray(leaf)
+
+
+def _names(entry: Any) -> frozenset[str]:
+  """The mesh axes over which a dimension is split."""
+  if entry is None:
+    return frozenset()
+  return frozenset((entry,) if isinstance(entry, str) else entry)
+
+
+def _spec_of(leaf: Any) -> tuple[Any, ...]:
+  """A leaf's partition, one entry a dimension."""
+  spec = getattr(getattr(leaf, "sharding", None), "spec", ())
+  return (*spec, *[None] * (jnp.ndim(leaf) - len(spec)))

@@ -1,0 +1,402 @@
+"""`train_step`: one compiled update for a core, a host and many hosts."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import optax
+
+from optax_ranger._core import validate
+from optax_ranger._core.sharding import place
+from optax_ranger._core.shards import ROWS
+from optax_ranger._core.tree import find_states
+from optax_ranger._core.types import Neighbors
+from optax_ranger._core.types import PyTree
+from optax_ranger.steps import _aggregation
+from optax_ranger.steps import _predictions
+from optax_ranger.training import _placement
+from optax_ranger.training import _update
+
+_WHOLE = _placement.WHOLE
+
+
+def train_step(
+  per_example_losses: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  *,
+  step: optax.GradientTransformation | None = None,
+  find_neighbors: Callable[..., Neighbors] | None = None,
+  has_aux: bool = False,
+  mesh: Mesh | None = None,
+  axis_name: str | tuple[str, ...] = "data",
+  partition: str | None = "shard_map",
+  num_micro_batches: int = 1,
+  reduce: str = "every_call",
+  shard_state: bool = False,
+  batch_size: int | None = None,
+  donate: bool = True,
+) -> "TrainStep":
+  r"""Builds the update of a training step: losses, gradient, optimizer, all compiled.
+
+  The same call on a laptop, on eight devices, and on several hosts: `mesh` is
+  what changes. Examples are split over devices and the step over them sees them
+  all, so that the result is that of one device; what it needs of other devices
+  is gathered (rows of neighbors, weights, features, never gradients), and the
+  gradient is reduced once, however many micro-batches there are.
+
+  .. math::
+    g = \sum_{i} c_i \nabla l_i, \qquad c = L^T 1 \text{ over the whole batch}
+
+  Args:
+    per_example_losses: ``(params, batch, **extra) -> losses [n]``, or ``(losses,
+      aux)``, as in ``value_and_grad``. If it takes ``smoothed=``, it gets the
+      smoothed predictions of the batch's ``example_ids``, ``float32 [n, C]``.
+    optimizer: any Optax transformation, such as ``ranger(...)``.
+    step: per-example steps that end in a linear aggregation, such as
+      ``ranger_head()``; None for ``aggregate_by_mean()``. A step that is not
+      linear works where there is one device and one micro-batch.
+    find_neighbors: makes ``neighbors=`` for `step` of the whole batch. Its
+      arguments name what it is given, of all devices: items of the batch, of
+      ``aux`` and extra args, and ``smoothed``. Rows that are padding or not
+      finite come as NaN. Each device runs it, on n of all rows: n x d numbers
+      are sent for features.
+    has_aux: whether the losses come with a dictionary. Its items reach
+      ``optimizer.update`` as extra args under their names (``predictions=``);
+      those of shape ``[n]`` or ``[]``, floats or booleans, are metrics too.
+    mesh: None for one device. Axes may be explicit or automatic.
+    axis_name: the mesh axis, or axes, over which examples are split. Other axes
+      are the caller's, for parameters: the step keeps how these are split.
+    partition: ``"shard_map"``: examples are split by hand, and communication is
+      what the table says. ``"jit"``: the compiler splits everything, for models
+      that bring shardings of their own; it reduces gradients once in every
+      micro-batch, and gathers what it sees fit. None: the update itself, neither
+      compiled nor placed, for a ``jax.pmap`` or ``jax.shard_map`` of yours over
+      `axis_name`; prediction tables are then whole on each device.
+    num_micro_batches: pieces of each device's part of the batch whose activations
+      are held at once; a static Python integer.
+    reduce: ``"every_call"``, or ``"on_emission"``: with an `optimizer` that is
+      ``accumulate(...)``, alone or after steps that pass gradients through,
+      devices keep their own parts, and meet on emission only. Other steps before
+      it would see parts.
+    shard_state: splits optimizer and smoothing state over the devices (ZeRO-1):
+      a reduce-scatter and an all-gather take the place of the all-reduce.
+    batch_size: rows that every batch is padded to, over all processes, so that a
+      smaller last one is not compiled anew; None for the next multiple.
+    donate: whether parameters and state are updated in place; those that were
+      passed are gone then.
+
+  ===================================== =================================
+  sent in a call, on n examples         bytes, each device
+  ===================================== =================================
+  gradient: all-reduce                  once the parameters
+  with ``shard_state``                  reduce-scatter and all-gather, each
+                                        once the parameters
+  ``"on_emission"``, nothing emitted    0
+  neighbors given / found               8 n k / 4 n d of the features
+  smoothed predictions read / written   4 n C each
+  weights, finiteness, metrics          some numbers an example
+  ===================================== =================================
+
+  Returns:
+    A ``TrainStep``: call it, ``update(params, state, batch, **extra) -> (params,
+    state, metrics)``; ``update.init(params)`` makes the state, and
+    ``update.lower(...)`` is jit's. Batches may be NumPy arrays or arrays of one
+    device; on several processes each gives its own rows, equally many unless
+    there is a `batch_size`. Extra args named ``neighbors``, ``member_weights``,
+    ``regions``, ``example_ids``, ``features``, ``labels`` and ``beliefs`` hold one
+    row an example; all others are the same on all devices, keys too: fold an id
+    in for noise that differs. Metrics are scalars: ``"loss"``, the weighted mean
+    over finite examples, ``"weight"``, ``"num_dropped"`` in this call, and what
+    ``aux`` has.
+    The optimizer gets ``weight=``, the sum of ``member_weights``, and
+    ``value=``, the loss, unless they are passed.
+
+  Guarantees:
+    * Parameters equal those of one device (``test_devices_equal_one``).
+    * A batch that devices or micro-batches do not divide is padded and masked,
+      and the result is exact (``test_uneven_batches_are_exact``).
+    * One reduction of gradient size for any number of micro-batches
+      (``test_gradients_are_reduced_once``), none while ``accumulate`` waits
+      (``test_a_call_that_emits_nothing_sends_scalars``).
+    * What is not finite on one device is skipped by all
+      (``test_a_device_that_fails_is_skipped_by_all``).
+    * Several processes have the same parameters, bit for bit
+      (``test_two_processes_equal_one``).
+    * A run goes on on another number of devices, in mid-window too
+      (``test_open_windows_move_to_other_devices``).
+
+    An example whose loss, but none of its inputs, is not finite has weight zero;
+    with a `step` and several micro-batches others do not make up for it.
+
+  Raises:
+    ValueError: for arguments that do not fit together, rows of another number
+      than the batch's, and a batch beyond ``batch_size``.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> losses = lambda w, batch: (w * batch["x"] - batch["y"]) ** 2
+    >>> update = ranger.train_step(
+    ...     losses, optax.sgd(0.1), mesh=jax.make_mesh((1,), ("data",)))
+    >>> w = jnp.array(2.0)
+    >>> state = update.init(w)
+    >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([1.0, 2.0])}
+    >>> w, state, metrics = update(w, state, batch)
+    >>> print(w, metrics["loss"])  # 2 - 0.1 * (2 + 8) / 2
+    1.5 2.5
+
+  References:
+    Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion
+    Parameter Models, 2020, https://arxiv.org/abs/1910.02054, section 5.1.
+  """
+  validate.choice("partition", partition, ("shard_map", "jit", None))
+  validate.choice("reduce", reduce, ("every_call", "on_emission"))
+  validate.static_count("num_micro_batches", num_micro_batches)
+  if batch_size is not None:
+    validate.static_count("batch_size", batch_size)
+  late = reduce == "on_emission"
+  if late and (mesh is None or partition != "shard_map" or shard_state):
+    raise ValueError(
+      'reduce="on_emission" keeps gradients apart on the devices of a mesh: it'
+      ' needs mesh=, partition="shard_map" and shard_state=False.'
+    )
+  if shard_state and mesh is None:
+    raise ValueError("shard_state splits the state over devices: it needs mesh=.")
+  if partition is None and mesh is not None:
+    raise ValueError(
+      "partition=None leaves the mapping to the caller, who has the mesh: mesh= must"
+      " be None."
+    )
+  body = _update.Update(
+    per_example_losses,
+    optax.with_extra_args_support(optimizer),
+    optax.with_extra_args_support(
+      _aggregation.aggregate_by_mean() if step is None else step
+    ),
+    has_aux,
+    {
+      "find_neighbors": find_neighbors,
+      "num_micro_batches": num_micro_batches,
+      "is_mean": step is None,
+    },
+  )
+  return TrainStep(
+    body,
+    _placement.Placement(mesh, axis_name, shard_state=shard_state),
+    partition=partition,
+    late=late,
+    batch_size=batch_size,
+    donate=donate,
+  )
+
+
+class TrainStep:
+  """What ``train_step`` returns: call it to update."""
+
+  def __init__(
+    self,
+    body: _update.Update,
+    placement: _placement.Placement,
+    *,
+    partition: str | None,
+    late: bool,
+    batch_size: int | None,
+    donate: bool,
+  ):
+    self._body = body
+    self._placement = placement
+    self._partition = partition
+    self._late = late
+    self._batch_size = batch_size
+    self._donate = donate
+    self._compiled: dict[Any, Any] = {}
+    self._window_shapes: list[Any] | None = None
+
+  def init(self, params: PyTree) -> _update.TrainStepState:
+    """The state at the start, placed on the mesh as ``update`` keeps it."""
+    params = self._placement.place_params(params)
+    body = self._body
+    state = _update.TrainStepState(body.step.init(params), body.optimizer.init(params))
+    if self._late:
+      if not jax.tree.leaves(_placement.windows(state)):
+        raise ValueError(
+          'reduce="on_emission" needs accumulate(...) in the optimizer, with every'
+          " other than 1."
+        )
+      count = self._placement.num_devices
+      state = _placement.map_windows(
+        lambda leaf: jnp.zeros([count, *leaf.shape], leaf.dtype), state
+      )
+    return self._placement.place_state(state, late=self._late)
+
+  def __call__(
+    self,
+    params: PyTree,
+    state: _update.TrainStepState,
+    batch: PyTree,
+    **extra_args: Any,
+  ) -> tuple[PyTree, _update.TrainStepState, dict[str, Any]]:
+    """``(params, state, batch, **extra) -> (params, state, metrics)``."""
+    if self._partition is None:
+      rows, shared = _split_extra(extra_args)
+      return self._body(
+        self._placement.names, False, params, state, batch, rows, shared
+      )
+    args = self._prepare(params, state, batch, extra_args)
+    return self._jitted(*args[:2])(*args)
+
+  def lower(
+    self,
+    params: PyTree,
+    state: _update.TrainStepState,
+    batch: PyTree,
+    **extra_args: Any,
+  ) -> jax.stages.Lowered:
+    """As ``jax.jit(...).lower``: for ``collectives``, and to compile ahead."""
+    args = self._prepare(params, state, batch, extra_args)
+    return self._jitted(*args[:2]).lower(*args)
+
+  def _prepare(self, params, state, batch, extra_args):
+    placement = self._placement
+    rows, shared = _split_extra(extra_args)
+    n = validate.leading_axis("batch", batch)
+    if n is None:
+      raise ValueError("batch must hold at least one array, got none.")
+    if n == 0 and self._batch_size is None:
+      raise ValueError("batch must hold at least one example, got none.")
+    for name, arg in rows.items():
+      length = validate.leading_axis(name, arg)
+      if length != n:
+        raise ValueError(
+          f"{name} must have one row for each of the batch's {n}, got {length}."
+        )
+    to = self._rows_to_pad_to(n, batch)
+    if to != n or self._batch_size is not None:
+      rows.setdefault("member_weights", jnp.ones([n], jnp.float32))
+    batch = placement.place_rows(_placement.padded(batch, "batch", to))
+    rows = {
+      name: placement.place_rows(_placement.padded(arg, name, to))
+      for name, arg in rows.items()
+    }
+    params = placement.place_params(params)
+    return (
+      params,
+      placement.place_state(self._fitted(params, state), late=self._late),
+      batch,
+      rows,
+      placement.place_shared(shared),
+    )
+
+  def _fitted(self, params, state):
+    """The state of a run on other devices, in mid-window too, as this one keeps it."""
+    shapes = lambda: [
+      jnp.shape(leaf) for leaf in jax.tree.leaves(_placement.windows(state))
+    ]
+    if shapes() != self._window_shapes:
+      like = jax.eval_shape(self._body.optimizer.init, params)
+      fitted = self._placement.fit_windows(state.optimizer, like, late=self._late)
+      state = state._replace(optimizer=fitted)
+      self._window_shapes = shapes()
+    return state
+
+  def _rows_to_pad_to(self, n: int, batch: PyTree) -> int:
+    """Rows that this process's part of the batch needs to be cut evenly."""
+    placement, micro = self._placement, self._body.options["num_micro_batches"]
+    if placement.is_global(batch):
+      return n
+    shares = placement.num_local_devices * micro
+    if self._batch_size is None:
+      return -(-n // shares) * shares
+    to = self._batch_size * placement.num_local_devices // placement.num_devices
+    if to % shares or n > to:
+      raise ValueError(
+        f"batch_size must hold the batch, of {n} rows in this process, and its part"
+        f" of each process be a multiple of {shares} (devices times micro-batches),"
+        f" got {self._batch_size}."
+      )
+    return to
+
+  def _jitted(self, params: PyTree, state: _update.TrainStepState) -> Any:
+    """The compiled update; results lie where the arguments do."""
+    donated = (0, 1) if self._donate else ()
+    if self._placement.mesh is None:
+      key = None
+    else:
+      leaves, structure = jax.tree.flatten((params, state))
+      key = (structure, tuple(leaf.sharding for leaf in leaves))
+    if key not in self._compiled:
+      if key is None:
+        function = functools.partial(self._body, None, False)
+        self._compiled[key] = jax.jit(function, donate_argnums=donated)
+      else:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+        self._compiled[key] = jax.jit(
+          self._over_mesh(params, state),
+          donate_argnums=donated,
+          out_shardings=(*shardings, None),
+        )
+    return self._compiled[key]
+
+  def _over_mesh(self, params: PyTree, state: _update.TrainStepState) -> Any:
+    placement, body = self._placement, self._body
+    rows = placement.rows
+    specs = placement.state_specs(state, late=self._late)
+    manual = self._partition == "shard_map"
+    map_ = functools.partial(
+      jax.shard_map,
+      mesh=placement.mesh,
+      axis_names=set(placement.names),
+      check_vma=True,
+    )
+    if not manual:
+      update = functools.partial(body, None, False)
+      if placement.shard_state:
+        update = self._with_split_state(
+          params, functools.partial(body.forward, None, None, False)
+        )
+      return placement.automatic(update, (params, state))
+    if not placement.shard_state:
+      return map_(
+        functools.partial(body, placement.names, self._late),
+        in_specs=(_WHOLE, specs, rows, rows, _WHOLE),
+        out_specs=(_WHOLE, specs, _WHOLE),
+      )
+    dims = jax.tree.map(placement.scatter_dim, params)
+    tables = list(find_states(specs, _predictions.PredictionState))
+    forward = map_(
+      functools.partial(body.forward, placement.names, placement.scatter(dims), False),
+      in_specs=(_WHOLE, _WHOLE, tables, rows, rows, _WHOLE),
+      out_specs=(placement.scattered_specs(dims), _WHOLE, rows, _WHOLE, _WHOLE),
+    )
+    return self._with_split_state(params, forward)
+
+  def _with_split_state(self, params: PyTree, forward: Any) -> Any:
+    """The optimizer outside of what is mapped: the compiler splits its work."""
+    placement = self._placement
+    whole = jax.tree.map(lambda leaf: leaf.sharding, params)
+    split = jax.tree.map(
+      lambda leaf: placement.sharding(placement.split_spec(leaf)), params
+    )
+
+    def update(params, state, batch, rows, shared):
+      tables = list(find_states(state, _predictions.PredictionState))
+      grads, step_state, by_row, others, metrics = forward(
+        params, state.step, tables, batch, rows, shared
+      )
+      params, grads = (jax.tree.map(place, x, split) for x in (params, grads))
+      params, optimizer_state = self._body.apply(
+        params, state.optimizer, grads, {**by_row, **others}
+      )
+      params = jax.tree.map(place, params, whole)
+      return params, _update.TrainStepState(step_state, optimizer_state), metrics
+
+    return update
+
+
+def _split_extra(extra_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Extra args that hold one row an example, and the others."""
+  given = {name: arg for name, arg in extra_args.items() if arg is not None}
+  rows = {name: arg for name, arg in given.items() if name in ROWS}
+  return rows, {name: arg for name, arg in given.items() if name not in rows}

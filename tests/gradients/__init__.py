@@ -1,0 +1,1 @@
+"""The engine: fusion, micro-batches and sweeps."""

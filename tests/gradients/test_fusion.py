@@ -1,0 +1,390 @@
+"""Fusion: the same gradient as the per-example form, or a refusal."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from tests.laws import registry
+
+N = 6
+PARAMS = {
+  "w": jnp.asarray(np.random.default_rng(0).standard_normal([4, 3]), jnp.float32),
+  "b": jnp.zeros([3]),
+}
+BATCH = {
+  "x": jnp.asarray(np.random.default_rng(1).standard_normal([N, 4]), jnp.float32),
+  "y": jnp.asarray(np.random.default_rng(2).integers(0, 3, N)),
+}
+LINEAR = {
+  "mean": ranger.aggregate_by_mean(),
+  "sum": ranger.aggregate_by_sum(),
+  "regions": ranger.aggregate_by_regions(3),
+  "regions-sum": ranger.aggregate_by_regions(3, within="sum"),
+  "head": ranger.ranger_head(),
+  "neighbors-regions": optax.chain(
+    ranger.average_neighbors(include_self=False), ranger.aggregate_by_regions(3)
+  ),
+  "scaled": optax.chain(ranger.aggregate_by_mean(), optax.scale(-0.1)),
+}
+NON_LINEAR = {
+  "max": ranger.aggregate_by_max(),
+  "regions-max": ranger.aggregate_by_regions(3, within="max"),
+  "neighbors-max": optax.chain(ranger.average_neighbors(), ranger.aggregate_by_max()),
+  "clipped": optax.chain(ranger.aggregate_by_mean(), optax.clip(0.01)),
+}
+EXTRA = {
+  "neighbors": registry.neighbors(),
+  "regions": jnp.array([0, 0, 1, 2, 2, 2]),
+  "member_weights": jnp.array([1.0, 2.0, 0.0, 1.0, 1.0, 3.0]),
+}
+
+
+def losses(params, batch):
+  logits = jnp.tanh(batch["x"] @ params["w"]) + params["b"][None]
+  return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
+def per_example(params, batch, losses=losses):
+  one = lambda params, row: losses(params, jax.tree.map(lambda x: x[None], row))[0]
+  return jax.vmap(jax.grad(one), in_axes=(None, 0))(params, batch)
+
+
+def close(actual, expected, rtol=1e-4):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6),
+    actual,
+    expected,
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "jit"),
+  [
+    pytest.param("head", False, marks=pytest.mark.slow),
+    *((name, True) for name in sorted(LINEAR)),
+  ],
+)
+def test_fused_equals_per_example(name, jit):
+  step = LINEAR[name]
+  expected, _ = step.update(
+    per_example(PARAMS, BATCH), step.init(PARAMS), PARAMS, **EXTRA
+  )
+  function = ranger.value_and_grad(losses, step)
+  if jit:
+    function = jax.jit(function)
+  value, grads = function(PARAMS, BATCH, **EXTRA)
+  close(value, losses(PARAMS, BATCH))
+  close(grads, expected)
+  weights = jax.jit(lambda extra: ranger.example_weights(step, N, **extra))(EXTRA)
+  weighted = jax.grad(lambda params: (weights * losses(params, BATCH)).sum())(PARAMS)
+  close(weighted, expected)
+  assert weights.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", sorted(NON_LINEAR))
+@pytest.mark.parametrize(
+  "micro_batch_size",
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    4,
+    pytest.param(64, marks=pytest.mark.slow),
+  ],
+)
+def test_non_linear_runs_per_example(name, micro_batch_size):
+  step = NON_LINEAR[name]
+  expected, _ = step.update(
+    per_example(PARAMS, BATCH), step.init(PARAMS), PARAMS, **EXTRA
+  )
+  function = ranger.value_and_grad(losses, step, micro_batch_size=micro_batch_size)
+  value, grads = jax.jit(function)(PARAMS, BATCH, **EXTRA)
+  close(value, losses(PARAMS, BATCH))
+  close(grads, expected)
+  with pytest.raises(ranger.NotLinearError, match="not linear"):
+    ranger.example_weights(step, N, **EXTRA)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+  "step",
+  [
+    optax.chain(ranger.aggregate_by_mean(), optax.centralize()),
+    optax.chain(optax.centralize(), ranger.aggregate_by_mean()),
+    optax.stateless(
+      lambda updates, params: jax.tree.map(lambda u: u.mean(axis=0) + 1, updates)
+    ),
+    optax.stateless(
+      lambda updates, params: jax.tree.map(
+        lambda u: u.mean(axis=0) * (2 if u.ndim > 2 else 1), updates
+      )
+    ),
+  ],
+  ids=["centralized", "centralized-first", "affine", "by-rank"],
+)
+def test_shape_dependent_step_is_refused(step, jit):
+  function = ranger.value_and_grad(losses, step)
+  with pytest.raises(ValueError, match="not one weight per example"):
+    (jax.jit(function) if jit else function)(PARAMS, BATCH)
+
+
+def test_step_without_aggregation_is_refused():
+  with pytest.raises(ValueError, match="must end in an aggregation"):
+    ranger.example_weights(
+      ranger.average_neighbors(), N, neighbors=registry.neighbors()
+    )
+
+
+def test_step_with_momentum_is_refused():
+  step = optax.chain(ranger.aggregate_by_mean(), optax.trace(0.9))
+  function = ranger.value_and_grad(losses, step)
+  with pytest.raises(ValueError, match="chain that part with the optimizer"):
+    function(PARAMS, BATCH, state=step.init(PARAMS))
+
+
+def test_state_comes_third_and_counts():
+  step = ranger.aggregate_by_mean()
+  batch = {**BATCH, "x": BATCH["x"].at[3, 0].set(jnp.nan)}
+  function = jax.jit(ranger.value_and_grad(losses, step))
+  state = step.init(PARAMS)
+  for count in (1, 2):
+    _, _, state = function(PARAMS, batch, state=state)
+    assert int(state.num_dropped) == count
+
+
+@pytest.mark.parametrize(
+  ("name", "where"),
+  [
+    pytest.param(
+      name,
+      where,
+      marks=[pytest.mark.slow] * (where == "loss" and name not in ("mean", "max")),
+    )
+    for name in ("mean", "sum", "head", "regions", "max", "clipped")
+    for where in ("input", "loss")
+  ],
+)
+@pytest.mark.parametrize(
+  "value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)]
+)
+def test_bad_example_is_left_out(name, value, where):
+  step = {**LINEAR, **NON_LINEAR}[name]
+
+  def function(params, batch):
+    own = losses(params, batch)
+    return own + batch["add"] if where == "loss" else own
+
+  extra = {**EXTRA, "member_weights": jnp.ones([N])}
+  good = {**BATCH, "add": jnp.zeros([N])}
+  key = "x" if where == "input" else "add"
+  bad = {**good, key: good[key].at[3].set(value)}
+  absent = {**extra, "member_weights": extra["member_weights"].at[3].set(0)}
+  grad_fn = jax.jit(ranger.value_and_grad(function, step))
+  state = step.init(PARAMS)
+  _, expected, _ = grad_fn(PARAMS, good, state=state, **absent)
+  found, grads, state = grad_fn(PARAMS, bad, state=state, **extra)
+  close(grads, expected)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  assert max(int(leaf) for leaf in jax.tree.leaves(state)) == 1
+  assert np.isfinite(found).sum() >= N - 1
+
+
+def test_overflow_inside_the_model_is_one_example_where_they_are_apart():
+  """A loss that is finite and a gradient that is not: left out, and counted."""
+
+  def function(params, batch):
+    return jnp.sqrt(batch["x"][:, 0] * params)
+
+  params, batch = jnp.float32(1), {"x": jnp.array([[1.0], [0.0], [4.0]])}
+  step = ranger.aggregate_by_max()
+  _, grad, state = ranger.value_and_grad(function, step)(
+    params, batch, state=step.init(params)
+  )
+  assert float(grad) == 1.0
+  assert int(state.num_dropped) == 1
+
+
+def test_aux_and_extra_args_reach_the_losses():
+  def function(params, batch, scale, smoothed):
+    own = losses(params, batch) * scale + smoothed.sum(axis=1)
+    return own, {"predictions": own}
+
+  extra = {"scale": jnp.float32(2), "smoothed": jnp.ones([N, 2]), "unused": 1}
+  for step in (ranger.aggregate_by_mean(), ranger.aggregate_by_max()):
+    (value, aux), grads = ranger.value_and_grad(function, step, has_aux=True)(
+      PARAMS, BATCH, **extra
+    )
+    close(value, 2 * losses(PARAMS, BATCH) + 2)
+    close(aux["predictions"], value)
+    expected, _ = step.update(per_example(PARAMS, BATCH), step.init(PARAMS), PARAMS)
+    close(grads, jax.tree.map(lambda leaf: 2 * leaf, expected))
+
+
+def test_losses_reach_the_step():
+  def update(updates, state, params=None, *, losses=None, **extra_args):
+    del params, extra_args
+    soft = jax.nn.softmax(losses)
+    return jax.tree.map(lambda u: jnp.tensordot(soft, u, axes=1), updates), state
+
+  step = optax.GradientTransformationExtraArgs(lambda p: (), update)
+  _, grads = jax.jit(ranger.value_and_grad(losses, step))(PARAMS, BATCH)
+  soft = jax.nn.softmax(losses(PARAMS, BATCH))
+  close(grads, jax.tree.map(
+    lambda u: jnp.tensordot(soft, u, axes=1), per_example(PARAMS, BATCH)
+  ))  # fmt: skip
+
+
+def test_bfloat16_losses_are_weighed_in_float32():
+  function = lambda params, batch: losses(params, batch).astype(jnp.bfloat16)
+  value, grads = ranger.value_and_grad(function, ranger.aggregate_by_mean())(
+    PARAMS, BATCH
+  )
+  assert value.dtype == jnp.float32
+  expected = jax.grad(lambda params: losses(params, BATCH).mean())(PARAMS)
+  close(grads, expected, rtol=2e-2)
+
+
+def test_fused_holds_no_per_example_gradients():
+  """A 1 MB model: the fused form needs what the plain mean needs, not 64 MB."""
+  params = jnp.ones([512, 512])
+  batch = {"x": jnp.ones([64, 512])}
+  square = lambda params, batch: ((batch["x"] @ params) ** 2).sum(axis=1)
+  features = jnp.asarray(np.random.default_rng(0).standard_normal([64, 2]))
+  neighbors = ranger.neighbors.nearest(features, 5)
+
+  def temporaries(function, *args):
+    compiled = jax.jit(function).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  plain = temporaries(
+    jax.value_and_grad(lambda p, b: square(p, b).mean()), params, batch
+  )
+  fused = ranger.value_and_grad(square, ranger.ranger_head())
+  fused = temporaries(lambda p, b: fused(p, b, neighbors=neighbors), params, batch)
+  assert fused < plain + 2**18
+
+
+@pytest.mark.parametrize(
+  "axis_type",
+  [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)],
+)
+def test_batch_sharded_over_devices(axis_type):
+  """A neighbor on another device counts as a local one."""
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+  function = jax.jit(ranger.value_and_grad(losses, ranger.ranger_head()))
+  value, grads = function(PARAMS, BATCH, neighbors=EXTRA["neighbors"])
+  with jax.set_mesh(mesh):
+    batch = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data")))
+    result = function(PARAMS, batch, neighbors=EXTRA["neighbors"])
+  close(result, (value, grads))
+
+
+def test_bad_example_is_left_out_of_a_singular_loss():
+  """A norm has no gradient at zero: the bad row must not become zeros."""
+  norm = lambda params, batch: jnp.linalg.norm(params * batch, axis=1)
+  batch = jnp.array([[1.0, 2.0], [np.nan, 1.0], [3.0, 4.0]])
+  for step in (ranger.aggregate_by_mean(), ranger.aggregate_by_max()):
+    grad_fn = ranger.value_and_grad(norm, step)
+    grads = grad_fn(jnp.ones([1, 2]), batch)[1]
+    expected = grad_fn(jnp.ones([1, 2]), batch[jnp.array([0, 2])])[1]
+    close(grads, expected)
+
+
+def test_weights_differ_from_device_to_device():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+  member = jnp.array([1.0, 2.0, 1.0, 3.0])
+  split = PartitionSpec("data")
+  function = jax.shard_map(
+    lambda m: ranger.example_weights(ranger.aggregate_by_mean(), 2, member_weights=m),
+    mesh=mesh,
+    in_specs=split,
+    out_specs=split,
+  )
+  weights = jax.jit(function)(jax.device_put(member, NamedSharding(mesh, split)))
+  np.testing.assert_allclose(weights, [1 / 3, 2 / 3, 1 / 4, 3 / 4], rtol=1e-6)
+
+
+def test_examples_of_different_devices_are_kept_apart():
+  """A maximum of each device's own examples, or a refusal that names the leaf."""
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+  split = PartitionSpec("data")
+  grad_fn = ranger.value_and_grad(lambda p, x: p * x, ranger.aggregate_by_max())
+
+  def local(params, x):
+    return grad_fn(jax.lax.pcast(params, "data", to="varying"), x)[1][None]
+
+  def run(function, out_specs):
+    over = jax.shard_map(
+      function, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=out_specs
+    )
+    x = jax.device_put(jnp.arange(1.0, 9.0), NamedSharding(mesh, split))
+    return jax.jit(over)(jnp.float32(2), x)
+
+  np.testing.assert_array_equal(run(local, split), [2, 4, 6, 8])
+  with pytest.raises(ValueError, match="params is the same over the mesh axis 'data'"):
+    run(lambda params, x: grad_fn(params, x)[1], PartitionSpec())
+
+
+@pytest.mark.parametrize(
+  "map_", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)]
+)
+def test_a_split_batch_has_the_gradient_of_the_whole(map_):
+  """Two examples on each of three devices; one of them is bad."""
+  step = optax.chain(
+    ranger.average_neighbors(include_self=False), ranger.aggregate_by_regions(3)
+  )
+  batch = {**BATCH, "x": BATCH["x"].at[4].set(jnp.nan)}
+  state = step.init(PARAMS)
+  whole = ranger.value_and_grad(losses, step)
+  values, expected, new_state = whole(PARAMS, batch, state=state, **EXTRA)
+  split = ranger.value_and_grad(losses, step, axis_name="data")
+  call = lambda batch, extra: split(PARAMS, batch, state=state, **extra)
+  cut = lambda tree: jax.tree.map(lambda a: a.reshape(3, 2, *a.shape[1:]), tree)
+  if map_ == "pmap":
+    mapped = jax.pmap(call, axis_name="data", devices=jax.devices()[:3])
+    own, grads, after = mapped(cut(batch), cut(EXTRA))
+    grads, after = jax.tree.map(lambda leaf: leaf[2], (grads, after))
+  else:
+    mesh = jax.make_mesh((3,), ("data",), (AxisType.Auto,), devices=jax.devices()[:3])
+    rows = PartitionSpec("data")
+    over = jax.shard_map(
+      call, mesh=mesh, in_specs=rows, out_specs=(rows, PartitionSpec(), PartitionSpec())
+    )
+    own, grads, after = jax.jit(over)(batch, EXTRA)
+  good = np.arange(N) != 4
+  close(np.asarray(own).reshape(-1)[good], values[good])
+  close(grads, expected)
+  jax.tree.map(np.testing.assert_array_equal, after, new_state)
+
+
+def test_a_step_that_is_not_linear_is_refused_over_devices():
+  mesh = jax.make_mesh((3,), ("data",), (AxisType.Auto,), devices=jax.devices()[:3])
+  split = ranger.value_and_grad(losses, ranger.aggregate_by_max(), axis_name="data")
+  over = jax.shard_map(
+    lambda batch: split(PARAMS, batch)[1],
+    mesh=mesh,
+    in_specs=PartitionSpec("data"),
+    out_specs=PartitionSpec(),
+  )
+  with pytest.raises(ValueError, match="never leave their device"):
+    jax.jit(over)(BATCH)
+
+
+def test_many_neighbors_are_no_rounding_error():
+  """The trial of a step on stand-ins must not add up thousands at one place."""
+  n, k = 4096, 10
+  neighbors = ranger.Neighbors(
+    (jnp.arange(n)[:, None] + jnp.arange(1, k + 1)[None]) % n,
+    jnp.ones([n, k]),
+    jnp.full([n, k], 1 / k),
+  )
+  weights = jax.jit(
+    lambda neighbors: ranger.example_weights(
+      ranger.ranger_head(), n, neighbors=neighbors
+    )
+  )(neighbors)
+  np.testing.assert_allclose(weights, np.full(n, 1 / n), rtol=1e-5)

@@ -1,0 +1,273 @@
+"""Graphs of whole data sets: every builder against a full sort, and each other."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+from scipy import sparse
+
+import optax_ranger as ranger
+from optax_ranger import graph
+from tests.graph import graphs
+
+COSINE_TOO = pytest.param("cosine", marks=pytest.mark.slow)
+each_metric = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+
+
+@each_metric
+@pytest.mark.parametrize("name", graphs.data())
+def test_backends_give_one_graph(name, metric):
+  rows = graphs.data()[name]
+  first = ranger.neighbors.nearest(rows, 5, metric=metric, block_size=64)
+  graphs.same(graph.build(rows, 5, metric=metric, backend="jax"), first)
+  graphs.same(graph.build(rows, 5, metric=metric, backend="faiss"), first)
+  distances, indices = graphs.full_sort(rows, 5, metric)
+  np.testing.assert_allclose(first.distances, distances, rtol=2e-5, atol=1e-6)
+  if name == "normal":
+    distinct = ~np.isin(np.arange(400), np.r_[:10, 200:240])
+    np.testing.assert_array_equal(first.indices[distinct], indices[distinct])
+
+
+@pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
+@pytest.mark.parametrize("name", graphs.data())
+def test_devices_give_the_graph_of_one(name, metric):
+  """Eight devices; rows that they share evenly, and rows that they don't."""
+  mesh = jax.make_mesh((8,), ("data",))
+  every = graphs.data()[name]
+  for rows in (every, every[:-3]) if name == "normal" else (every,):
+    found = graph.build(rows, 5, metric=metric, mesh=mesh)
+    graphs.same(found, graph.build(rows, 5, metric=metric, backend="jax"))
+    assert len(found.indices) == len(rows)
+
+
+def test_devices_hold_their_rows_only():
+  from optax_ranger.graph import _sharded
+
+  mesh = jax.make_mesh((8,), ("data",))
+  split = jax.NamedSharding(mesh, jax.P("data"))
+  found = graph.build(graphs.points(), 5, mesh=mesh)
+  assert all(leaf.sharding.is_equivalent_to(split, 2) for leaf in found)
+  n, d = 65536, 256
+  features = jax.ShapeDtypeStruct((n, d), np.float32, sharding=split)
+  search = _sharded._search_of(mesh, "data", 5, "euclidean", n)
+  memory = search.lower(features).compile().memory_analysis()
+  # All rows are 67 MB; a device has an eighth, one block, and tiles.
+  assert memory.argument_size_in_bytes == 4 * n * d // 8
+  assert memory.temp_size_in_bytes < 60e6 + 4 * 1024 * 8192 * 2
+
+
+def test_two_processes_give_the_graph_of_one():
+  """Over gloo: five devices in the first, three in the second."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-m", "tests.graph.graphs", port, str(i), "5", "3"],
+      cwd=pathlib.Path(__file__).parents[2],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    outputs = [process.communicate(timeout=100) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  for process, (_, errors) in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, errors[-3000:]
+  shards = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+  for name, rows in graphs.data().items():
+    alone = graph.build(rows, 5, backend="jax")
+    parts = [part for shard in shards for part in shard[name]]
+    assert len(parts) == 16
+    for start, leaf, digest in parts:
+      expected = np.asarray(alone[leaf])[start : start + len(rows) // 8]
+      assert digest == graphs.digest(expected)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
+@pytest.mark.parametrize("build", ["jax", "faiss", "tiles"])
+@pytest.mark.parametrize(("scale", "ratio"), [(1e-30, 1e3), (1, 1e6), (1e30, 1e3)])
+def test_exact_where_rounding_is_worst(metric, build, scale, ratio):
+  """Distances are those of a full sort, whatever the tiles could tell."""
+  # FAISS measures by differences, without cancellation, in less than some hundred.
+  d = 784 if build == "faiss" else 12
+  rows = scale * graphs.clusters(ratio, n=200, d=d).astype(np.float64)
+  rows = rows.astype(np.float32)
+  if build == "tiles":
+    found = ranger.neighbors.nearest(rows, 5, metric=metric, block_size=32)
+  else:
+    found = graph.build(rows, 5, metric=metric, backend=build)
+  distances, _ = graphs.full_sort(rows, 5, metric)
+  tiny = 1e-12 if metric == "cosine" else 0
+  if metric == "cosine" and ratio == 1e6:
+    tiny = 1e-13  # unit vectors in float32 are no finer than that
+  np.testing.assert_allclose(found.distances, distances, rtol=1e-5, atol=tiny)
+
+
+@pytest.mark.parametrize("backend", ["jax", "faiss"])
+def test_ordinary_data_needs_no_repairs(backend):
+  """The candidates beside the k best are enough; without them they aren't."""
+  rows = 3 + np.random.default_rng(0).standard_normal([1500, 64])
+  build = lambda: graph.build(
+    rows.astype(np.float32), 5, backend=backend, with_report=True
+  )
+  assert build()[1].num_repaired == 0
+
+
+def test_recall_is_measured():
+  rows = np.random.default_rng(0).standard_normal([1200, 24]).astype(np.float32)
+  distances, _ = graphs.full_sort(rows, 5, "euclidean")
+  recalls = {}
+  for backend, effort in (("hnsw", 6), ("ivf", 1), ("ivf", 10**6)):
+    found, report = graph.build(
+      rows, 5, backend=backend, effort=effort, recall_sample=1200, with_report=True
+    )
+    share = (np.asarray(found.distances) <= distances[:, -1:] * 1.000001).mean()
+    assert report.recall == pytest.approx(share, abs=1e-6)
+    assert report.backend == backend
+    recalls[backend, effort] = report.recall
+    partly = graph.measure_recall(found, rows, sample=300, seed=1)
+    assert abs(partly - share) < 0.1
+  assert recalls["ivf", 1] < 0.9 < recalls["hnsw", 6]
+  assert recalls["ivf", 10**6] == 1
+  assert np.isnan(graph.measure_recall(found, rows, sample=0))
+
+
+def normal(*shape: int) -> np.ndarray:
+  return np.random.default_rng(0).standard_normal(shape)
+
+
+EDGES = {
+  "duplicates": np.repeat(np.eye(12), [1] * 6 + [4] * 6, axis=0),
+  "constant": np.full([30, 4], 3.3),
+  "nan_rows": np.where(np.arange(30)[:, None] % 3 == 0, np.nan, normal(30, 4)),
+  "all_nan": np.full([30, 4], np.nan),
+  "n_is_k_plus_1": normal(6, 4),
+  "float16": normal(30, 4).astype(np.float16),
+  "uint8": (50 * np.abs(normal(30, 4))).astype(np.uint8),
+  "int64": (9 * normal(30, 4)).astype(np.int64),
+  "bool": normal(30, 4) > 0,
+  "single_cluster": 1e3 + 1e-2 * normal(30, 4),
+  "zero_rows": normal(30, 4) * (np.arange(30)[:, None] > 3),
+  "one_zero_row": normal(30, 4) * (np.arange(30)[:, None] > 0),
+}
+
+
+@pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("bool", "int64")))
+    for name in EDGES
+  ],
+)
+def test_edge_cases(name, metric):
+  """A full sort by (distance, index) says what each builder must give."""
+  rows = EDGES[name]
+  if rows.dtype == np.float64:
+    rows = rows.astype(np.float32)
+  distances, indices = graphs.full_sort(rows, 5, metric)
+  found = graph.build(rows, 5, metric=metric, backend="faiss")
+  np.testing.assert_allclose(found.distances, distances, rtol=1e-4, atol=2e-7)
+  if metric == "euclidean" or name not in ("single_cluster", "int64", "bool", "uint8"):
+    np.testing.assert_array_equal(found.indices, indices)
+  weights = np.where(indices >= 0, np.float32(0.2), np.float32(0))
+  np.testing.assert_array_equal(found.weights, weights)
+  graphs.same(ranger.neighbors.nearest(rows, 5, metric=metric), found)
+  graphs.same(graph.build(rows, 5, metric=metric, backend="jax"), found)
+  if name in ("duplicates", "nan_rows", "zero_rows"):
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    graphs.same(graph.build(rows, 5, metric=metric, mesh=mesh), found)
+
+
+def test_zero_rows_have_no_direction():
+  """At cosine distance one from all, copies of them too."""
+  rows = EDGES["zero_rows"].astype(np.float32)
+  distances, indices = graphs.full_sort(rows, 5, "cosine")
+  for backend in ("jax", "faiss"):
+    found = graph.build(rows, 5, metric="cosine", backend=backend)
+    np.testing.assert_array_equal(found.indices, indices)
+    np.testing.assert_allclose(found.distances, distances, rtol=1e-4)
+
+
+REFUSED = {
+  "features must have shape": lambda x: graph.build(x[0], 1),
+  "d at least 1": lambda x: graph.build(x[:, :0], 1),
+  "features must be real": lambda x: graph.build(x + 1j, 1),
+  "n = 9, got 9": lambda x: graph.build(x, 9),
+  "backend must be one of": lambda x: graph.build(x, 1, backend="annoy"),
+  "metric must be one of": lambda x: graph.build(x, 1, metric="l1"),
+  "sparse features need metric": lambda x: graph.build(sparse.csr_array(x), 1),
+  "a mesh needs backend": lambda x: graph.build(
+    x, 1, backend="faiss", mesh=jax.make_mesh((8,), ("data",))
+  ),
+  "axis_name must be one of 'data'": lambda x: graph.build(
+    x, 1, mesh=jax.make_mesh((8,), ("data",)), axis_name="model"
+  ),
+  "k sets the shape": lambda x: graph.build(x, 1.5),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(message):
+  with pytest.raises((ValueError, TypeError), match=message.replace("[", r"\[")):
+    REFUSED[message](np.eye(9, 4, dtype=np.float32))
+
+
+def test_faiss_is_an_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "faiss", None)
+  rows = graphs.points(50)
+  with pytest.raises(ImportError, match=r"optax-ranger\[graph\]"):
+    graph.build(rows, 3, backend="faiss")
+  _, report = graph.build(rows, 3, with_report=True)
+  assert report.backend == "jax"
+
+
+def texts(n: int = 300) -> sparse.csr_array:
+  rng = np.random.default_rng(0)
+  dense = rng.random([n, 500]) * (rng.random([n, 500]) < 0.02)
+  dense[7] = 0
+  dense[20:26] = dense[10] * np.array([0.1, 0.3, 0.7, 1.1, 1.3, 1.7])[:, None]
+  dense[30, 3] = np.nan
+  return sparse.csr_array(dense)
+
+
+def test_sparse_rows_equal_dense_ones():
+  rows = texts()
+  found, report = graph.build(rows, 4, metric="cosine", with_report=True)
+  distances, indices = graphs.full_sort(rows.toarray(), 4, "cosine")
+  np.testing.assert_allclose(found.distances, distances, atol=1e-7)
+  np.testing.assert_array_equal(found.indices[10], [20, 21, 22, 23])
+  np.testing.assert_array_equal(found.indices[25], [10, 20, 21, 22])
+  assert not found.distances[np.r_[10, 20:26]].any()
+  alone = ~np.isin(indices, np.r_[10, 20:26]).any(axis=1) & (distances[:, -1] < 1)
+  np.testing.assert_array_equal(found.indices[alone], indices[alone])
+  assert alone.sum() > 200
+  assert report.backend == "sparse"
+  assert report.num_dropped == 1
+  matrix = sparse.csr_matrix(rows)
+  graphs.same(graph.build(matrix, 4, metric="cosine"), found)
+
+
+def test_sparse_rows_are_never_densified():
+  """A million columns: densified they would take 2.4 GB."""
+  rng = np.random.default_rng(0)
+  wide = sparse.random_array((300, 10**6), density=1e-5, rng=rng, format="csr")
+  tracemalloc.start()
+  graph.build(wide, 3, metric="cosine")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 40e6

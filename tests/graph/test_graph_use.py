@@ -1,0 +1,363 @@
+"""What graphs are used for: audits, files, three ways to pay, refreshing, pipelines."""
+
+import sys
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from optax_ranger import graph
+
+
+def small(n: int = 60, k: int = 4, seed: int = 0) -> ranger.Neighbors:
+  points = np.random.default_rng(seed).standard_normal([n, 2]).astype(np.float32)
+  return graph.build(points, k, backend="jax")
+
+
+def test_audit_equals_counting():
+  neighbors = ranger.neighbors.weigh(small(), kernel="gaussian")
+  rng = np.random.default_rng(1)
+  labels, beliefs = rng.integers(0, 3, 60), rng.dirichlet(np.ones(3), 60)
+  beliefs[5] = np.nan
+  for given in (None, beliefs):
+    for balance in (False, True):
+      found = graph.audit(neighbors, labels, beliefs=given, balance=balance)
+      votes = np.zeros([60, 3])
+      for i in range(60):
+        for j, weight in zip(neighbors.indices[i], neighbors.weights[i], strict=True):
+          vote = np.eye(3)[labels[j]] if given is None else given[j]
+          votes[i] += float(weight) * (0 if np.isnan(vote).any() else vote)
+      if balance:
+        votes /= votes.sum(axis=0) / votes.sum()
+      votes /= votes.sum(axis=1, keepdims=True)
+      own = votes[np.arange(60), labels]
+      others = np.where(np.eye(3)[labels] > 0, -1, votes).max(axis=1)
+      np.testing.assert_allclose(found.support, own, rtol=1e-5)
+      np.testing.assert_allclose(found.margin, own - others, atol=1e-6)
+      strongest = np.where(own >= others, labels, votes.argmax(axis=1))
+      np.testing.assert_array_equal(found.suggested, strongest)
+      assert (np.diff(found.margin[found.order]) >= 0).all()
+  support = ranger.labels.label_support(neighbors, labels)
+  np.testing.assert_allclose(graph.audit(neighbors, labels).support, support, rtol=1e-5)
+
+
+def test_audit_in_blocks(monkeypatch):
+  from optax_ranger.graph import _audit
+
+  neighbors, labels = small(), np.random.default_rng(1).integers(0, 3, 60)
+  whole = graph.audit(neighbors, labels, balance=True)
+  monkeypatch.setattr(_audit, "_CELLS", 28)
+  for one, other in zip(
+    graph.audit(neighbors, labels, balance=True), whole, strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_audit_without_neighbors():
+  neighbors = small()
+  empty = np.asarray(neighbors.indices).copy()
+  empty[[3, 8]] = -1
+  found = graph.audit(neighbors._replace(indices=empty), np.arange(60) % 2)
+  assert set(found.order[-2:]) == {3, 8}
+  assert np.isnan(found.support[[3, 8]]).all()
+  np.testing.assert_array_equal(found.suggested[[3, 8]], [1, 0])
+
+
+def test_audit_of_rare_classes_needs_balance():
+  """One of ten is of the rare class; alone among mixed votes it is outvoted."""
+  rng = np.random.default_rng(0)
+  labels = (rng.random(2000) < 0.1).astype(np.int32)
+  points = rng.standard_normal([2000, 2]) + 1.5 * labels[:, None]
+  neighbors = graph.build(points.astype(np.float32), 20, backend="jax")
+  right = lambda balance: (
+    graph.audit(neighbors, labels, balance=balance).suggested[labels == 1] == 1
+  ).mean()
+  assert right(False) < 0.6 < 0.75 < right(True)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"labels": np.zeros(60)}, "labels must hold integers"),
+    ({"labels": np.zeros(9, int)}, r"labels must have shape \[60\]"),
+    ({"labels": np.full(60, 3), "num_classes": 3}, r"must lie in \[0, 3\), got 3"),
+    (
+      {"labels": np.zeros(60, int), "beliefs": np.zeros(60)},
+      r"must have shape \[60, C",
+    ),
+  ],
+)
+def test_audit_refusals(arguments, message):
+  with pytest.raises((TypeError, ValueError), match=message):
+    graph.audit(small(), **arguments)
+
+
+def test_balanced_classes_weigh_alike():
+  neighbors = small()
+  labels = np.zeros(60, np.int32)
+  labels[neighbors.indices[7]] = 1
+  labels[neighbors.indices[9]] = 3
+  labels[[7, 9]] = 1, 3
+  weighed = ranger.neighbors.weigh(neighbors, labels=labels)
+  balanced = graph.balance_classes(weighed, labels, 4)
+  totals = np.asarray(balanced.weights.sum(axis=1))
+  means = [totals[labels == c].mean() for c in (0, 1, 3)]
+  np.testing.assert_allclose(means, [totals.mean()] * 3, rtol=1e-5)
+  assert totals.mean() == pytest.approx(float(weighed.weights.sum(axis=1).mean()))
+  before = np.asarray(weighed.weights.sum(axis=1))
+  assert np.ptp([before[labels == c].mean() for c in (0, 1, 3)]) > 0.2
+
+
+def test_weight_report_limits():
+  even = ranger.neighbors.weight_report(np.full(500, 1e25, np.float32))
+  assert even.effective_sample_size == pytest.approx(500)
+  assert even.top_share == pytest.approx(0.01)
+  hub = ranger.neighbors.weight_report(jnp.zeros(500).at[7].set(1e-30))
+  assert hub.effective_sample_size == pytest.approx(1)
+  assert hub.top_share == pytest.approx(1)
+  assert hub.zero_share == pytest.approx(0.998)
+  nothing = ranger.neighbors.weight_report(np.zeros(3, np.float16))
+  assert [float(number) for number in nothing] == [0, 0, 1]
+  with pytest.raises(ValueError, match=r"must have shape \[n\]"):
+    ranger.neighbors.weight_report(np.ones([2, 2]))
+
+
+def test_files_keep_every_bit(tmp_path):
+  neighbors = ranger.neighbors.weigh(small(), kernel="gaussian")
+  features = np.random.default_rng(0).standard_normal([60, 2])
+  graph.save(tmp_path / "some.graph", neighbors, features=features)
+  loaded = graph.load(tmp_path / "some.graph", features=features)
+  for one, other in zip(loaded, neighbors, strict=True):
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one, other)
+  assert [path.name for path in tmp_path.iterdir()] == ["some.graph"]
+
+
+def test_bad_files_are_refused(tmp_path):
+  path = tmp_path / "some.graph"
+  features = np.arange(120.0).reshape(60, 2)
+  graph.save(path, small(), features=features)
+  good = path.read_bytes()
+
+  def refused(message, **arguments):
+    with pytest.raises(ValueError, match=message) as caught:
+      graph.load(path, **arguments)
+    assert "some.graph" in str(caught.value)
+
+  refused("other features", features=features + 1e-9)
+  refused("other features", features=features.astype(np.float32))
+  # One bit of the array of weights: of the file's own checksum, or of ours.
+  path.write_bytes(good[:600] + bytes([good[600] ^ 1]) + good[601:])
+  refused("damaged")
+  path.write_bytes(good[: len(good) // 2])
+  refused("not a graph|damaged")
+  path.write_bytes(b"")
+  refused("not a graph")
+  with path.open("wb") as file:
+    np.save(file, np.zeros(3))
+  refused("not a graph")
+  with path.open("wb") as file:
+    np.savez(file, indices=np.zeros([2, 1]))
+  refused("not a graph")
+  with path.open("wb") as file:
+    np.savez(file, format=np.array(["boom", None], object))
+  refused("damaged|not a graph")
+  with path.open("wb") as file:
+    np.savez(file, format=np.array("optax_ranger.graph"), version=np.array(2))
+  refused("has version 2")
+  path.write_bytes(good)
+  with np.load(path) as content:
+    other = {**content, "weights": content["weights"] + 1}
+  with path.open("wb") as file:
+    np.savez(file, **other)
+  refused("damaged: its checksum")
+
+
+def weighed(n: int = 80, k: int = 6) -> ranger.Neighbors:
+  labels = np.random.default_rng(2).integers(0, 2, n)
+  return ranger.neighbors.weigh(small(n, k), kernel="gaussian", labels=labels)
+
+
+def test_plan_equals_example_weights():
+  neighbors = weighed()
+  step = optax.chain(
+    ranger.average_neighbors(normalize="graph"), ranger.aggregate_by_mean()
+  )
+  mean = neighbors.weights.sum(axis=1).mean()
+  weights = jax.jit(
+    lambda neighbors, mean: ranger.example_weights(
+      step, 80, neighbors=neighbors, graph_weight=mean
+    )
+  )(neighbors, mean)
+  table = graph.plan(neighbors).table
+  np.testing.assert_allclose(table / 80, weights, rtol=1e-5)
+  assert float(table.mean()) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("way", "k"),
+  [("fetched", None), ("fetched", 2), ("in_batch", None), ("amortized", None)],
+)
+def test_expectations_agree(way, k):
+  """Over 4,000 batches the mean is that of the graph; other scalings are not."""
+  n, size, count = 80, 16, 4000
+  neighbors = weighed(n)
+  values = 1 + jnp.asarray(np.random.default_rng(0).standard_normal(n), jnp.float32)
+  step = ranger.average_neighbors(normalize="graph")
+  mean = float(neighbors.weights.sum(axis=1).mean())
+  rows, _ = step.update(
+    values, step.init(values), neighbors=neighbors, graph_weight=mean
+  )
+  expected = float(rows.mean())
+  plan = graph.plan(neighbors)
+
+  @jax.jit
+  @jax.vmap
+  def one(key):
+    order, draw = jax.random.split(key)
+    ids = jax.random.choice(order, n, [size], replace=False)
+    paid = graph.pay(plan, ids, way, key=draw, k=k)
+    return (paid.weights * values[paid.ids]).sum(), paid.weights.sum()
+
+  sums, totals = map(np.asarray, one(jax.random.split(jax.random.key(0), count)))
+  error = sums.std() / np.sqrt(count)
+  assert abs(sums.mean() - expected) < 4 * error
+  assert abs(totals.mean() - 1) < 4 * totals.std() / np.sqrt(count) + 1e-5
+  wrong = {"in_batch": (size - 1) / (n - 1), "fetched": (1 + 2 / 6) / 2}
+  assert abs(wrong.get(way, 0.9) * sums.mean() - expected) > 8 * error
+  # The batch drawn with replacement, or n / B: five per cent off at these sizes.
+  if way == "in_batch":
+    assert abs((n / size) / ((n - 1) / (size - 1)) * sums.mean() - expected) > 4 * error
+
+
+def test_pay_refuses():
+  plan = graph.plan(small())
+  with pytest.raises(ValueError, match="way must be one of"):
+    graph.pay(plan, np.arange(4), "borrowed")
+  with pytest.raises(ValueError, match="needs key="):
+    graph.pay(plan, np.arange(4), "fetched", k=2)
+  with pytest.raises(ValueError, match="at least 2 examples"):
+    graph.pay(plan, np.arange(1), "in_batch")
+
+
+def test_empty_places_cost_nothing():
+  neighbors = small()
+  indices = np.asarray(neighbors.indices).copy()
+  indices[4] = -1
+  plan = graph.plan(neighbors._replace(indices=indices))
+  fetched = graph.pay(plan, np.array([4, 9]), "fetched")
+  assert fetched.weights[0] == 0
+  assert not fetched.weights[2:6].any()
+  np.testing.assert_allclose(fetched.weights[6:].sum(), fetched.weights[1], rtol=1e-5)
+  assert fetched.weights[1] > 0
+  assert float(plan.table.sum()) == pytest.approx(60, rel=1e-5)
+
+
+def test_refresh_compiles_nothing_again():
+  rng = np.random.default_rng(0)
+  data = {"x": rng.standard_normal([70, 5]).astype(np.float32)}
+  labels = jnp.asarray(rng.integers(0, 2, 70))
+  traces = {"features": 0, "step": 0}
+
+  def features_of(params, batch):
+    traces["features"] += 1
+    return jnp.tanh(batch["x"] @ params)
+
+  def losses(params, batch):
+    logits = jnp.tanh(batch["x"] @ params)[:, :2]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+  @jax.jit
+  def step(params, batch, neighbors):
+    traces["step"] += 1
+    weights = graph.plan(neighbors).table
+    loss = lambda params: (weights * losses(params, batch)).mean()
+    return params - 0.5 * jax.grad(loss)(params)
+
+  params = jnp.asarray(rng.standard_normal([5, 3]), jnp.float32)
+  weigh = lambda found: ranger.neighbors.weigh(found, labels=labels)
+  neighbors = weigh(graph.build(data["x"], 4, backend="jax"))
+  first, batch = neighbors, {**data, "label": labels}
+  for _ in range(3):
+    params = step(params, batch, neighbors)
+    neighbors = graph.refresh(
+      features_of, params, data, neighbors, weigh=weigh, batch_size=32, backend="faiss"
+    )
+    expected = weigh(graph.build(np.tanh(data["x"] @ params), 4, backend="jax"))
+    agree = (np.asarray(neighbors.indices) == np.asarray(expected.indices)).mean()
+    assert agree > 0.99
+  step(params, batch, neighbors)
+  assert traces == {"features": 1, "step": 1}
+  assert (np.asarray(first.indices) != np.asarray(neighbors.indices)).any()
+  with pytest.raises(ValueError, match="data has 69 examples"):
+    graph.refresh(features_of, params, {"x": data["x"][:69]}, neighbors)
+
+
+def test_batches_visit_every_example():
+  batches = graph.NeighborBatches(small(), 16, k=2, seed=3)
+  epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
+  orders = [np.concatenate([batch["id"] for batch in epoch]) for epoch in epochs]
+  assert all(len(set(order)) == 48 for order in orders)
+  assert (orders[0] != orders[1]).any()
+  neighbors = small()
+  for batch in epochs[0]:
+    assert batch["neighbor_weight"].dtype == np.float32
+    np.testing.assert_allclose(batch["neighbor_weight"], np.full([16, 2], 0.5))
+    for i, drawn in zip(batch["id"], batch["neighbor_id"], strict=True):
+      assert len(set(drawn)) == 2
+      assert set(drawn) <= set(np.asarray(neighbors.indices[i]))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "grain", "grain, batches"])
+def test_pipelines_restore_the_same_tail(kind):
+  """From the state after every batch on."""
+  neighbors = small()
+  if kind == "numpy":
+    make = lambda: graph.NeighborBatches(neighbors, 16, k=2, seed=3)
+  else:
+    add = graph.add_neighbors(neighbors, k=2)
+    ids = grain.MapDataset.range(60).seed(3).shuffle().repeat(3)
+    ids = ids.map(lambda i: {"id": i})
+    if kind == "grain":
+      data = ids.random_map(add).to_iter_dataset().batch(16)
+    else:
+      data = ids.batch(16).random_map(add).to_iter_dataset()
+    make = lambda: iter(data)
+  iterator, states, outputs = make(), [], []
+  for _ in range(8):
+    states.append(iterator.get_state())
+    outputs.append(next(iterator))
+  for start, state in enumerate(states):
+    again = make()
+    again.set_state(state)
+    for expected in outputs[start:]:
+      actual = next(again)
+      for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value)
+  assert outputs[0]["neighbor_id"].shape == (16, 2)
+  draws = [np.sort(output["id"]) for output in outputs[:2]]
+  assert (draws[0] != draws[1]).any()
+  # Draws differ from epoch to epoch: not always the same two of four.
+  seen = {}
+  for output in outputs:
+    for i, drawn in zip(output["id"], output["neighbor_id"], strict=True):
+      seen.setdefault(int(i), set()).add(tuple(drawn.tolist()))
+      assert set(drawn.tolist()) <= set(np.asarray(neighbors.indices[int(i)]).tolist())
+  assert max(len(drawn) for drawn in seen.values()) > 1
+
+
+def test_pipelines_refuse(monkeypatch):
+  with pytest.raises(ValueError, match="k must be at most the 4"):
+    graph.NeighborBatches(small(), 8, k=5)
+  with pytest.raises(ValueError, match="batch_size must be at most n = 60"):
+    graph.NeighborBatches(small(), 61)
+  batches = graph.NeighborBatches(small(), 8)
+  with pytest.raises(ValueError, match="of seed 1, these batches of 0"):
+    batches.set_state({"epoch": 0, "batch": 0, "seed": 1})
+  monkeypatch.setitem(sys.modules, "grain", None)
+  with pytest.raises(ImportError, match=r"optax-ranger\[grain\]"):
+    graph.add_neighbors(small())

@@ -1,0 +1,1 @@
+"""What neighbors reveal about labels."""

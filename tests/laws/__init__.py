@@ -1,0 +1,1 @@
+"""The laws: one registry of all steps, every law over all of it."""

@@ -1,0 +1,1 @@
+"""Neighbors and their weights."""

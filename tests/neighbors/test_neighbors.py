@@ -1,0 +1,191 @@
+"""Neighbors against a full sort in NumPy, their weights, and what backs a label."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import spatial
+
+import optax_ranger as ranger
+
+
+def full_sort(features, k, metric):
+  features = np.asarray(features, np.float64)
+  kind = {"euclidean": "euclidean", "cosine": "cosine"}[metric]
+  distances = spatial.distance.cdist(features, features, kind)
+  np.fill_diagonal(distances, np.inf)
+  indices = np.argsort(distances, axis=1, kind="stable")[:, :k]
+  return indices, np.take_along_axis(distances, indices, axis=1)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize(
+  "block_size", [7, pytest.param(64, marks=pytest.mark.slow), 1000]
+)
+def test_neighbors_equal_a_full_sort(metric, block_size):
+  rng = np.random.default_rng(0)
+  features = (5 + rng.standard_normal([150, 6])).astype(np.float32)
+  found = ranger.neighbors.nearest(features, 5, metric=metric, block_size=block_size)
+  indices, distances = full_sort(features, 5, metric)
+  np.testing.assert_array_equal(found.indices, indices)
+  np.testing.assert_allclose(found.distances, distances, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(found.weights, np.full([150, 5], 0.2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [4, 64])
+def test_ties_go_to_the_lower_index(block_size):
+  points = np.arange(24, dtype=np.float32) % 3
+  found = ranger.neighbors.nearest(points[:, None], 4, block_size=block_size)
+  indices, _ = full_sort(points[:, None], 4, "euclidean")
+  np.testing.assert_array_equal(found.indices, indices)
+  np.testing.assert_array_equal(found.distances, np.zeros([24, 4]))
+
+
+def test_neighbor_memory_grows_linearly():
+  from optax_ranger import _search
+
+  def temporaries(n):
+    features = jax.ShapeDtypeStruct((n, 8), jnp.float32)
+    search = _search.search.lower(
+      features, k=5, metric="euclidean", block_size=128
+    ).compile()
+    return search.memory_analysis().temp_size_in_bytes
+
+  small, large = temporaries(2048), temporaries(16384)
+  assert large < 8.5 * small
+  assert large < 16384**2
+
+
+@pytest.mark.parametrize(
+  "dtype",
+  [
+    np.float16,
+    np.uint8,
+    pytest.param(np.int32, marks=pytest.mark.slow),
+    pytest.param(np.float64, marks=pytest.mark.slow),
+  ],
+)
+def test_features_of_any_real_type(dtype):
+  features = np.random.default_rng(0).integers(0, 9, [40, 5]).astype(dtype)
+  found = ranger.neighbors.nearest(features, 3)
+  indices, distances = full_sort(features, 3, "euclidean")
+  np.testing.assert_array_equal(found.indices, indices)
+  np.testing.assert_allclose(found.distances, distances, rtol=1e-5)
+
+
+def test_rows_that_are_not_finite_have_no_neighbors():
+  features = np.random.default_rng(0).standard_normal([10, 3]).astype(np.float32)
+  features[4, 1] = np.nan
+  found = ranger.neighbors.nearest(features, 9)
+  assert (np.asarray(found.indices[4]) == -1).all()
+  assert 4 not in np.asarray(found.indices)
+  assert not found.weights[4].any()
+  assert np.isinf(np.asarray(found.distances[0])[-1])
+
+
+def test_duplicates_and_constant_features():
+  found = ranger.neighbors.nearest(np.full([6, 2], 3.0, np.float32), 5)
+  assert not found.distances.any()
+  np.testing.assert_array_equal(found.indices[0], [1, 2, 3, 4, 5])
+  zeros = ranger.neighbors.nearest(np.zeros([3, 2], np.float32), 2, metric="cosine")
+  np.testing.assert_array_equal(zeros.distances, np.ones([3, 2]))
+  weighed = ranger.neighbors.weigh(found, kernel="gaussian")
+  np.testing.assert_allclose(weighed.weights, np.full([6, 5], 0.2), rtol=1e-6)
+
+
+def line():
+  return ranger.neighbors.nearest(np.array([[0.0], [1.0], [3.0], [7.0]]), 3)
+
+
+@pytest.mark.parametrize(
+  ("kernel", "formula"),
+  [
+    ("uniform", np.ones_like),
+    ("inverse_distance", lambda d: 1 / (1 + d)),
+    ("gaussian", lambda d: np.exp(-(d**2) / 2)),
+  ],
+)
+@pytest.mark.parametrize("bandwidth", [None, 2.0])
+def test_kernels_equal_numpy(kernel, formula, bandwidth):
+  weighed = ranger.neighbors.weigh(line(), kernel=kernel, bandwidth=bandwidth)
+  distances = np.asarray(line().distances)
+  scaled = distances / (bandwidth or distances.mean())
+  np.testing.assert_allclose(weighed.weights, formula(scaled) / 3, rtol=1e-5)
+
+
+def test_agreement_equals_numpy():
+  labels = np.array([0, 1, 0, 1])
+  beliefs = np.random.default_rng(0).dirichlet(np.ones(2), 4).astype(np.float32)
+  neighbors = line()
+  indices = np.asarray(neighbors.indices)
+  of = lambda **given: np.asarray(ranger.neighbors.weigh(neighbors, **given).weights)
+  np.testing.assert_allclose(
+    of(labels=labels), (labels[:, None] == labels[indices]) / 3
+  )
+  np.testing.assert_allclose(
+    of(beliefs=beliefs),
+    np.einsum("ic,ijc->ij", beliefs, beliefs[indices]) / 3,
+    rtol=1e-5,
+  )
+  both = np.zeros([4, 3])
+  for i in range(4):
+    for j, other in enumerate(indices[i]):
+      both[i, j] = beliefs[i, labels[other]] * beliefs[other, labels[i]] / 3
+  np.testing.assert_allclose(of(labels=labels, beliefs=beliefs), both, rtol=1e-5)
+
+
+def test_weights_are_bounded():
+  beliefs = np.random.default_rng(0).dirichlet(np.ones(3), 4).astype(np.float32)
+  for kernel in ("uniform", "inverse_distance", "gaussian"):
+    weights = ranger.neighbors.weigh(line(), kernel=kernel, beliefs=beliefs).weights
+    assert (weights >= 0).all()
+    assert (weights <= 1 / 3).all()
+
+
+def test_disagreement_takes_weight():
+  neighbors = ranger.neighbors.weigh(line(), labels=np.array([0, 0, 0, 1]))
+  weights = ranger.example_weights(ranger.ranger_head(), 4, neighbors=neighbors)
+  assert float(weights[3]) == 0
+  np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+
+
+def test_beliefs_that_are_not_finite_weigh_nothing():
+  beliefs = np.full([4, 2], 0.5, np.float32)
+  beliefs[1] = np.nan
+  weights = ranger.neighbors.weigh(line(), beliefs=beliefs).weights
+  assert np.isfinite(weights).all()
+  assert not weights[1].any()
+
+
+def test_sampling_keeps_the_sum():
+  """Over 4,000 draws the mean weighted sum is the whole one; half of it is not."""
+  neighbors = ranger.neighbors.weigh(line(), kernel="gaussian")
+  values = jnp.array([1.0, -2.0, 5.0, 3.0])
+  whole = np.asarray((neighbors.weights * values[neighbors.indices]).sum(axis=1))
+
+  @jax.vmap
+  def one(key):
+    drawn = ranger.neighbors.sample(key, neighbors, 2)
+    return (drawn.weights * values[drawn.indices]).sum(axis=1)
+
+  sums = np.asarray(one(jax.random.split(jax.random.key(0), 4000)))
+  error = sums.std(axis=0) / np.sqrt(4000)
+  score = np.abs(sums.mean(axis=0) - whole) / error
+  assert (score < 4).all()
+  assert (np.abs(sums.mean(axis=0) - whole / 2) / error > 8).all()
+  drawn = ranger.neighbors.sample(jax.random.key(1), neighbors, 2)
+  assert all(len(set(row)) == 2 for row in np.asarray(drawn.indices).tolist())
+
+
+def test_label_support_finds_flipped_labels():
+  rng = np.random.default_rng(0)
+  true = np.repeat(np.arange(3), 30)
+  features = 4 * np.eye(3)[true] + 0.5 * rng.standard_normal([90, 3])
+  given = true.copy()
+  wrong = rng.choice(90, 9, replace=False)
+  given[wrong] = (given[wrong] + 1) % 3
+  neighbors = ranger.neighbors.nearest(features.astype(np.float32), 10)
+  support = np.asarray(ranger.labels.label_support(neighbors, given))
+  assert set(np.argsort(support)[:9]) == set(wrong)
+  assert (support >= 0).all()
+  assert (support <= 1).all()

@@ -1,0 +1,1 @@
+"""Real processes: several hosts, and members that send corrupted gradients."""

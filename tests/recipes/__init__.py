@@ -1,0 +1,1 @@
+"""The recipes, and the examples of the source texts."""

@@ -1,0 +1,225 @@
+"""The sources' own examples: linear regression on five points, and a small CNN."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+
+@pytest.mark.parametrize("learning_rate", [0.02, 0.03, 0.04])
+def test_line_through_five_points(learning_rate):
+  """Y = 2 x from x = 1 to 5 falls below 1e-6 within 100 iterations.
+
+  The sources' rate 0.1 diverges with plain gradient descent, whose limit here is
+  0.085 (two over the largest curvature); these rates are taken instead, with
+  acceleration.
+  """
+  x = jnp.arange(1.0, 6.0)
+  losses = lambda params, batch: (params["w"] * batch + params["b"] - 2 * batch) ** 2
+  tx = ranger.ranger(
+    learning_rate,
+    momentum=0.8,
+    acceleration=1.0,
+    hyper_rate=0.01,
+    bounds=(0.5, 2.0),
+  )
+  grad_fn = ranger.value_and_grad(losses, ranger.ranger_head())
+  neighbors = ranger.neighbors.nearest(x[:, None], k=2)
+  params = {"w": jnp.float32(0), "b": jnp.float32(0)}
+
+  @jax.jit
+  def step(params, state):
+    _, grads = grad_fn(params, x, neighbors=neighbors)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(100):
+    params, state = step(params, state)
+  assert losses(params, x).mean() < 1e-6
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.7, 0.8, 0.9])
+def test_line_through_five_points_at_any_rate(momentum):
+  """No starting rate of five decades diverges, whatever the momentum."""
+  x = jnp.arange(1.0, 6.0)
+  loss = lambda params: ((params[0] * x + params[1] - 2 * x) ** 2).mean()
+
+  @jax.vmap
+  def train(rate):
+    tx = ranger.ranger(rate, momentum=momentum)
+
+    def step(carry, _):
+      params, state = carry
+      updates, state = tx.update(jax.grad(loss)(params), state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    start = jnp.zeros([2])
+    (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=300)
+    return loss(params)
+
+  rates = jnp.array([1e-5, 1e-4, 1e-3, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0])
+  assert (jax.jit(train)(rates) < 1e-3).all()
+
+
+def trajectory(tx, gradients):
+  params, state, seen = jnp.zeros([3]), None, []
+  state = tx.init(params)
+  for gradient in gradients:
+    updates, state = tx.update(jnp.asarray(gradient), state, params)
+    params = optax.apply_updates(params, updates)
+    seen.append(params)
+  return np.stack(seen)
+
+
+ETA, EPS = 0.1, 0.05
+root = lambda t: jnp.sqrt(1.0 + t)
+
+
+def printed_sgd(theta, total, g):
+  return theta - ETA * g, total
+
+
+def printed_adagrad(theta, total, g):
+  total = total + g**2
+  return theta - ETA * g / (np.sqrt(total) + EPS), total
+
+
+def printed_rmsprop(theta, total, g):
+  total = 0.9 * total + 0.1 * g**2
+  return theta - ETA * g / (np.sqrt(total) + EPS), total
+
+
+@pytest.mark.parametrize(
+  ("printed", "tx"),
+  [
+    (printed_sgd, optax.sgd(ETA)),
+    (
+      printed_adagrad,
+      # optax.adagrad has eps inside the root, and G starts at 0.1. A sum of t
+      # squares is t times their mean, and RMSprop's eps may stand outside.
+      optax.chain(
+        optax.inject_hyperparams(optax.scale_by_rms, static_args="eps_in_sqrt")(
+          decay=lambda t: t / (t + 1), eps=lambda t: EPS / root(t), eps_in_sqrt=False
+        ),
+        optax.scale_by_learning_rate(lambda t: ETA / root(t)),
+      ),
+    ),
+    (
+      printed_rmsprop,
+      optax.rmsprop(ETA, decay=0.9, eps=EPS, eps_in_sqrt=False),
+    ),
+  ],
+)
+def test_optimizers_as_printed(printed, tx):
+  """``theta - eta g / (sqrt(G) + eps)``: eps outside the root, G from zero."""
+  gradients = np.random.default_rng(0).standard_normal([10, 3]).astype(np.float32)
+  theta, total = np.zeros(3), np.zeros(3)
+  with jax.numpy_dtype_promotion("standard"):  # Optax's own arithmetic needs it.
+    results = trajectory(tx, gradients)
+  for actual, gradient in zip(results, gradients, strict=True):
+    theta, total = printed(theta, total, gradient.astype(float))
+    np.testing.assert_allclose(actual, theta, rtol=1e-5, atol=1e-6)
+
+
+def test_defaults_of_optax_are_not_the_printed_ones():
+  gradient = np.full([1, 3], 0.01, np.float32)
+  for tx, printed in (
+    (optax.adagrad(ETA, eps=EPS), printed_adagrad),
+    (optax.rmsprop(ETA, eps=EPS), printed_rmsprop),
+  ):
+    theta, _ = printed(np.zeros(3), np.zeros(3), gradient[0])
+    assert abs(trajectory(tx, gradient)[0] / theta - 1).min() > 0.1
+
+
+def test_cosine_warm_restarts_are_optax_sgdr_schedule():
+  high, low, period = 0.1, 0.01, 8
+  cycle = {"init_value": high, "peak_value": high, "end_value": low}
+  schedule = optax.sgdr_schedule([{**cycle, "warmup_steps": 0, "decay_steps": 8}] * 3)
+  t = np.arange(3 * period)
+  expected = low + (high - low) * (1 + np.cos(np.pi * (t % period) / period)) / 2
+  with jax.numpy_dtype_promotion("standard"):  # Optax's own arithmetic needs it.
+    actual = [float(schedule(jnp.asarray(step))) for step in t]
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_geometric_restarts_as_printed():
+  schedule = ranger.geometric_restart_schedule(0.3, 0.4, period=7)
+  steps = np.arange(30)
+  expected = [0.3 * (0.3 / 0.4) ** (t // 7) for t in steps]
+  np.testing.assert_allclose([schedule(int(t)) for t in steps], expected, rtol=1e-6)
+  traces = []
+  jitted = jax.jit(lambda count: (traces.append(1), schedule(count))[1])
+  np.testing.assert_allclose([jitted(t) for t in steps], expected, rtol=1e-6)
+  np.testing.assert_allclose(jax.vmap(schedule)(steps), expected, rtol=1e-6)
+  assert len(traces) == 1
+  assert schedule(jnp.int32(2**31 - 1)) == 0
+
+
+def test_geometric_restarts_are_swept_without_recompiling():
+  traces = []
+
+  @jax.jit
+  def rate(initial, maximum, period, count):
+    traces.append(1)
+    return ranger.geometric_restart_schedule(initial, maximum, period)(count)
+
+  assert rate(0.5, 1.0, 4, 3) == 0.5
+  assert rate(0.5, 1.0, 3, 3) == 0.25
+  assert rate(0.5, 0.5, 3, 100) == 0.5
+  assert len(traces) == 1
+
+
+def test_rate_of_the_sources_diverges():
+  x = jnp.arange(1.0, 6.0)
+  loss = lambda params: ((params[0] * x + params[1] - 2 * x) ** 2).mean()
+  params = jnp.zeros([2])
+  for _ in range(100):
+    params = params - 0.1 * jax.grad(loss)(params)
+  assert not loss(params) < 1e6
+
+
+class Cnn(nnx.Module):
+  def __init__(self, *, rngs: nnx.Rngs):
+    self.conv = nnx.Conv(1, 32, (3, 3), rngs=rngs)
+    self.dense = nnx.Linear(14 * 14 * 32, 10, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.max_pool(nnx.relu(self.conv(x)), (2, 2), strides=(2, 2))
+    return self.dense(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.slow
+def test_small_cnn_falls_below_the_sources_loss():
+  """Conv 32, pool, dense 10; rate 0.001, momentum 0.9: below 0.2298 by epoch three."""
+  rng = np.random.default_rng(0)
+  templates = rng.uniform(0, 1, [10, 28, 28, 1])
+  labels = np.tile(np.arange(10), 64)
+  images = templates[labels] + 0.3 * rng.standard_normal([640, 28, 28, 1])
+  images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels)
+  model = Cnn(rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model, nnx.Param)
+  tx = ranger.ranger(1e-3, momentum=0.9, acceleration=1.0)
+
+  def losses(params, batch):
+    logits = nnx.merge(graphdef, params)(batch["image"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+  grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
+
+  def step(carry, ids):
+    params, state = carry
+    value, grads = grad_fn(params, {"image": images[ids], "label": labels[ids]})
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), value.mean()
+
+  epoch = jax.jit(lambda carry, order: jax.lax.scan(step, carry, order))
+  carry = params, tx.init(params)
+  for _ in range(3):
+    order = rng.permutation(640).reshape(-1, 32)
+    carry, means = epoch(carry, order)
+  assert means.mean() < 0.2298

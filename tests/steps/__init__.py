@@ -1,0 +1,1 @@
+"""The steps: oracles, identities and guarantees."""

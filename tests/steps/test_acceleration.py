@@ -1,0 +1,345 @@
+"""Step 3 against an oracle in NumPy and Nesterov SGD, and its guarantees."""
+
+import functools
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from tests.laws import registry
+
+
+def draw(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.standard_normal([count, 5]).astype(np.float32)
+
+
+def run(step, gradients):
+  state, results, factors = step.init(jnp.zeros([5])), [], []
+  update = jax.jit(step.update)
+  for gradient in gradients:
+    updates, state = update(jnp.asarray(gradient), state)
+    results.append(updates)
+    factors.append(float(optax.tree.get(state, "acceleration")))
+  return np.stack(results), np.array(factors)
+
+
+def oracle(gradients, momentum, a, beta, shrink, hurry, low, high):
+  """The formulas of the docstring, in NumPy and float64."""
+  m, reference = np.zeros(gradients.shape[1]), 0.0
+  for g in gradients.astype(float):
+    norms = np.linalg.norm(g) * np.linalg.norm(m)
+    cosine = g @ m / norms if norms else 0.0
+    growth = np.linalg.norm(g) / np.sqrt(reference) if reference else 0.0
+    explosion = max(1, -cosine * growth)
+    hurry = 1 if explosion > 1 else max(1, hurry * 2 ** (min(cosine, 0) / 2))
+    pull = cosine if cosine > 0 else shrink * cosine
+    a = np.clip(a * np.exp(beta * hurry * pull) / explosion, low, high)
+    norm = g @ g
+    reference = 0.9 * reference + 0.1 * min(norm, 100 * reference) or norm
+    m = momentum * m + g
+    yield a * (g + momentum * m), a, explosion
+
+
+def test_ngs_equals_numpy():
+  gradients = draw(60)
+  gradients[30:35] *= np.array([-3, 9, -27, 81, -243], np.float32)[:, None]
+  step = ranger.scale_by_ngs(
+    0.8,
+    acceleration=0.99,
+    hyper_rate=0.3,
+    shrink=0.5,
+    hurry=3.0,
+    bounds=(0.01, 1.4),
+  )
+  results, factors = run(step, gradients)
+  expected = list(oracle(gradients, 0.8, 0.99, 0.3, 0.5, 3.0, 0.01, 1.4))
+  np.testing.assert_allclose(factors, [a for _, a, _ in expected], rtol=2e-4)
+  for result, (update, _, _) in zip(results, expected, strict=True):
+    np.testing.assert_allclose(result, update, rtol=1e-3, atol=1e-4)
+  assert factors.min() < 0.1
+  assert factors.max() > 1.3
+  assert max(explosion for _, _, explosion in expected) > 5
+
+
+@pytest.mark.parametrize("acceleration", [1.0, 0.25])
+def test_no_hyper_rate_is_nesterov_sgd(acceleration):
+  gradients = draw(20)
+  gradients[10:] *= -1000  # An explosion, which must not count here.
+  rate = optax.scale_by_learning_rate(0.03)
+  ngs = ranger.scale_by_ngs(0.9, acceleration=acceleration, hyper_rate=0.0)
+  sgd = optax.sgd(0.03, momentum=0.9, nesterov=True)
+  tx, state = optax.chain(ngs, rate), sgd.init(jnp.zeros([5]))
+  own = tx.init(jnp.zeros([5]))
+  for gradient in gradients:
+    result, own = jax.jit(tx.update)(jnp.asarray(gradient), own)
+    expected, state = jax.jit(sgd.update)(jnp.asarray(gradient), state)
+    np.testing.assert_array_equal(result, acceleration * expected)
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_no_hyper_rate_is_the_inner_optimizer(per_leaf):
+  inner = optax.sgd(0.03, momentum=0.9)
+  tx = ranger.accelerate(inner, acceleration=0.5, hyper_rate=0.0, per_leaf=per_leaf)
+  params = registry.params()
+  state, expected_state = tx.init(params), inner.init(params)
+  for call in range(5):
+    gradients = registry.gradients(registry.CASES[-1], call, params)
+    result, state = jax.jit(tx.update)(gradients, state, params)
+    expected, expected_state = jax.jit(inner.update)(gradients, expected_state, params)
+    halved = jax.tree.map(lambda leaf: 0.5 * leaf, expected)
+    jax.tree.map(np.testing.assert_array_equal, result, halved)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(
+  st.lists(
+    st.sampled_from([0.0, 1.0, -1.0, 1e30, -1e-30, np.nan, np.inf]),
+    min_size=5,
+    max_size=20,
+  )
+)
+def test_acceleration_stays_within_bounds(values):
+  settings = {"acceleration": 1.0, "hyper_rate": 1.0, "bounds": (0.5, 2.0)}
+  for step in (
+    ranger.scale_by_ngs(0.9, **settings),
+    ranger.accelerate(optax.sgd(0.1), **settings),
+  ):
+    results, factors = run(step, [np.full(5, v, np.float32) for v in values])
+    assert np.isfinite(results).all()
+    assert (factors >= 0.5).all()
+    assert (factors <= 2.0).all()
+
+
+def test_acceleration_is_scale_free():
+  gradients = draw(20)
+  _, factors = run(ranger.scale_by_ngs(), gradients)
+  _, scaled = run(ranger.scale_by_ngs(), 1024 * gradients)
+  np.testing.assert_allclose(scaled, factors, rtol=1e-6)
+
+
+def test_factors_are_swept_without_recompiling():
+  traces = []
+
+  @jax.jit
+  def one(hyper_rate, gradients):
+    traces.append(1)
+    step = ranger.scale_by_ngs(hyper_rate=hyper_rate)
+    body = lambda state, g: step.update(g, state)[::-1]
+    return jax.lax.scan(body, step.init(gradients[0]), gradients)[0].factor.acceleration
+
+  gradients = jnp.asarray(np.abs(draw(10)))
+  factors = [float(one(rate, gradients)) for rate in (0.0, 0.1, 0.2)]
+  assert len(traces) == 1
+  assert factors[0] == pytest.approx(1e-3)
+  assert factors == sorted(factors)
+  swept = jax.vmap(one, in_axes=(0, None))(jnp.array([0.0, 0.1, 0.2]), gradients)
+  np.testing.assert_allclose(swept, factors, rtol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnames=("make", "length"))
+def descend(make, rates, length=300):
+  """Final losses on a quadratic, by rate; `make` gives an optimizer of a rate."""
+  curvature = jnp.array([1.0, 3.0, 10.0])
+
+  def train(rate):
+    tx = make(rate)
+
+    def body(carry, _):
+      params, state = carry
+      updates, state = tx.update(curvature * params, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    start = jnp.ones([3])
+    (params, _), _ = jax.lax.scan(body, (start, tx.init(start)), length=length)
+    return (curvature * params**2).sum()
+
+  return jax.vmap(train)(rates)
+
+
+def ngs(rate):
+  return optax.chain(ranger.scale_by_ngs(), optax.scale_by_learning_rate(rate))
+
+
+RATES = jnp.array([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+def test_any_rate_of_five_decades_converges():
+  plain = descend(lambda rate: optax.sgd(rate, 0.9, nesterov=True), RATES)
+  assert not (plain < 1).all()
+  assert (descend(ngs, RATES) < 1e-4).all()
+
+
+def test_any_rate_converges_around_another_optimizer():
+  make = lambda rate: ranger.accelerate(optax.sgd(rate, momentum=0.5))
+  assert (descend(make, RATES) < 1e-4).all()
+
+
+@pytest.mark.parametrize(
+  "inner", [optax.contrib.muon(1e-5), optax.lion(1e-5), optax.adamw(1e-5)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_optimizers_with_directions_that_are_no_gradients(inner, dtype):
+  """From a rate far too small, accumulated, in half precision too."""
+  tx = ranger.accumulate(ranger.accelerate(inner), 2)
+  inputs = jax.random.normal(jax.random.key(0), [8, 4])
+  targets = inputs @ jax.random.normal(jax.random.key(1), [4, 4])
+  loss = lambda w: ((inputs @ w.astype(jnp.float32) - targets) ** 2).mean()
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  start = jnp.zeros([4, 4], dtype)
+  with jax.numpy_dtype_promotion("standard"):  # Optax's own arithmetic needs it.
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=600)[0])
+    params, state = train((start, tx.init(start)))
+  assert loss(params) < 0.1 * loss(start)
+  assert optax.tree.get(state, "acceleration") > 10
+
+
+def test_an_explosion_is_braked_at_once():
+  """Without the brake a start ten times too large is lost within 20 steps."""
+  start = lambda rate: optax.chain(
+    ranger.scale_by_ngs(acceleration=1.0), optax.scale_by_learning_rate(rate)
+  )
+  (loss,) = descend(start, jnp.array([1.0]))
+  assert loss < 1e-3
+  (loss,) = descend(lambda rate: optax.sgd(rate, 0.9, nesterov=True), jnp.array([1.0]))
+  assert not loss < 1e20
+
+
+@pytest.mark.parametrize("shrink", [0.2, 1.0])
+def test_noise_alone_does_not_bleed(shrink):
+  """Drift of the logarithm of the factor over 2,000 steps of pure noise."""
+  size, steps, beta = 400, 2000, 0.05
+  step = ranger.scale_by_ngs(
+    acceleration=1.0, hyper_rate=beta, shrink=shrink, hurry=1.0
+  )
+  noise = jax.random.normal(jax.random.key(0), [8, steps, size])
+  body = lambda state, g: step.update(g, state)[::-1]
+
+  def walk(noise):
+    start = step.init(noise[0])
+    final, _ = jax.lax.scan(lambda s, g: (body(s, g)[0], None), start, noise)
+    return jnp.log(final.factor.acceleration)
+
+  drift = jax.vmap(walk)(noise).mean() / steps
+  unit = beta / np.sqrt(size)
+  spread = unit / np.sqrt(8 * steps)
+  assert abs(drift - 0.4 * (1 - shrink) * unit) < 5 * spread
+  assert drift > -5 * spread
+
+
+def test_each_leaf_learns_its_own_factor():
+  curvature = {"flat": 1e-3, "steep": 10.0}
+  tx = optax.chain(ranger.scale_by_ngs(per_leaf=True), optax.scale(-1e-3))
+  params = {"flat": jnp.ones([3]), "steep": jnp.ones([2])}
+
+  @jax.jit
+  def step(params, state):
+    gradients = jax.tree.map(lambda c, p: c * p, curvature, params)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(200):
+    params, state = step(params, state)
+  factors = optax.tree.get(state, "acceleration")
+  assert factors["flat"] > 100 * factors["steep"]
+  assert max(float(abs(leaf).max()) for leaf in params.values()) < 0.05
+
+
+def test_devices_agree_under_shard_map():
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+  params, gradients = registry.params(), registry.params()
+  for step in (
+    ranger.scale_by_ngs(),
+    ranger.scale_by_ngs(per_leaf=True),
+    ranger.accelerate(optax.sgd(0.1)),
+  ):
+
+    def reduced(scale, gradients, state, step=step):
+      own = jax.tree.map(lambda g: g * scale[0], gradients)
+      return step.update(jax.lax.pmean(own, "data"), state, params)
+
+    specs = (PartitionSpec("data"), PartitionSpec(), PartitionSpec())
+    # Out specs without an axis: refused unless all devices hold the same.
+    mapped = jax.jit(
+      jax.shard_map(reduced, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    )
+    state = expected_state = step.init(params)
+    for _ in range(3):
+      result, state = mapped(jnp.arange(4.0), gradients, state)
+      mean = jax.tree.map(lambda g: 1.5 * g, gradients)
+      expected, expected_state = step.update(mean, expected_state, params)
+      jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7),
+        (result, state),
+        (expected, expected_state),
+      )
+
+
+def test_factor_advances_on_emission_only():
+  tx = ranger.accumulate(ranger.accelerate(optax.sgd(0.1)), 2)
+  alone = ranger.accelerate(optax.sgd(0.1))
+  params = jnp.zeros([5])
+  state, expected_state = tx.init(params), alone.init(params)
+  for pair in draw(12).reshape(6, 2, 5):
+    for gradient in pair:
+      result, state = tx.update(jnp.asarray(gradient), state, params)
+    expected, expected_state = alone.update(
+      jnp.asarray(pair.mean(axis=0)), expected_state, params
+    )
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-7)
+    assert int(optax.tree.get(state.inner_state, "count")) == int(expected_state.count)
+
+
+def test_factor_multiplies_the_schedule_inside():
+  schedule = optax.linear_schedule(1.0, 0.0, 4)
+  tx = ranger.accelerate(optax.sgd(schedule), acceleration=2.0, hyper_rate=0.0)
+  state, moves = tx.init(jnp.zeros([])), []
+  for _ in range(5):
+    update, state = tx.update(jnp.ones([]), state)
+    moves.append(float(update))
+  np.testing.assert_allclose(moves, [-2, -1.5, -1, -0.5, 0])
+
+
+def test_extra_args_reach_the_inner_optimizer():
+  def update(updates, state, params=None, *, value, **extra_args):
+    return jax.tree.map(lambda g: value * g, updates), state
+
+  inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+  tx = ranger.accelerate(inner, acceleration=1.0)
+  result, _ = tx.update(jnp.ones([2]), tx.init(jnp.ones([2])), value=jnp.float32(3))
+  np.testing.assert_array_equal(result, [3, 3])
+
+
+def test_an_inner_optimizer_that_overflows_is_survived():
+  tx = ranger.accelerate(optax.scale(-1e22), acceleration=1.0, hyper_rate=0.0)
+  state = tx.init(jnp.zeros([2]))
+  for value in (1e17, 1e-5, 1e-5):
+    update, state = tx.update(jnp.full([2], value), state)
+    assert np.isfinite(update).all()
+  np.testing.assert_allclose(update, np.full(2, -1e17), rtol=1e-5)
+  assert int(state.num_skipped) == 1
+
+
+def test_float16_does_not_overflow():
+  step = ranger.scale_by_ngs(0.9)
+  state = step.init(jnp.zeros([3], jnp.float16))
+  for value in (3e4, 3e4, 3e4, 1.0, 1.0):
+    updates, state = step.update(jnp.full([3], value, jnp.float16), state)
+    assert np.isfinite(updates).all()
+    assert np.isfinite(state.momentum).all()
+  assert int(state.num_skipped) == 0

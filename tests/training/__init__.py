@@ -1,0 +1,1 @@
+"""`train_step`, and each step in the loops that people have."""

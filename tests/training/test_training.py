@@ -1,0 +1,574 @@
+"""One update on one device and on eight: the same numbers, and what is sent."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from tests.laws import registry
+
+NUM_EXAMPLES = 160
+NUM_CLASSES = registry.NUM_CLASSES
+_RNG = np.random.default_rng(0)
+X = _RNG.standard_normal([NUM_EXAMPLES, 6]).astype(np.float32)
+Y = (X @ _RNG.standard_normal([6, NUM_CLASSES])).argmax(axis=1).astype(np.int32)
+Y[::5] = _RNG.integers(0, NUM_CLASSES, len(Y[::5]))
+# One step each; further forms are the laws' business. `across_devices` takes
+# gradients that are not reduced: tests/steps/test_devices.py.
+STEPS = {
+  case.factory: case
+  for case in reversed(registry.CASES)
+  if case.factory != "across_devices"
+}
+LINEAR = (
+  "aggregate_by_mean",
+  "aggregate_by_regions",
+  "aggregate_by_sum",
+  "aggregate_by_worst_regions",
+  "average_neighbors",
+  "ranger_head",
+)
+
+
+def mesh_of(kind=AxisType.Auto, shape=(8,), names=("data",)):
+  return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def start():
+  rng = np.random.default_rng(1)
+  normal = lambda i, o: jnp.asarray(rng.standard_normal([i, o]) / np.sqrt(i), "float32")
+  return {
+    "hidden": normal(6, 16),
+    "hidden_bias": jnp.zeros([16]),
+    "out": normal(16, NUM_CLASSES),
+    "out_bias": jnp.zeros([NUM_CLASSES]),
+  }
+
+
+def forward(params, x):
+  features = jnp.tanh(x @ params["hidden"] + params["hidden_bias"][None])
+  return features, features @ params["out"] + params["out_bias"][None]
+
+
+def losses(params, batch):
+  features, logits = forward(params, batch["x"])
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+  return losses, {
+    "features": features,
+    "predictions": jax.nn.softmax(logits),
+    "accuracy": logits.argmax(axis=1) == batch["y"],
+  }
+
+
+def regularized_losses(params, batch, smoothed):
+  values, aux = losses(params, batch)
+  _, logits = forward(params, batch["x"])
+  return values + ranger.labels.early_learning_regularizer(logits, smoothed), aux
+
+
+def find_neighbors(features, y, smoothed):
+  found = ranger.neighbors.nearest(features, 4)
+  return ranger.neighbors.weigh(found, kernel="gaussian", labels=y, beliefs=smoothed)
+
+
+def recipe(**options):
+  tx = ranger.ranger(
+    0.1,
+    acceleration=1.0,
+    every=2,
+    ema_decay=0.9,
+    num_examples=NUM_EXAMPLES,
+    num_classes=NUM_CLASSES,
+  )
+  return ranger.train_step(
+    regularized_losses,
+    tx,
+    step=ranger.ranger_head(),
+    find_neighbors=find_neighbors,
+    has_aux=True,
+    **options,
+  )
+
+
+def batches(steps=20, size=24, seed=3, ragged=True):
+  rng = np.random.default_rng(seed)
+  for i in range(steps):
+    rows = size - 5 if ragged and i % 4 == 3 else size
+    ids = rng.permutation(NUM_EXAMPLES)[:rows].astype(np.int32)
+    yield {"x": X[ids], "y": Y[ids]}, ids
+
+
+def train(update, steps=20, **options):
+  params, metrics = start(), {}
+  state = update.init(params)
+  for batch, ids in batches(steps, **options):
+    params, state, metrics = jax.block_until_ready(
+      update(params, state, batch, example_ids=ids)
+    )
+  return params, state, metrics
+
+
+def close(actual, expected, rtol=1e-5):
+  """Relative to the largest entry of a leaf; the same on every device."""
+  for leaf, other in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    leaf, other = np.asarray(leaf), np.asarray(other)
+    np.testing.assert_allclose(leaf, other, rtol=rtol, atol=rtol * np.abs(other).max())
+
+
+def replicas_agree(tree):
+  for leaf in jax.tree.leaves(tree):
+    if leaf.sharding.is_fully_replicated:
+      for shard in leaf.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(leaf))
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_foreign_code():
+  """Optax's own optimizers need the default promotion."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+def alone(case, **options):
+  """A training step with one step of the library, and what its calls need."""
+  made = case.make()
+  head, tx = (made, optax.sgd(0.05)) if case.members else (None, made)
+  if case.factory == "average_neighbors":
+    head = optax.chain(made, ranger.aggregate_by_mean())
+  if case.factory in ("scale_by_ngs", "smooth_predictions"):
+    tx = optax.chain(made, optax.sgd(0.05))
+  if case.factory in ("smooth_by_ema", "smooth_by_lookahead"):
+    tx = optax.chain(optax.sgd(0.05), made)
+  update = ranger.train_step(losses, tx, step=head, has_aux=True, **options)
+  params = start()
+  state = update.init(params)
+  for call, (batch, ids) in enumerate(batches()):
+    extra = {"graph_weight": 0.7, "example_ids": ids % registry.NUM_EXAMPLES}
+    if case.members:
+      found = ranger.neighbors.nearest(batch["x"], 3)
+      extra["neighbors"] = ranger.neighbors.weigh(found, kernel="gaussian")
+      extra["regions"] = batch["y"] % 4
+    extra.update({k: v for k, v in case.extra(call).items() if k == "weight"})
+    params, state, _ = jax.block_until_ready(update(params, state, batch, **extra))
+  return params, state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factory", sorted(STEPS))
+@pytest.mark.parametrize(
+  "kind", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"]
+)
+def test_devices_equal_one(factory, kind):
+  """Each step alone, 20 updates; what is not linear over examples is left to jit."""
+  case = STEPS[factory]
+  manual = not case.members or factory in LINEAR
+  options = {"mesh": mesh_of(kind), "partition": "shard_map" if manual else "jit"}
+  params, state = alone(case, **options)
+  expected, expected_state = alone(case)
+  assert not np.allclose(expected["out"], start()["out"])
+  close(params, expected)
+  close(state, expected_state, rtol=1e-4)
+  replicas_agree((params, state))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    return train(recipe())
+
+
+# They share a worker, and with it what one device gives.
+with_one_device = pytest.mark.xdist_group("one_device")
+WAYS = {
+  "explicit-in-micro-batches": {"mesh": AxisType.Explicit, "num_micro_batches": 3},
+  "split-state": {"mesh": AxisType.Explicit, "shard_state": True},
+  "on-emission": {"mesh": AxisType.Auto, "reduce": "on_emission"},
+  "jit": {"mesh": AxisType.Explicit, "partition": "jit", "num_micro_batches": 2},
+}
+SLOW_WAYS = {
+  "micro-batches": {"num_micro_batches": 4},
+  "shard_map": {"mesh": AxisType.Auto},
+  "one-size": {"mesh": AxisType.Auto, "batch_size": 32},
+  "explicit": {"mesh": AxisType.Explicit},
+  "split-state-automatic": {"mesh": AxisType.Auto, "shard_state": True},
+  "jit-automatic": {"mesh": AxisType.Auto, "partition": "jit"},
+  "jit-split-state": {"mesh": AxisType.Auto, "partition": "jit", "shard_state": True},
+  "jit-explicit-split-state": {
+    "mesh": AxisType.Explicit,
+    "partition": "jit",
+    "shard_state": True,
+  },
+}
+
+
+@with_one_device
+@pytest.mark.parametrize(
+  "options",
+  [
+    *(pytest.param(options, id=name) for name, options in WAYS.items()),
+    *(
+      pytest.param(options, id=name, marks=pytest.mark.slow)
+      for name, options in SLOW_WAYS.items()
+    ),
+  ],
+)
+def test_every_way_equals_one_device(options, one_device):
+  """The whole recipe, neighbors found across devices, ragged batches."""
+  options = dict(options)
+  if "mesh" in options:
+    options["mesh"] = mesh_of(options["mesh"])
+  params, state, metrics = train(recipe(**options))
+  close(params, one_device[0])
+  close(metrics, one_device[2])
+  for read in (ranger.smoothed_predictions, lambda s: ranger.eval_params(s, params)):
+    close(read(state), read(one_device[1]))
+  replicas_agree((params, state))
+
+
+def test_uneven_batches_are_exact():
+  """Weighted means over 13 examples of which one is bad, on eight devices."""
+  step = lambda **options: ranger.train_step(
+    losses, ranger.accumulate(optax.sgd(0.1), 2), has_aux=True, **options
+  )
+  weights = np.arange(13, dtype=np.float32)
+  good = np.arange(13) != 4
+
+  def run(update, rows):
+    params = start()
+    state = update.init(params)
+    for first in (0, 20):
+      x, y = X[first : first + 13].copy(), Y[first : first + 13]
+      x[4] = np.nan if rows.all() else x[4]
+      batch = {"x": x[rows], "y": y[rows]}
+      params, state, metrics = update(
+        params, state, batch, member_weights=weights[rows]
+      )
+    return params, metrics
+
+  expected, _ = run(step(), good)
+  mesh = mesh_of()
+  for update in (step(mesh=mesh), step(mesh=mesh, num_micro_batches=2), step()):
+    params, metrics = run(update, np.ones(13, bool))
+    close(params, expected)
+    assert int(metrics["num_dropped"]) == 1
+    assert float(metrics["weight"]) == weights[good].sum()
+
+
+def test_one_size_of_batch_compiles_once():
+  traces = []
+
+  def counted(params, batch):
+    traces.append(1)
+    return losses(params, batch)[0]
+
+  update = ranger.train_step(counted, optax.sgd(0.1), mesh=mesh_of(), batch_size=24)
+  params = start()
+  state = update.init(params)
+  for batch, _ in batches(5):
+    params, state, _ = update(params, state, batch)
+  assert len(traces) == 1
+
+
+def lowered(update, size=48):
+  params = start()
+  batch, ids = next(batches(1, size=size))
+  return update.lower(params, update.init(params), batch, example_ids=ids)
+
+
+def num_bytes(found, least=0, **fields):
+  return sum(
+    one.num_bytes * one.count
+    for one in found
+    if one.num_bytes >= least
+    and all(getattr(one, name) == value for name, value in fields.items())
+  )
+
+
+GRADIENT = sum(leaf.size for leaf in start().values()) * 4
+
+
+def plain(optimizer=None, **options):
+  optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+  return ranger.train_step(losses, optimizer, has_aux=True, mesh=mesh_of(), **options)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_gradients_are_reduced_once(kind):
+  """The same bytes for 1, 4 and 16 micro-batches, and one operation."""
+  for num_micro_batches in (1, 4, 16):
+    update = ranger.train_step(
+      losses,
+      optax.sgd(0.1),
+      has_aux=True,
+      mesh=mesh_of(kind),
+      num_micro_batches=num_micro_batches,
+    )
+    found = ranger.training.collectives(lowered(update, size=128))
+    large = [one for one in found if one.num_bytes >= GRADIENT // 2]
+    assert [(one.kind, one.count) for one in large] == [("all-reduce", 1)]
+    # Metrics and the loss may ride along.
+    assert GRADIENT <= large[0].num_bytes <= GRADIENT + 32
+
+
+def test_jit_reduces_in_every_micro_batch():
+  """What the docs say of partition="jit", and that loops are counted."""
+  found = ranger.training.collectives(
+    lowered(plain(partition="jit", num_micro_batches=4))
+  )
+  assert num_bytes(found, least=GRADIENT // 2, kind="all-reduce") >= 4 * GRADIENT
+
+
+def test_a_split_state_is_scattered_and_gathered_once():
+  tx = optax.sgd(0.1, momentum=0.9)
+  update = plain(tx, shard_state=True)
+  found = ranger.training.collectives(lowered(update))
+  whole = GRADIENT - start()["out_bias"].nbytes  # four entries on eight devices
+  assert num_bytes(found, kind="reduce-scatter") == whole
+  gathered = num_bytes(found, kind="all-gather")
+  assert whole <= gathered <= whole + 48 * 8  # and weights, finiteness
+  assert num_bytes(found, kind="all-reduce") < 100
+  momentum = update.init(start()).optimizer[0].trace["hidden"]
+  assert momentum.addressable_shards[0].data.size == momentum.size // 8
+
+
+def test_a_call_that_emits_nothing_sends_scalars():
+  tx = ranger.accumulate(optax.sgd(0.1), every=4)
+  update = plain(tx, reduce="on_emission")
+  found = ranger.training.collectives(lowered(update))
+  assert num_bytes(found, conditional=True) == GRADIENT
+  rest = [one for one in found if not one.conditional]
+  assert max(one.num_bytes for one in rest if one.kind == "all-reduce") <= 64
+  # Weights and finiteness of the examples are gathered, numbers of theirs.
+  assert max(one.num_bytes for one in rest) <= 4 * 48
+
+
+def test_a_device_that_fails_is_skipped_by_all():
+  """An overflow inside the model on one device; the inputs are finite."""
+  for options in ({}, {"reduce": "on_emission"}):
+    one = lambda step: 1  # a function, so that there is an accumulator
+    tx = ranger.accumulate(optax.sgd(0.1, momentum=0.9), one)
+
+    def fails(params, batch):
+      sane, aux = losses(params, batch)
+      # Finite in value, with a gradient that is not.
+      wild = jnp.sqrt(batch["wild"] * params["out"].sum() ** 2)
+      return sane + jnp.where(batch["wild"] > 0, 0 * sane, wild), aux
+
+    update = ranger.train_step(fails, tx, has_aux=True, mesh=mesh_of(), **options)
+    params = start()
+    state = update.init(params)
+    for call, (batch, _) in enumerate(batches(3, ragged=False)):
+      batch["wild"] = np.ones(24, np.float32)
+      if call == 1:
+        batch["wild"][7] = 0  # a row of the third device
+      before = jax.tree.map(np.asarray, params)
+      params, state, _ = update(params, state, batch)
+      moved = not np.array_equal(before["out"], params["out"])
+      assert moved == (call != 1)
+    assert int(state.optimizer.num_left_out) == 1
+    replicas_agree((params, state))
+
+
+@pytest.mark.slow
+@with_one_device
+def test_pmap_equals_shard_map(one_device):
+  """The whole recipe inside of the caller's own pmap; tables are whole there."""
+  update = recipe(partition=None)
+  reference = recipe(mesh=mesh_of())
+  params, state = start(), recipe().init(start())
+  spread = lambda tree: jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), tree)
+  split = lambda tree: jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), tree)
+  mapped = jax.pmap(
+    lambda params, state, batch, ids: update(params, state, batch, example_ids=ids),
+    axis_name="data",
+  )
+  params, state = spread((params, state))
+  for batch, ids in batches(6, ragged=False):
+    params, state, metrics = jax.block_until_ready(
+      mapped(params, state, split(batch), split(ids))
+    )
+  expected, expected_state, expected_metrics = train(reference, 6, ragged=False)
+  for device in (0, 7):
+    own = lambda tree, device=device: jax.tree.map(lambda leaf: leaf[device], tree)
+    close(own(params), expected)
+    close(own(metrics), expected_metrics)
+    close(
+      ranger.smoothed_predictions(own(state)),
+      ranger.smoothed_predictions(expected_state),
+    )
+
+
+@pytest.mark.parametrize(
+  ("kind", "partition"),
+  [
+    (AxisType.Auto, "shard_map"),
+    pytest.param(AxisType.Auto, "jit", marks=pytest.mark.slow),
+    pytest.param(AxisType.Explicit, "jit", marks=pytest.mark.slow),
+  ],
+)
+def test_parameters_that_are_split_stay_split(kind, partition):
+  """By the caller, over an axis of the mesh that examples are not split over."""
+  mesh = mesh_of(kind, (4, 2), ("data", "model"))
+  columns = NamedSharding(mesh, PartitionSpec(None, "model"))
+  update = ranger.train_step(
+    losses,
+    ranger.ranger(0.1, acceleration=1.0, ema_decay=0.9),
+    has_aux=True,
+    mesh=mesh,
+    partition=partition,
+  )
+  params = start()
+  params["hidden"] = jax.device_put(params["hidden"], columns)
+  state = update.init(params)
+  for batch, _ in batches(5):
+    params, state, _ = jax.block_until_ready(update(params, state, batch))
+  single = ranger.train_step(
+    losses, ranger.ranger(0.1, acceleration=1.0, ema_decay=0.9), has_aux=True
+  )
+  expected, expected_state = start(), single.init(start())
+  for batch, _ in batches(5):
+    expected, expected_state, _ = single(expected, expected_state, batch)
+  close(params, expected)
+  close(state, expected_state, rtol=1e-4)
+  assert params["hidden"].sharding.is_equivalent_to(columns, 2)
+  ema = ranger.eval_params(state, params)["hidden"]
+  assert ema.addressable_shards[0].data.shape == (6, 8)
+
+
+def test_batches_may_lie_anywhere():
+  """NumPy, one device's, split already: the same update, and nothing is eaten."""
+  update = plain()
+  batch, _ = next(batches(1))
+  rows = NamedSharding(mesh_of(), PartitionSpec("data"))
+  results = []
+  for place in (
+    lambda leaf: leaf,
+    jnp.asarray,
+    lambda leaf: jax.device_put(leaf, jax.devices()[3]),
+    lambda leaf: jax.device_put(leaf, rows),
+  ):
+    params = start()
+    placed = jax.tree.map(place, batch)
+    results.append(update(params, update.init(params), placed)[0])
+    jax.tree.map(np.asarray, (params, placed))  # still there
+  for result in results[1:]:
+    close(result, results[0], rtol=1e-7)
+
+
+def test_parameters_and_state_are_donated():
+  update = plain()
+  batch, _ = next(batches(1))
+  params, state, _ = update(start(), update.init(start()), batch)
+  update(params, state, batch)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+  kept = plain(donate=False)
+  params, state, _ = kept(start(), kept.init(start()), batch)
+  kept(params, state, batch)
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+@with_one_device
+def test_neighbors_on_other_devices_count(one_device):
+  """Given as positions in the whole batch; each one lies on another device."""
+  n = 24
+  across = (np.arange(n) + n // 2)[:, None] % n
+  # Another weight for each, so that no device has another's.
+  weights = np.linspace(0.2, 1.0, n, dtype=np.float32)[:, None]
+  neighbors = ranger.Neighbors(
+    across.astype(np.int32), np.ones([n, 1], np.float32), weights
+  )
+  batch, _ = next(batches(1))
+  run = lambda update: update(
+    start(), update.init(start()), batch, neighbors=neighbors
+  )[0]
+  head = ranger.ranger_head(include_self=False)
+  one = ranger.train_step(losses, optax.sgd(0.1), step=head, has_aux=True)
+  close(run(plain(step=head)), run(one))
+  close(run(plain(step=head, num_micro_batches=3)), run(one))
+
+
+@pytest.mark.slow
+def test_mapped_value_and_grad_in_micro_batches_needs_no_second_forward_pass():
+  """Only neighbors that are found by what the model says need the model first."""
+  cost = lambda update: lowered(update).compile().cost_analysis()["flops"]
+  head = ranger.ranger_head()
+  by_input = lambda x: ranger.neighbors.nearest(x, 4)
+  by_features = lambda features: ranger.neighbors.nearest(features, 4)
+  options = {"step": head, "num_micro_batches": 2}
+  assert cost(plain(find_neighbors=by_input, **options)) < cost(
+    plain(find_neighbors=by_features, **options)
+  )
+
+
+def test_refusals_of_train_step():
+  mesh = mesh_of()
+  build = lambda **options: ranger.train_step(losses, optax.sgd(0.1), **options)
+  with pytest.raises(ValueError, match="partition must be one of"):
+    build(partition="gspmd")
+  with pytest.raises(ValueError, match="reduce must be one of"):
+    build(reduce="late")
+  with pytest.raises(TypeError, match="num_micro_batches"):
+    build(num_micro_batches=2.0)
+  with pytest.raises(ValueError, match="axis_name must be among"):
+    build(mesh=mesh, axis_name="batch")
+  with pytest.raises(ValueError, match="on_emission"):
+    build(reduce="on_emission")
+  with pytest.raises(ValueError, match="shard_state"):
+    build(shard_state=True)
+  with pytest.raises(ValueError, match="partition=None leaves"):
+    build(partition=None, mesh=mesh)
+  batch, ids = next(batches(1))
+  update = plain()
+  args = start(), update.init(start())
+  with pytest.raises(ValueError, match="example_ids must have one row"):
+    update(*args, batch, example_ids=ids[:3])
+  with pytest.raises(ValueError, match="at least one array"):
+    update(*args, {})
+  with pytest.raises(ValueError, match="at least one example"):
+    update(*args, jax.tree.map(lambda leaf: leaf[:0], batch))
+  with pytest.raises(ValueError, match="needs accumulate"):
+    plain(reduce="on_emission").init(start())
+  lost = plain(step=ranger.ranger_head(), find_neighbors=lambda image: image)
+  with pytest.raises(ValueError, match="asks for 'image'"):
+    lost(start(), lost.init(start()), batch)
+  small = plain(batch_size=16)
+  with pytest.raises(ValueError, match="batch_size must hold the batch"):
+    small(*args, batch)
+  wanting = ranger.train_step(regularized_losses, optax.sgd(0.1), has_aux=True)
+  with pytest.raises(ValueError, match="takes smoothed="):
+    wanting(start(), wanting.init(start()), batch)
+  robust = plain(step=ranger.aggregate_by_median())
+  with pytest.raises(ValueError, match="never leave their device"):
+    robust(start(), robust.init(start()), batch)
+
+
+def test_collectives_reads_loops_and_branches():
+  step = jax.jit(
+    jax.shard_map(
+      _loop_and_branch,
+      mesh=mesh_of(),
+      in_specs=(PartitionSpec("data"), PartitionSpec()),
+      out_specs=PartitionSpec(),
+    )
+  ).lower(jnp.zeros([8, 4]), True)
+  found = ranger.training.collectives(step)
+  assert ranger.training.Collective("all-reduce", 16, 5, False) in found
+  assert ranger.training.Collective("all-reduce", 16, 1, True) in found
+  with pytest.raises(TypeError, match="got function"):
+    ranger.training.collectives(_loop_and_branch)
+
+
+def _loop_and_branch(x, flag):
+  own = x[0]
+  add = lambda i, total: total + jax.lax.psum(own * (1 + i), "data")
+  total = jax.lax.fori_loop(0, 5, add, jnp.zeros([4]))
+  return jax.lax.cond(
+    flag, lambda: total + jax.lax.psum(own * 9, "data"), lambda: total
+  )
