@@ -388,3 +388,14 @@ def test_many_neighbors_are_no_rounding_error():
     )
   )(neighbors)
   np.testing.assert_allclose(weights, np.full(n, 1 / n), rtol=1e-5)
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="weights are float32")
+def test_float64_keeps_its_digits():
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(7, 3)), rng.normal(size=3)
+  with jax.enable_x64(True):
+    losses = lambda w, batch: (batch @ w - 1) ** 2
+    grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
+    _, found = grad_fn(jnp.asarray(w), jnp.asarray(x))
+  np.testing.assert_allclose(found, 2 * x.T @ (x @ w - 1) / 7, rtol=1e-14)

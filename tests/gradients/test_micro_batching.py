@@ -233,3 +233,23 @@ def test_a_scalar_that_is_not_finite_leaves_its_micro_batch_out():
   close(grads, expected)
   assert float(value["metric"]) == 1
   assert int(report.num_left_out) == 1
+
+
+@pytest.mark.parametrize(
+  "num_micro_batches",
+  [
+    4,
+    pytest.param(
+      8, marks=pytest.mark.xfail(raises=AssertionError, reason="a length makes rows")
+    ),
+  ],
+)
+def test_a_statistic_of_features_is_not_taken_for_rows(num_micro_batches):
+  def loss(w, batch):
+    return ((batch @ w) ** 2).mean(), {"mean": batch.mean(axis=0)}
+
+  batch = jnp.asarray(np.random.default_rng(0).standard_normal([32, 4]), jnp.float32)
+  grad_fn = jax.value_and_grad(loss, has_aux=True)
+  (_, aux), _, _ = ranger.micro_batched(grad_fn, num_micro_batches)(jnp.ones(4), batch)
+  assert aux["mean"].shape == (4,)
+  np.testing.assert_allclose(aux["mean"], batch.mean(axis=0), rtol=1e-5, atol=1e-6)

@@ -361,3 +361,25 @@ def test_pipelines_refuse(monkeypatch):
   monkeypatch.setitem(sys.modules, "grain", None)
   with pytest.raises(ImportError, match=r"optax-ranger\[grain\]"):
     graph.add_neighbors(small())
+
+
+@pytest.mark.xfail(
+  raises=pytest.fail.Exception, reason="classes beyond num_classes weigh nothing"
+)
+def test_balance_refuses_classes_beyond_their_number():
+  found = graph.build(np.arange(6.0)[:, None], 2)
+  with pytest.raises(ValueError, match="num_classes"):
+    graph.balance_classes(found, np.array([0, 0, 1, 1, 7, 7]), 3)
+
+
+@pytest.mark.xfail(raises=TypeError, reason="labels must be integers of NumPy or JAX")
+@pytest.mark.parametrize(
+  "labels",
+  [[0, 0, 1, 1, 0, 1], np.array(["a", "a", "b", "b", "a", "b"])],
+  ids=["list", "strings"],
+)
+def test_labels_as_people_have_them(labels):
+  found = graph.build(np.arange(6.0)[:, None], 2)
+  as_people = graph.audit(found, labels)
+  as_integers = graph.audit(found, np.array([0, 0, 1, 1, 0, 1]))
+  np.testing.assert_array_equal(as_people.order, as_integers.order)

@@ -560,3 +560,27 @@ def test_every_public_function_is_documented():
       if name.split("optax_ranger.")[-1] in silent and section == "Returns:":
         continue
       assert section in doc, f"{name} lacks {section}"
+
+
+SPLIT_STATE = {
+  "smooth_by_ema": lambda: ranger.smooth_by_ema(0.9),
+  "smooth_by_lookahead": lambda: ranger.smooth_by_lookahead(),
+  "ranger_radam": lambda: ranger.ranger_radam(0.1),
+  "skip_anomalies": lambda: ranger.skip_anomalies(optax.sgd(0.1, momentum=0.9)),
+}
+
+
+@pytest.mark.xfail(reason="selects between unlike shardings")
+@pytest.mark.parametrize("name", SPLIT_STATE)
+def test_state_may_be_split_and_parameters_whole(name):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+  put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+  split = lambda leaf: put(
+    leaf, PartitionSpec("data") if leaf.ndim else PartitionSpec()
+  )
+  params = {"w": put(jnp.ones((16, 4)), PartitionSpec())}
+  step = SPLIT_STATE[name]()
+  state = jax.tree.map(split, step.init(params))
+  updates, new_state = jax.jit(step.update)(params, state, params)
+  assert jax.typeof(updates["w"]) == jax.typeof(params["w"])
+  assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)

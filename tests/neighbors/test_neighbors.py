@@ -189,3 +189,14 @@ def test_label_support_finds_flipped_labels():
   assert set(np.argsort(support)[:9]) == set(wrong)
   assert (support >= 0).all()
   assert (support <= 1).all()
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="-1 is taken for one more class")
+def test_examples_without_a_label_back_nobody():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(300, 4)).astype(np.float32)
+  labels = np.where(rng.random(300) < 0.7, -1, (x[:, 0] > 0).astype(int))
+  nearest = ranger.neighbors.nearest(x, 10)
+  neighbors = ranger.neighbors.weigh(nearest, labels=labels)
+  weights = ranger.example_weights(ranger.ranger_head(), 300, neighbors=neighbors)
+  np.testing.assert_array_equal(weights[labels < 0], 0)

@@ -188,3 +188,11 @@ def test_squares_that_overflow_are_skipped():
   assert int(state.num_skipped) == 1
   updates, _ = tx.update(jnp.ones([4]), state, params)
   np.testing.assert_allclose(updates, -0.1, rtol=1e-5)
+
+
+@pytest.mark.xfail(raises=TypeError, reason="there is no stack_axes")
+def test_stacked_layers_are_centralized_apart():
+  step = ranger.ranger_radam(0.1, stack_axes=1)
+  params = {"bias": jnp.zeros((3, 4))}
+  updates, _ = step.update({"bias": jnp.ones((3, 4))}, step.init(params), params)
+  np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-5)

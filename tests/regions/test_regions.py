@@ -217,3 +217,16 @@ def test_worst_regions_refuse_losses_that_differ_over_devices():
   )
   with pytest.raises(ValueError, match="losses differs over the mesh axis 'data'"):
     jax.jit(over)(jnp.ones([4]))
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="float32 has too few digits")
+def test_windows_of_unix_seconds():
+  times = 1_700_000_000 + np.arange(0, 3600, 60)
+  np.testing.assert_array_equal(ranger.regions.by_time(times, 60), np.arange(60))
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="float32 has too few digits")
+def test_cells_of_map_coordinates():
+  along = np.linspace(0, 10, 400, endpoint=False)[:, None]
+  positions = np.array([500_000.0, 4_649_776.0]) + along
+  assert len(np.unique(ranger.regions.by_grid(positions, (20, 20)))) == 20

@@ -241,3 +241,44 @@ def test_negative_weight_skips_the_micro_batch():
   expected, _ = run(step, gradients, weight=[1.0, 0.0, 1.0])
   np.testing.assert_array_equal(np.stack(results), np.stack(expected))
   assert int(state.num_left_out) == 1
+
+
+@pytest.mark.parametrize(
+  "where",
+  [
+    *(
+      pytest.param(
+        i,
+        marks=pytest.mark.xfail(
+          raises=AssertionError, reason="the last micro-batch's value= counts alone"
+        ),
+      )
+      for i in range(3)
+    ),
+    3,
+  ],
+)
+def test_a_spike_anywhere_in_the_window_is_seen(where):
+  guard = ranger.skip_anomalies(optax.sgd(1.0), watch="value", warmup=5)
+  step = ranger.accumulate(guard, 4)
+  params = jnp.zeros(2)
+  state, update = step.init(params), jax.jit(step.update)
+  for window in range(10):
+    for i in range(4):
+      bad = window == 9 and i == where
+      gradient = jnp.full(2, 1e3 if bad else 1.0)
+      value = jnp.float32(1e6 if bad else 1 + 0.01 * window)
+      updates, state = update(gradient, state, params, value=value)
+  np.testing.assert_array_equal(updates, 0)
+
+
+@pytest.mark.xfail(
+  raises=pytest.fail.Exception, reason="the window's weight divides, its sum is lost"
+)
+def test_an_open_window_of_another_every_is_refused():
+  step = ranger.accumulate(optax.sgd(1.0), 3)
+  state = step.init(jnp.zeros(()))
+  for _ in range(2):
+    _, state = step.update(jnp.array(10.0), state)
+  with pytest.raises(ValueError, match="every"):
+    ranger.accumulate(optax.sgd(1.0), 1).update(jnp.array(1.0), state)

@@ -299,3 +299,12 @@ def test_refined_target_is_the_posterior():
 def test_no_gradient_flows_through_targets():
   grad = jax.grad(lambda b: ranger.labels.refine_targets(jnp.array([0]), b)[0, 0])
   assert not grad(jnp.array([[0.3, 0.7]])).any()
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="64-bit ids wrap onto valid rows")
+def test_wide_ids_move_no_row():
+  step = ranger.smooth_predictions(4, 2)
+  ids = np.array([2**32 + 1, 2**33 + 2, 7])
+  predictions = np.array([[1.0, 0.0]] * 3)
+  _, state = step.update({}, step.init({}), predictions=predictions, example_ids=ids)
+  np.testing.assert_array_equal(state.smoothed, 0)

@@ -572,3 +572,65 @@ def _loop_and_branch(x, flag):
   return jax.lax.cond(
     flag, lambda: total + jax.lax.psum(own * 9, "data"), lambda: total
   )
+
+
+DEAD = pytest.mark.xfail(
+  raises=AssertionError, reason="a batch without a finite example moves parameters"
+)
+
+
+def dead_batch_update(tx):
+  losses = lambda p, b: (b @ p["w"] - 1) ** 2
+  update = ranger.train_step(losses, tx, donate=False)
+  params = {"w": jnp.ones(3)}
+  return update, params, update.init(params)
+
+
+@DEAD
+@pytest.mark.parametrize("what", ["params", "loss"])
+def test_a_batch_without_a_finite_example_changes_nothing(what):
+  tx = optax.chain(ranger.scale_by_ngs(acceleration=1.0), optax.scale(-0.1))
+  update, params, state = dead_batch_update(tx)
+  batch = jax.random.normal(jax.random.key(0), (16, 3))
+  for _ in range(3):
+    params, state, _ = update(params, state, batch)
+  after, _, metrics = update(params, state, batch * jnp.nan)
+  if what == "params":
+    np.testing.assert_array_equal(after["w"], params["w"])
+  else:
+    assert np.isnan(metrics["loss"])
+    assert metrics["weight"] == 0
+
+
+@DEAD
+def test_a_batch_without_a_finite_example_leaves_a_plateau_alone():
+  plateau = optax.contrib.reduce_on_plateau(patience=3, factor=0.1)
+  with jax.numpy_dtype_promotion("standard"):
+    update, params, state = dead_batch_update(optax.chain(optax.sgd(0.01), plateau))
+    batch = jax.random.normal(jax.random.key(0), (16, 3))
+    for i in range(40):
+      params, state, _ = update(params, state, batch * (jnp.nan if i == 3 else 1.0))
+  assert optax.tree.get(state, "scale") == 1
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="gradients are not conjugated")
+def test_complex_parameters_descend():
+  losses = lambda p, b: jnp.abs(p["z"] - (1 + 2j)) ** 2 * b
+  update = ranger.train_step(losses, optax.sgd(0.1))
+  params = {"z": jnp.zeros((), jnp.complex64)}
+  state = update.init(params)
+  for _ in range(20):
+    params, state, metrics = update(params, state, jnp.ones(2))
+  assert metrics["loss"] < 1e-3
+
+
+@pytest.mark.xfail(
+  raises=jax.errors.ConcretizationTypeError, reason="looks at the traced count"
+)
+def test_one_device_inside_the_caller_s_jit():
+  update = ranger.train_step(lambda p, b: (b @ p["w"]) ** 2, optax.sgd(0.1))
+  params = {"w": jnp.ones(3)}
+  batch = jnp.ones((4, 3))
+  inside, _, _ = jax.jit(update)(params, update.init(params), batch)
+  outside, _, _ = update(params, update.init(params), batch)
+  np.testing.assert_allclose(inside["w"], outside["w"], rtol=1e-6)
