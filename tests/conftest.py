@@ -2,11 +2,12 @@
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-  " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# `benchmarks/gpu.sh` runs some of the laws on an accelerator, by this variable.
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  )
 
 import jax
 import pytest

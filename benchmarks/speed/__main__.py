@@ -2,7 +2,8 @@
 
 Every section runs in a process of its own, so that none meets the memory, threads or
 simulated devices of another. What is measured is in a CSV file after each section;
-`--table FILE` prints the Markdown table of such a file and measures nothing.
+`--table FILE` prints the Markdown table of such a file and measures nothing. `--gpu`
+measures what `benchmarks/gpu.sh` is for, with a limit of time.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ class Section(NamedTuple):
   """
 
   function: str
-  quick: Mapping[str, int]
+  quick: Mapping[str, Any]
 
 
 _SMALL = {"rounds": 2, "width": 256}
@@ -51,6 +53,21 @@ SECTIONS = {
   "graph": Section("graph.exact_rows", {"rounds": 2, "n": 2000}),
   "regions": Section("regions.attention_rows", {"rounds": 2, "size": 16}),
 }
+# On one accelerator, what may take longest last: the time may not reach it.
+GPU_SECTIONS = {
+  **{name: SECTIONS[name] for name in ("acceleration", "accumulation")},
+  "resnet": Section(
+    "gpu.resnet_rows", {"width": 4, "batch": 4, "rounds": 2, "calls": 2}
+  ),
+  "large": Section("gpu.large_rows", {"width": 64, "rounds": 2}),
+  **{
+    name: SECTIONS[name]
+    for name in SECTIONS
+    if name not in ("acceleration", "accumulation", "all-reduces", "graph")
+  },
+  "laws": Section("gpu.law_rows", {"steps": "scale_by_ngs"}),
+  "exact-graph": Section("gpu.graph_rows", {"n": 2000}),
+}
 
 
 def measure(function: str, options: Mapping[str, Any], path: str) -> None:
@@ -63,39 +80,48 @@ def measure(function: str, options: Mapping[str, Any], path: str) -> None:
   _table.write(pathlib.Path(path), [_measure.record(row) for row in rows])
 
 
-def run(names: Sequence[str], quick: bool, path: pathlib.Path) -> list[str]:
+def run(
+  sections: Mapping[str, Section],
+  quick: bool,
+  path: pathlib.Path,
+  minutes: float | None = None,
+) -> list[str]:
   """Measures sections one after the other.
 
   Args:
-    names: of the sections.
+    sections: by name.
     quick: small sizes, few rounds.
     path: of the file that all rows are written to, after each section.
+    minutes: for all sections together; None for no limit.
 
   Returns:
-    The names of those that failed.
+    The names of those that failed, or that the time did not reach.
   """
   records, failed = [], []
+  end = None if minutes is None else time.monotonic() + 60 * minutes
   with (
     tempfile.TemporaryDirectory() as folder,
-    tqdm.tqdm(names, unit="section") as progress,
+    tqdm.tqdm(sections.items(), unit="section") as progress,
   ):
-    for name in progress:
+    for name, section in progress:
       progress.set_description(name)
-      section, part = SECTIONS[name], pathlib.Path(folder) / "part.csv"
+      part = pathlib.Path(folder) / "part.csv"
       options = dict(section.quick) if quick else {}
       call = f"measure({section.function!r}, {options!r}, {str(part)!r})"
-      done = subprocess.run(
-        [
-          sys.executable,
-          "-c",
-          f"from benchmarks.speed.__main__ import measure; {call}",
-        ],
-        cwd=_ROOT,
-        check=False,
-      )
-      if done.returncode:
+      code = f"from benchmarks.speed.__main__ import measure; {call}"
+      try:
+        done = subprocess.run(
+          [sys.executable, "-c", code],
+          cwd=_ROOT,
+          check=False,
+          timeout=None if end is None else max(end - time.monotonic(), 0),
+        )
+        reason = f"exit status {done.returncode}" if done.returncode else None
+      except subprocess.TimeoutExpired:
+        reason = f"the {minutes:g} minutes are over"
+      if reason is not None:
         failed.append(name)
-        progress.write(f"FAILED: {name}, exit status {done.returncode}", sys.stderr)
+        progress.write(f"FAILED: {name}, {reason}", sys.stderr)
         continue
       records += _table.read(part)
       _table.write(path, records)
@@ -106,20 +132,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
   parser.add_argument("--quick", action="store_true", help="small sizes, a minute")
+  parser.add_argument("--gpu", action="store_true", help="what an accelerator is for")
+  parser.add_argument("--minutes", type=float, help="a limit for all sections together")
   parser.add_argument("--only", help=f"some of: {','.join(SECTIONS)}")
   parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
   args = parser.parse_args(arguments)
   if args.table:
     print(_table.markdown(_table.read(args.table)))
     return 0
-  names = args.only.split(",") if args.only else list(SECTIONS)
-  unknown = [name for name in names if name not in SECTIONS]
+  sections = GPU_SECTIONS if args.gpu else SECTIONS
+  names = args.only.split(",") if args.only else list(sections)
+  unknown = [name for name in names if name not in sections]
   if unknown:
-    parser.error(f"--only knows {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    parser.error(f"--only knows {', '.join(sections)}, got {', '.join(unknown)}")
   args.out.mkdir(parents=True, exist_ok=True)
-  path = args.out / ("performance_quick.csv" if args.quick else "performance.csv")
+  stem = ("gpu" if args.gpu else "performance") + ("_quick" if args.quick else "")
+  path = args.out / f"{stem}.csv"
   _table.write(path, [])
-  failed = run(names, args.quick, path)
+  chosen = {name: sections[name] for name in names}
+  failed = run(chosen, args.quick, path, args.minutes)
   records = _table.read(path)
   print(_table.markdown(records))
   print(f"\nfigures: {path}")

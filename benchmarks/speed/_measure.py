@@ -75,7 +75,7 @@ def millions(params: Any) -> str:
 def stateless(function: Callable[..., Any], *args: Any) -> Contender:
   """A function that is called with the same arguments every time."""
   compiled = jax.jit(function).lower(*args).compile()
-  return Contender(lambda: compiled(*args), _temporaries(compiled))
+  return Contender(lambda: compiled(*args), temporaries(compiled))
 
 
 def training(tx: Any, params: Any, gradients: Any, **extra_args: Any) -> Contender:
@@ -101,7 +101,7 @@ def looping(
     kept = compiled(*kept, *inputs)
     return kept
 
-  return Contender(turn, _temporaries(compiled))
+  return Contender(turn, temporaries(compiled))
 
 
 def measure(
@@ -154,6 +154,9 @@ def machine() -> str:
   lines = info.read_text().splitlines() if info.exists() else []
   names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
   name = names[0] if names else platform.processor() or platform.machine()
+  device = jax.devices()[0]
+  if device.platform != "cpu":
+    name = f"{device.device_kind} beside {name}"
   return (
     f"{name}, {cores()} cores; {jax.default_backend()}; Python"
     f" {platform.python_version()}, {', '.join(_versions())}"
@@ -186,5 +189,6 @@ def table(rows: Sequence[Row]) -> str:
   return _table.table([record(row) for row in rows])
 
 
-def _temporaries(compiled: Any) -> int:
+def temporaries(compiled: Any) -> int:
+  """Bytes that a compiled call needs beside its inputs and outputs."""
   return compiled.memory_analysis().temp_size_in_bytes

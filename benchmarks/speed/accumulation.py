@@ -1,5 +1,7 @@
 """Step 2 against its rivals: `python -m benchmarks.speed.accumulation`."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +13,9 @@ import optax_ranger as ranger
 EVERY = 8
 
 
-def micro_step_rows(rounds: int = 8, width: int = 2048) -> list[_measure.Row]:
+def micro_step_rows(
+  rounds: int = 8, width: int = 2048, names: Sequence[str] | None = None
+) -> list[_measure.Row]:
   """A micro-step of 32 M parameters: the mean over whole windows."""
   params, gradients = _measure.normal(0, width=width), _measure.normal(1, width=width)
   inner = optax.adamw(1e-3)
@@ -23,6 +27,7 @@ def micro_step_rows(rounds: int = 8, width: int = 2048) -> list[_measure.Row]:
     ),
     "bare adamw, every call": inner,
   }
+  rivals = {name: rivals[name] for name in names or rivals}
   ours = _measure.training(
     ranger.accumulate(inner, EVERY), params, gradients, weight=weight
   )

@@ -111,7 +111,7 @@ def _contender(call: Any, lower: Any, params: Any, state: Any, args: Any, extra:
     *kept, _ = call(*kept, *args, **extra)
     return kept
 
-  return _measure.Contender(turn, _measure._temporaries(compiled))
+  return _measure.Contender(turn, _measure.temporaries(compiled))
 
 
 def rows_of_time(mesh: Any, size: int, rounds: int = 20) -> list[_measure.Row]:

@@ -71,6 +71,31 @@ def test_everything_in_small(tmp_path):
 
 
 @pytest.mark.slow
+def test_gpu_script_in_small(tmp_path):
+  done = subprocess.run(
+    ["benchmarks/gpu.sh", "--quick", "--out", tmp_path],
+    cwd=ROOT,
+    env={**os.environ, "PYTHON": sys.executable},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  records = _table.read(tmp_path / "gpu_quick.csv")
+  (laws,) = (one for one in records if one["what"].startswith("laws on the device"))
+  assert laws["ratio"] == "1"
+  assert sum(one["what"].startswith("ResNet-18") for one in records) == 3
+  assert records[-1]["what"] == "exact graph, 2000 x 64, k = 10, recall 1.0000"
+  assert all("jax" in one["machine"] for one in records)
+
+
+def test_a_section_that_the_time_does_not_reach(tmp_path, capfd):
+  arguments = ["--gpu", "--only", "quiet", "--minutes", "0", "--out", str(tmp_path)]
+  assert performance.main(arguments) == 1
+  assert "FAILED: quiet, the 0 minutes are over" in capfd.readouterr().err
+
+
+@pytest.mark.slow
 def test_peak_is_not_that_of_the_parent():
   graph = importlib.import_module("benchmarks.speed.graph")
   ballast = np.ones(100_000_000)
@@ -103,10 +128,13 @@ def test_unknown_sections_are_refused(capsys):
   assert "got loud" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", performance.SECTIONS)
+ALL_SECTIONS = {**performance.SECTIONS, **performance.GPU_SECTIONS}
+
+
+@pytest.mark.parametrize("name", ALL_SECTIONS)
 def test_every_section_is_there(name, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # put back, if changed
-  section = performance.SECTIONS[name]
+  section = ALL_SECTIONS[name]
   module, function = section.function.split(".")
   found = getattr(importlib.import_module(f"benchmarks.speed.{module}"), function)
   signature = inspect.signature(found)

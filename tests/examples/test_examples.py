@@ -4,11 +4,13 @@
 of many hosts.
 """
 
+import importlib.util
 import pathlib
 import re
 import subprocess
 import sys
 
+from matplotlib import text as text_
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
@@ -38,3 +40,22 @@ def test_multi_host_on_one():
   assert done.returncode == 0, done.stderr
   (accuracy,) = re.findall(r"^8 devices, test accuracy: (0\.\d{3})$", done.stdout, re.M)
   assert float(accuracy) > 0.95  # with two wrong labels of five
+
+
+def test_the_picture_of_the_demo_cuts_nothing_off(tmp_path, monkeypatch):
+  from matplotlib import pyplot as plt
+
+  spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "noisy_labels.py")
+  demo = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(demo)
+  figures = []
+  monkeypatch.setattr(plt, "close", figures.append)
+  results = {"plain": {"label": "AdamW", "curves": [[0.5, 0.6]]}}
+  demo.draw(tmp_path / "demo.png", results, 0.4, demo.load_digits(0.4, 0))
+  (figure,) = figures
+  shown = lambda text: text.axes is None or text.axes.axison or text is text.axes.title
+  texts = [text for text in figure.findobj(text_.Text) if text.get_text()]
+  boxes = [text.get_window_extent() for text in texts if shown(text)]
+  assert len(boxes) > 20
+  assert min(box.x0 for box in boxes) >= figure.bbox.x0
+  assert max(box.x1 for box in boxes) <= figure.bbox.x1

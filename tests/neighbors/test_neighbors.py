@@ -42,7 +42,7 @@ def test_ties_go_to_the_lower_index(block_size):
 
 
 def test_neighbor_memory_grows_linearly():
-  from optax_ranger import _search
+  from optax_ranger.neighbors import _search
 
   def temporaries(n):
     features = jax.ShapeDtypeStruct((n, 8), jnp.float32)
