@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import after
 from optax_ranger._core.sharding import is_sharded
@@ -26,6 +27,7 @@ from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
 
+@states.exportable
 class MemberState(NamedTuple):
   """The state of a step over members.
 

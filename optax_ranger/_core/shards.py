@@ -11,7 +11,7 @@ from optax_ranger._core.sharding import varying_axes
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 
-# Extra args that hold one row an example.
+# Extra args that hold one row an example, without being declared.
 ROWS = (
   "beliefs",
   "example_ids",
@@ -36,7 +36,7 @@ class Shards:
     self.n = n
     self.total = n if axis_name is None else n * jax.lax.axis_size(axis_name)
 
-  def vary(self, tree: PyTree) -> PyTree:
+  def marked(self, tree: PyTree) -> PyTree:
     """Keeps what is computed from `tree` apart on each device."""
     if not is_typed(self.axis_name):
       return tree
@@ -59,29 +59,41 @@ class Shards:
     """Adds up over devices, in one collective."""
     if self.axis_name is None:
       return tree
-    return jax.lax.psum(self.vary(tree), self.axis_name)
+    return jax.lax.psum(self.marked(tree), self.axis_name)
 
   def is_apart(self, tree: PyTree) -> bool:
     """Whether a tree is known to differ from device to device."""
     return any(
-      not axes(self.axis_name).isdisjoint(varying_axes(leaf))
+      not varying_axes(leaf).isdisjoint(names_of(self.axis_name))
       for leaf in jax.tree.leaves(tree)
       if isinstance(leaf, jax.Array)
     )
 
 
-def axes(axis_name: AxisName) -> frozenset[str]:
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
   """The names of an axis, of several, or of none."""
   if axis_name is None:
-    return frozenset()
-  return frozenset((axis_name,) if isinstance(axis_name, str) else axis_name)
+    return ()
+  return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def vary_as(tree: PyTree, like: PyTree) -> PyTree:
+  """Marks each leaf as varying over the axes of its counterpart, as a scan needs."""
+  mark = lambda leaf, other: vary(leaf, varying_axes(other))
+  return jax.tree.map(mark, tree, like)
+
+
+def axes_among(*trees: PyTree) -> frozenset[Any]:
+  """The mesh axes over which one of the arrays of some trees differs."""
+  leaves = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
+  return frozenset().union(*map(varying_axes, leaves))
 
 
 def is_typed(axis_name: AxisName) -> bool:
   """Whether types tell what differs over the axis: ``shard_map(check_vma=True)``."""
   if axis_name is None:
     return False
-  return varying_axes(jax.lax.axis_index(axis_name)) >= axes(axis_name)
+  return varying_axes(jax.lax.axis_index(axis_name)) >= set(names_of(axis_name))
 
 
 def gather_rows(tree: PyTree, axis_name: AxisName) -> PyTree:

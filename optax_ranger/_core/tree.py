@@ -1,5 +1,6 @@
 """Pytrees: finite checks, inner products, states inside a chain."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,10 +75,9 @@ def inner_product(a: PyTree, b: PyTree) -> Array:
   return total
 
 
-def find_states(state: PyTree, kind: type) -> Iterator[Any]:
-  """Yields the states of one kind, however deeply a chain nests them."""
-  leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
-  return (leaf for leaf in leaves if isinstance(leaf, kind))
+def find_states(state: PyTree, is_one: Callable[[Any], bool]) -> Iterator[Any]:
+  """Yields the states that are wanted, however deeply a chain nests them."""
+  return filter(is_one, jax.tree.leaves(state, is_leaf=is_one))
 
 
 def leaves_like(tree: PyTree, copy: PyTree) -> list[Any]:

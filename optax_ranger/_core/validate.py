@@ -20,6 +20,13 @@ def is_known(value: Any) -> bool:
   return not isinstance(value, jax.core.Tracer)
 
 
+def is_key(value: Any) -> bool:
+  """Whether `value` is one typed key of ``jax.random``."""
+  if not isinstance(value, jax.Array) or value.ndim:
+    return False
+  return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
 def in_range(
   name: str,
   value: Any,
@@ -142,6 +149,15 @@ def leading_axis(name: str, tree: PyTree) -> int | None:
         f" {first[1]} and {where} has {length}."
       )
   return None if first is None else first[1]
+
+
+def same_rows(name: str, tree: PyTree, n: int) -> None:
+  """Refuses an extra arg of other than one row for each of the batch's."""
+  length = leading_axis(name, tree)
+  if length is not None and length != n:
+    raise ValueError(
+      f"{name} must have one row for each of the batch's {n}, got {length}."
+    )
 
 
 def reduced(name: str, tree: PyTree, like: PyTree, step: str) -> None:

@@ -1,33 +1,31 @@
 """Linear steps in one backward pass: a step's transpose is one weight per example."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_ranger._core import gramian as gramian_lib
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
+from optax_ranger._core.members import MemberState
 from optax_ranger._core.members import clean_weights
-from optax_ranger._core.members import keep_rows
-from optax_ranger._core.sharding import is_sharded
-from optax_ranger._core.sharding import per_row
-from optax_ranger._core.sharding import replicate
-from optax_ranger._core.sharding import vary
-from optax_ranger._core.sharding import varying_axes
+from optax_ranger._core.members import init_members
 from optax_ranger._core.shards import AxisName
 from optax_ranger._core.shards import Shards
 from optax_ranger._core.tree import finite_rows
 from optax_ranger._core.types import Array
-from optax_ranger._core.types import Neighbors
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import arguments
+from optax_ranger._gradients import evaluated as ways
 from optax_ranger._gradients import linear
-from optax_ranger._gradients import micro_batches
 from optax_ranger._gradients import per_example
+from optax_ranger._gradients.evaluated import Evaluated
+from optax_ranger._gradients.evaluated import Problem
+from optax_ranger._gradients.options import Options
+from optax_ranger._gradients.told import Told
 
 _NOT_OVER_DEVICES = (
   "the step is not linear in the per-example gradients, which never leave their"
@@ -58,7 +56,8 @@ def example_weights(
       ``regions=``.
 
   Returns:
-    ``float32 [n]``. Examples of ``member_weights`` zero have weight zero.
+    ``float32 [n]``, or ``float64`` where that is enabled. Examples of
+    ``member_weights`` zero have weight zero.
 
   Guarantees:
     * The weighted loss has the gradient of the per-example form
@@ -84,9 +83,12 @@ def example_weights(
   step = optax.with_extra_args_support(step)
   if state is None:
     state = step.init(jnp.zeros([], jnp.float32))
-  clean, _, num_dropped = clean_weights(extra_args.pop("member_weights", None), n)
-  extra_args.update(member_weights=clean, num_dropped=num_dropped)
-  return linear.transpose(step, n, state, extra_args)
+  dtype = jnp.result_type(float)
+  clean, _, num_dropped = clean_weights(
+    extra_args.pop("member_weights", None), n, dtype
+  )
+  extra_args.update(Told(clean, num_dropped).args())
+  return linear.transpose(step, n, state, extra_args, dtype)
 
 
 def value_and_grad(
@@ -97,6 +99,7 @@ def value_and_grad(
   micro_batch_size: int = 32,
   num_sweeps: int = 1,
   axis_name: AxisName = None,
+  row_args: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
   r"""Differentiates the losses of a batch through a step over per-example gradients.
 
@@ -135,20 +138,26 @@ def value_and_grad(
       over which devices hold rows of the batch. The step then sees the rows of
       all devices (what it needs is gathered, never gradients), and one ``psum``
       adds up the gradient. Linear steps only. None: the batch is all there is.
+    row_args: names of extra args that hold one row an example, besides
+      ``neighbors``, ``member_weights``, ``regions``, ``example_ids``,
+      ``features``, ``labels``, ``beliefs`` and ``smoothed``.
 
   Returns:
     A function ``(params, batch, *, state=None, **extra_args) -> (value,
     grads)``, or ``(value, grads, new_state)`` when a state of `step` is passed.
     ``value`` is ``losses [n]``, or ``(losses, aux)``; ``grads`` is like
-    ``params``. The step gets ``losses=`` beside the extra args. Extra args
-    that the losses see and whose leaves all have leading axis n are taken to
-    hold one row an example. With `axis_name`, ``neighbors=``,
-    ``member_weights=``, ``regions=`` and what else differs from device to device
-    hold this device's rows; neighbors are positions among the rows of all.
+    ``params``. The step gets ``losses=`` beside the extra args. With
+    `axis_name`, extra args with rows hold this device's rows; neighbors are
+    positions among the rows of all.
 
-    Every leaf of ``batch`` has leading axis n. An example with an input or a
-    loss that is not finite is replaced by another one and has weight zero; the
-    step's ``num_dropped`` counts it.
+    Gradients are those of ``jax.grad``: of complex parameters, the conjugate of
+    the direction of steepest ascent.
+
+    Every leaf of ``batch`` has leading axis n. An example with an input or a loss
+    that is not finite is replaced by another one and has weight zero; the step's
+    ``num_dropped`` counts it. Without any usable example the
+    gradient is zero; to leave the optimizer alone then, compare the counter with
+    the number of examples, or use ``train_step``.
 
   Guarantees:
     * Linear or not, the gradient is the step's on per-example gradients
@@ -183,222 +192,207 @@ def value_and_grad(
   gradient = gradient_of(
     per_example_losses,
     step,
-    has_aux=has_aux,
-    micro_batch_size=micro_batch_size,
-    num_sweeps=num_sweeps,
-    axis_name=axis_name,
+    Options(
+      has_aux=has_aux,
+      micro_batch_size=micro_batch_size,
+      num_sweeps=num_sweeps,
+      axis_name=axis_name,
+      row_args=row_args,
+    ),
   )
 
   def function(
-    params: PyTree,
-    batch: PyTree,
-    *,
-    state: PyTree = None,
-    **extra_args: Any,
+    params: PyTree, batch: PyTree, *, state: PyTree = None, **extra_args: Any
   ) -> Any:
-    losses, aux, grads, new_state, *_ = gradient(params, batch, state, extra_args)
-    value = (losses, aux) if has_aux else losses
-    return (value, grads) if state is None else (value, grads, new_state)
+    found, new_state, _ = gradient(params, batch, state, extra_args)
+    value = (found.losses, found.aux) if has_aux else found.losses
+    return (value, found.grads) if state is None else (value, found.grads, new_state)
 
-  return function
+  declared: Any = function
+  # For micro_batched: losses hold rows.
+  declared.value_axes = (0, None) if has_aux else 0
+  return declared
+
+
+class Differentiated(NamedTuple):
+  """What the engine returns.
+
+  Attributes:
+    evaluated: losses, aux and gradient; the gradient is that of all devices.
+    state: of the step over examples.
+    along: items of aux of all devices, those that were wanted and came along.
+  """
+
+  evaluated: Evaluated
+  state: PyTree
+  along: dict[str, Any]
 
 
 def gradient_of(
   per_example_losses: Callable[..., Any],
-  step: optax.GradientTransformation,
-  *,
-  has_aux: bool = False,
-  micro_batch_size: int = 32,
-  num_sweeps: int = 1,
-  num_micro_batches: int = 1,
-  axis_name: AxisName = None,
-  find_neighbors: Callable[..., Neighbors] | None = None,
-  reduce: Callable[[PyTree], PyTree] | None = None,
-  is_mean: bool = False,
-  meet: tuple[str, ...] = (),
-) -> Callable[..., tuple[Any, ...]]:
+  step: optax.GradientTransformation | None,
+  options: Options,
+) -> Callable[..., Differentiated]:
   """What ``value_and_grad`` and ``train_step`` have in common.
 
-  With `is_mean`, `step` is known to be ``aggregate_by_mean``, whose divisor may
-  come after the sum over devices: nothing needs to be gathered for it.
+  Args:
+    per_example_losses: as in ``value_and_grad``.
+    step: over the examples; None for the weighted mean, whose divisor may come after
+      the sum over devices: nothing needs to be gathered for it.
+    options: see there.
 
   Returns:
-    ``(params, batch, state, extra_args) -> (losses, aux, grads, new_state,
-    finite, met)``; `finite` tells which of this device's examples are, and `met`
-    are the items of aux that `meet` names, of all devices, where they came along.
+    ``(params, batch, state, extra_args, for_losses={}) -> Differentiated``. What is in
+    `for_losses` reaches the losses only, in place of extra args of the same name.
   """
-  validate.static_count("micro_batch_size", micro_batch_size)
-  validate.static_count("num_sweeps", num_sweeps)
-  step = optax.with_extra_args_support(step)
+  validate.static_count("micro_batch_size", options.micro_batch_size)
+  validate.static_count("num_sweeps", options.num_sweeps)
   accepts = arguments.accepted_names(per_example_losses)
 
   def losses_and_aux(params, batch, seen):
     result = per_example_losses(params, batch, **seen)
-    losses, aux = result if has_aux else (result, None)
+    losses, aux = result if options.has_aux else (result, None)
     return losses.astype(numerics.wide(losses.dtype)), aux
 
-  def function(params, batch, state, extra_args):
+  def function(params, batch, state, extra_args, for_losses=None):
     n = validate.leading_axis("batch", batch)
     if n is None:
       raise ValueError("batch must hold at least one array, got none.")
-    shards = Shards(axis_name, n)
-    params = shards.vary(params)
-    finite = finite_rows(batch, n)
-    batch = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
+    shards = Shards(options.axis_name, n)
+    rows, whole = arguments.split_rows(extra_args, options.row_args)
+    for name, arg in rows.items():
+      validate.same_rows(name, arg, n)
+    for_losses = for_losses or {}
     seen = {name: arg for name, arg in extra_args.items() if accepts(name)}
-    step_state = step.init(params) if state is None else state
-    if is_mean:
-      return _mean_gradient(
-        losses_and_aux, step, step_state, shards, params, batch, seen,
-        finite, extra_args.get("member_weights"), num_micro_batches, reduce,
-      )  # fmt: skip
-    gathered = arguments.Gathered(
-      shards, step, step_state, batch, extra_args, find_neighbors, meet
+    seen.update({name: arg for name, arg in for_losses.items() if accepts(name)})
+    seen_rows, seen_whole = arguments.split_rows(seen, options.row_args)
+    absent = {name: None for name, arg in seen.items() if arg is None}
+    finite = finite_rows(batch, n)
+    problem = Problem(
+      losses_and_aux,
+      shards.marked(params),
+      jax.tree.map(lambda leaf: ways.replace_bad_rows(finite, leaf), batch),
+      seen_rows,
+      {**absent, **seen_whole},
+      finite,
     )
-    step_args = gathered.args
-    if num_micro_batches > 1:
-      call = functools.partial(losses_and_aux, params)
-      losses, aux = None, None
-      first = arguments.needs_values(find_neighbors, batch, extra_args)
-      first = first or linear.uses(
-        step, shards.total, step_state, step_args(finite, None, None), "losses"
-      )
-      if first:
-        losses, aux = micro_batches.values(call, batch, seen, num_micro_batches)
-        finite = jnp.logical_and(finite, jnp.isfinite(losses))
-      args = step_args(finite, losses, aux)
-      weights = linear.transpose(step, shards.total, step_state, args)
-      losses, aux, grads = micro_batches.gradient(
-        losses_and_aux, params, batch, seen, shards.own(weights), num_micro_batches
-      )
-      if not first:
-        finite = jnp.logical_and(finite, jnp.isfinite(losses))
-        args = step_args(finite, losses, aux)
-    else:
-      losses, pull_back, aux = jax.vjp(
-        lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
-      )
-      validate.shape("the value of per_example_losses", losses, (n,))
-      finite = jnp.logical_and(finite, replicate(jnp.isfinite(losses)))
-      args = step_args(finite, losses, aux)
-      try:
-        weights = linear.transpose(step, shards.total, step_state, args)
-      except linear.NotLinearError as error:
-        if axis_name is not None:
-          raise ValueError(_NOT_OVER_DEVICES) from error
-        losses_only = lambda params, batch, seen: losses_and_aux(params, batch, seen)[0]
-
-        def weighted(weights, finite):
-          # Weights of zero keep nothing out that is not finite: other rows do.
-          rows = jax.tree.map(lambda leaf: _stand_in_rows(finite, leaf), batch)
-          losses, pull_back = jax.vjp(lambda p: losses_only(p, rows, seen), params)
-          return pull_back(per_row(weights.astype(losses.dtype), losses))[0]
-
-        sweep = per_example.gradients_of(
-          losses_only, params, batch, seen, micro_batch_size
-        )
-        again = lambda finite: step_args(finite, losses, aux)
-        grads, new_state = _run_apart(
-          step, step_state, params, finite, again, sweep, num_sweeps, weighted
-        )
-        return losses, aux, grads, new_state, finite, {}
-      weights = shards.own(weights).astype(losses.dtype)
-      (grads,) = pull_back(per_row(weights, losses))
-    grads = (reduce or shards.sum)(grads)
-    leaf = jnp.zeros([shards.total], jnp.float32)
-    _, new_state = step.update(leaf, step_state, None, **args)
-    return losses, aux, grads, new_state, finite, gathered.met
+    if step is None:
+      state = init_members(params) if state is None else state
+      return _by_mean(problem, state, shards, rows.get("member_weights"), options)
+    over = optax.with_extra_args_support(step)
+    state = over.init(params) if state is None else state
+    # What differs from device to device without being rows is for the losses alone.
+    whole = {
+      name: arg
+      for name, arg in whole.items()
+      if not (accepts(name) and shards.is_apart(arg))
+    }
+    items = {**(batch if isinstance(batch, dict) else {}), **extra_args}
+    items.update(for_losses)
+    dtype = _weight_dtype(params)
+    plan = arguments.make_plan(
+      over, state, shards, arguments.Plan(whole, rows, {}, items, options, dtype)
+    )
+    return _by_step(problem, over, state, shards, plan)
 
   return function
 
 
-def _mean_gradient(
-  losses_and_aux, step, state, shards, params, batch, seen,
-  finite, member_weights, num_micro_batches, reduce,
-) -> tuple[Any, ...]:  # fmt: skip
+def _weight_dtype(params: PyTree) -> Any:
+  """The type of the examples' weights: float32, or that of wider parameters."""
+  leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
+  inexact = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  return numerics.real(numerics.widest(jnp.float32, *(x.dtype for x in inexact)))
+
+
+def _evaluate(
+  problem: Problem, weigh: ways.Weigh, options: Options, values_first: bool = False
+) -> tuple[Evaluated, Any]:
+  if options.num_micro_batches > 1:
+    return ways.in_micro_batches(problem, weigh, options, values_first=values_first)
+  return ways.whole(problem, weigh, options)
+
+
+def _by_mean(
+  problem: Problem,
+  state: MemberState,
+  shards: Shards,
+  member_weights: Any,
+  options: Options,
+) -> Differentiated:
   """The weighted mean over the examples of all devices, divided at the end."""
-  asked, _, _ = clean_weights(member_weights, shards.n)
-  weights = jnp.where(finite, asked, jnp.zeros_like(asked)) / shards.total
-  if num_micro_batches > 1:
-    losses, aux, grads = micro_batches.gradient(
-      losses_and_aux, params, batch, seen, weights, num_micro_batches
-    )
-    good = jnp.isfinite(losses)
-  else:
-    losses, pull_back, aux = jax.vjp(
-      lambda params: losses_and_aux(params, batch, seen), params, has_aux=True
-    )
-    validate.shape("the value of per_example_losses", losses, (shards.n,))
-    good = replicate(jnp.isfinite(losses))
-    kept = jnp.where(good, weights, jnp.zeros_like(weights)).astype(losses.dtype)
-    (grads,) = pull_back(per_row(kept, losses))
-  finite = jnp.logical_and(finite, good)
-  weight = jnp.where(finite, weights, jnp.zeros_like(weights)).sum()
-  dropped = jnp.logical_and(asked > 0, jnp.logical_not(finite)).sum(dtype=weight.dtype)
-  if reduce is None:
+  dtype = _weight_dtype(problem.params)
+  asked, _, _ = clean_weights(member_weights, shards.n, dtype)
+  among = lambda finite: jnp.where(finite, asked, jnp.zeros_like(asked)) / shards.total
+  found, _ = _evaluate(problem, lambda known: (among(known.finite), None), options)
+  weight = among(found.finite).sum()
+  dropped = jnp.logical_and(asked > 0, jnp.logical_not(found.finite)).sum(dtype=dtype)
+  grads = found.grads
+  if options.reduce is None:
     grads, weight, dropped = shards.sum((grads, weight, dropped))
   else:
-    grads, (weight, dropped) = reduce(grads), shards.sum((weight, dropped))
+    grads, (weight, dropped) = options.reduce(grads), shards.sum((weight, dropped))
   scale = lambda leaf: numerics.divide(leaf, weight.astype(numerics.real(leaf.dtype)))
-  grads = jax.tree.map(scale, grads)
-  _, new_state = step.update(
-    jnp.zeros([shards.n]),
-    state,
-    None,
-    member_weights=jnp.ones([shards.n]),
-    num_dropped=dropped.astype(jnp.int32),
-  )
-  return losses, aux, grads, new_state, finite, {}
+  found = found._replace(grads=jax.tree.map(scale, grads))
+  count = numerics.increment(state.num_dropped, dropped.astype(jnp.int32))
+  return Differentiated(found, MemberState(count), {})
 
 
-def _run_apart(
+def _by_step(
+  problem: Problem,
   step: optax.GradientTransformationExtraArgs,
   state: PyTree,
-  params: PyTree,
-  finite: Array,
-  step_args: Callable[..., dict[str, Any]],
-  sweep: Callable[..., Any],
-  num_sweeps: int,
-  weighted: Callable[..., PyTree],
-) -> tuple[PyTree, PyTree]:
-  """The result and state of a step that is not linear, on per-example gradients."""
-  n = finite.shape[0]
-  if num_sweeps == 1:
-    gradients = sweep(lambda gradient: gradient)
-    finite = jnp.logical_and(finite, finite_rows(gradients, n))
-    kept = jax.tree.map(lambda leaf: keep_rows(finite, leaf), gradients)
-    return step.update(kept, state, params, **step_args(finite))
-  finite_gradients, sizes = per_example.finite_and_sizes(sweep)
-  finite = jnp.logical_and(finite, finite_gradients)
-  args = step_args(finite)
-  if linear.uses_gramian(step, n, state, args):
-    frame = gramian_lib.frame(sizes, args["member_weights"])
-    too_far = jnp.logical_and(args["member_weights"] > 0, frame.weights == 0)
-    finite = jnp.logical_and(finite, jnp.logical_not(too_far))
-    args = step_args(finite)
-    args["gramian"] = per_example.gramian_in_sweeps(sweep, params, frame, num_sweeps)
-    try:
-      weights = linear.transpose(step, n, state, args)
-    except linear.NotLinearError:
-      pass
-    else:
-      leaf = vary(jnp.zeros([n]), varying_axes(weights))
-      _, new_state = step.update(leaf, state, None, **args)
-      return weighted(weights, finite), new_state
-  return per_example.update_in_sweeps(
-    sweep, step, state, params, finite, args, num_sweeps
+  shards: Shards,
+  plan: arguments.Plan,
+) -> Differentiated:
+  """The step over the examples of all devices, fused where it is linear."""
+  options, total = plan.options, shards.total
+
+  def weigh(known):
+    gathered = arguments.gather(shards, plan, known)
+    args = arguments.step_arguments(plan, gathered)
+    weights = linear.transpose(step, total, state, args, plan.dtype)
+    return shards.own(weights), (gathered, args)
+
+  values_first = options.num_micro_batches > 1 and (
+    arguments.needs_values(options, plan.items, {})
+    or linear.uses(step, total, state, arguments.blank_arguments(plan, total), "losses")
   )
+  try:
+    found, (gathered, args) = _evaluate(problem, weigh, options, values_first)
+  except linear.NotLinearError as error:
+    if options.axis_name is not None:
+      raise ValueError(_NOT_OVER_DEVICES) from error
+    if options.num_micro_batches > 1:
+      raise
+    return _by_examples(problem, step, state, shards, plan)
+  if options.num_micro_batches > 1 and not values_first:
+    # What the losses say of the examples came after the weights.
+    gathered = arguments.gather(shards, plan, found.known, gathered)
+    args = arguments.step_arguments(plan, gathered)
+  grads = (options.reduce or shards.sum)(found.grads)
+  _, state = step.update(jnp.zeros([total], plan.dtype), state, None, **args)
+  return Differentiated(found._replace(grads=grads), state, gathered.along)
 
 
-def _stand_in_rows(finite: Array, leaf: Any) -> Array:
-  """Puts the first finite row where rows are not finite; zeros if there is none.
+def _by_examples(
+  problem: Problem,
+  step: optax.GradientTransformationExtraArgs,
+  state: PyTree,
+  shards: Shards,
+  plan: arguments.Plan,
+) -> Differentiated:
+  """A step that is not linear, on per-example gradients."""
+  losses, aux = problem.values(problem.params)
+  aux, statistics = ways.split_aux(aux, losses.shape[0], plan.options)
+  finite = jnp.logical_and(problem.finite, jnp.isfinite(losses))
 
-  Zeros alone won't do: a norm or a logarithm has no gradient there, and a weight
-  of zero does not undo that.
-  """
-  leaf = jnp.asarray(leaf)
-  if leaf.shape[0] and not is_sharded(leaf):
-    first = jnp.argmax(finite)
-    row = jnp.where(finite[first], leaf[first], jnp.zeros_like(leaf[0]))
-    return jnp.where(per_row(finite, leaf), leaf, row[None])
-  return keep_rows(finite, leaf)
+  def args_for(finite: Array) -> dict[str, Any]:
+    known = arguments.Known(finite, losses, aux)
+    return arguments.step_arguments(plan, arguments.gather(shards, plan, known))
+
+  stepped = per_example.Stepped(step, state, args_for, problem.params)
+  problem = problem._replace(finite=finite)
+  grads, state, _ = per_example.run(problem, stepped, plan.options)
+  found = Evaluated(losses, aux, statistics, grads, finite)
+  return Differentiated(found, state, {})

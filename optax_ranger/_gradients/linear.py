@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optax_ranger._core.sharding import vary
-from optax_ranger._core.sharding import varying_axes
+from optax_ranger._core.shards import axes_among
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 
@@ -38,14 +38,15 @@ def transpose(
   n: int,
   state: PyTree,
   extra_args: dict[str, Any],
+  dtype: Any = jnp.float32,
 ) -> Array:
   """The transpose of the step applied to one: the weights of the examples, [n]."""
 
   def weights_for(state, extra_args):
     apply = lambda leaf: step.update(leaf, state, None, **extra_args)[0]
     # Under shard_map the weights differ from device to device with their inputs.
-    axes = frozenset().union(*map(varying_axes, _arrays(state, extra_args)))
-    leaf = vary(jnp.zeros([n], jnp.float32), axes)
+    axes = axes_among(state, extra_args)
+    leaf = vary(jnp.zeros([n], dtype), axes)
     try:
       result = jax.eval_shape(apply, leaf)  # Wrong use shows itself here.
     except (TypeError, ValueError) as error:
@@ -73,13 +74,10 @@ def transpose(
 
   weights = weights_for(state, extra_args)
   with jax.ensure_compile_time_eval():
-    _refuse_other_than_one_weight(step, n, weights_for, *_stand_in((state, extra_args)))
+    _refuse_other_than_one_weight(
+      step, n, weights_for, *_concrete_like((state, extra_args))
+    )
   return weights
-
-
-def _arrays(*trees: Any) -> list[Any]:
-  leaves = jax.tree.leaves(trees)
-  return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
 
 def _refuse_other_than_one_weight(
@@ -123,7 +121,7 @@ def _refuse_other_than_one_weight(
       raise ValueError(_NOT_ONE_WEIGHT)
 
 
-def _stand_in(tree: PyTree) -> PyTree:
+def _concrete_like(tree: PyTree) -> PyTree:
   """Replaces traced arrays by concrete ones of the same shapes.
 
   Zeros and ones; tables of positions go round, as thousands of neighbors at one
@@ -179,11 +177,10 @@ def reads(
   rows: dict[str, Any],
 ) -> dict[str, Any]:
   """Which of the arrays in `rows`, given as extra args, a step looks at."""
-  ones = {"member_weights": jnp.ones([n]), "num_dropped": jnp.int32(0)}
   others = {name: arg for name, arg in extra_args.items() if name not in rows}
   # One leaf [n] as in a fusion; the step may take no array for granted.
   apply = lambda rows: step.update(
-    jnp.zeros([n], jnp.float32), state, None, **{**ones, **others, **rows}
+    jnp.zeros([n], jnp.float32), state, None, **{**others, **rows}
   )
   jaxpr = jax.make_jaxpr(apply)(rows).jaxpr
   used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
@@ -199,7 +196,7 @@ def refuse_unless_entrywise(
 ) -> None:
   """Refuses a step whose result for one entry depends on others, or on shapes."""
   with jax.ensure_compile_time_eval():
-    state, extra_args = _stand_in((state, extra_args))
+    state, extra_args = _concrete_like((state, extra_args))
     draw = np.random.default_rng(0).standard_normal([n, 4, 3]).astype(np.float32)
     flat = draw.reshape(n, 12)
 

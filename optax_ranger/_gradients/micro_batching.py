@@ -36,6 +36,7 @@ def micro_batched(
   *,
   weigh: Callable[[Any], Any] | None = None,
   axis_name: str | tuple[str, ...] | None = None,
+  value_axes: Any = None,
 ) -> Callable[..., Any]:
   r"""Computes a gradient in micro-batches, with the memory of one.
 
@@ -61,12 +62,17 @@ def micro_batched(
       number of finite ones.
     axis_name: the mesh axis, or axes, over which devices hold parts of the
       batch; None for one device, or for automatic sharding.
+    value_axes: which leaves of the value hold one row an example: 0 for those, None
+      for the others, as a prefix of its tree, such as ``(None, {"predictions": 0,
+      "mean": None})``; as ``out_axes`` of ``jax.vmap``. When missing, that of
+      ``optax_ranger.value_and_grad``, whose losses have rows, else no leaf has.
 
   Returns:
     A function ``(params, batch, **extra_args) -> (value, grads, report)``.
     Every leaf of ``batch`` has leading axis n; extra args go to each call whole.
-    Scalars in ``value`` are averaged with the weights, and over devices; leaves
-    with one row an example come back with n rows, each device its own.
+    Leaves of ``value`` with one row an example come back with n rows, each device
+    its own. All others are averaged with the weights, and over devices; integers,
+    which are counts, are added up, and booleans become a share.
 
   Guarantees:
     * The gradient of the whole batch, whatever the number of micro-batches
@@ -88,6 +94,8 @@ def micro_batched(
     6.0 3.0 3.0
   """
   validate.static_count("num_micro_batches", num_micro_batches)
+  if value_axes is None:
+    value_axes = getattr(value_and_grad_fn, "value_axes", None)
 
   def function(params: PyTree, batch: PyTree, **extra_args: Any) -> Any:
     n = validate.leading_axis("batch", batch)
@@ -102,10 +110,11 @@ def micro_batched(
       value, grads = value_and_grad_fn(params, micro_batch, **extra_args)
       rows = jax.tree.leaves(micro_batch)[0].shape[0]
       weight = numerics.scalar(weigh(micro_batch) if weigh else rows)
-      by_row, scalars = _split(jax.tree.map(jnp.asarray, value), rows)
+      by_row, others = _split(jax.tree.map(jnp.asarray, value), value_axes, rows)
+      inexact = [leaf for leaf in jax.tree.leaves(others) if not _is_count(leaf)]
       good = jnp.logical_and(weight >= 0, weight < jnp.inf)
-      good = jnp.logical_and(good, all_finite((grads, scalars)))
-      return by_row, (scalars, grads), weight, good
+      good = jnp.logical_and(good, all_finite((grads, inexact)))
+      return by_row, (others, grads), weight, good
 
     def add(total, part):
       sums, weight_sum, left_out = total
@@ -113,7 +122,8 @@ def micro_batched(
       weight = jnp.where(good, weight, jnp.zeros_like(weight))
 
       def add_leaf(sum_, term):
-        new = sum_ + weight.astype(sum_.dtype) * term.astype(sum_.dtype)
+        term = term.astype(sum_.dtype)
+        new = sum_ + (term if _is_count(sum_) else weight.astype(sum_.dtype) * term)
         return jnp.where(good, new, sum_)
 
       sums = jax.tree.map(add_leaf, sums, terms)
@@ -141,20 +151,42 @@ def micro_batched(
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)
     sums, weight, left_out = total
-    scalars, grads = jax.tree.map(
-      lambda leaf, like: numerics.divide(leaf, weight).astype(like.dtype), sums, types
-    )
-    return _merge(by_row, scalars), grads, MicroBatchReport(weight, left_out)
+
+    def mean(sum_, like):
+      if _is_count(sum_):
+        return sum_
+      dtype = sum_.dtype if like.dtype == bool else like.dtype
+      divisor = weight.astype(numerics.real(sum_.dtype))
+      return numerics.divide(sum_, divisor).astype(dtype)
+
+    others, grads = jax.tree.map(mean, sums, types)
+    return _merge(by_row, others), grads, MicroBatchReport(weight, left_out)
 
   return function
 
 
-def _split(value: PyTree, rows: int) -> tuple[PyTree, PyTree]:
+def _split(value: PyTree, value_axes: Any, rows: int) -> tuple[PyTree, PyTree]:
   """Parts a value into leaves with one row an example, and all others."""
-  is_rows = lambda leaf: jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == rows
-  by_row = jax.tree.map(lambda leaf: leaf if is_rows(leaf) else None, value)
-  others = jax.tree.map(lambda leaf: None if is_rows(leaf) else leaf, value)
-  return by_row, others
+  no_axis = lambda node: node is None
+  axes = jax.tree.broadcast(value_axes, value, is_leaf=no_axis)
+  flags = jax.tree.leaves(axes, is_leaf=no_axis)
+  paths, structure = jax.tree_util.tree_flatten_with_path(value)
+  by_row, others = [], []
+  for (path, leaf), axis in zip(paths, flags, strict=True):
+    if axis not in (0, None):
+      raise ValueError(f"value_axes must hold 0 or None, got {axis!r}.")
+    if axis == 0 and jnp.shape(leaf)[:1] != (rows,):
+      raise ValueError(
+        f"value{jax.tree_util.keystr(path)} must have one row for each of the {rows}"
+        f" examples of a micro-batch, as value_axes= says, got {list(leaf.shape)}."
+      )
+    by_row.append(leaf if axis == 0 else None)
+    others.append(None if axis == 0 else leaf)
+  return structure.unflatten(by_row), structure.unflatten(others)
+
+
+def _is_count(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 def _merge(by_row: PyTree, others: PyTree) -> PyTree:
@@ -166,9 +198,8 @@ def _zeros(terms: PyTree, good: Any) -> Any:
   """Sums at their start, each varying over the devices as its terms will."""
 
   def zero(like, dtype):
-    zeros = jnp.zeros(like.shape, dtype)
-    axes = tuple(varying_axes(like) | varying_axes(good))
-    return vary(zeros, axes)
+    return vary(jnp.zeros(like.shape, dtype), varying_axes(like) | varying_axes(good))
 
-  sums = jax.tree.map(lambda like: zero(like, numerics.wide(like.dtype)), terms)
+  kind = lambda like: like.dtype if _is_count(like) else numerics.wide(like.dtype)
+  sums = jax.tree.map(lambda like: zero(like, kind(like)), terms)
   return sums, zero(good, jnp.float32), zero(good, jnp.int32)

@@ -6,7 +6,9 @@ again in another.
 """
 
 from collections.abc import Callable
+import contextlib
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,35 +16,82 @@ import optax
 
 from optax_ranger._core import gramian as gramian_lib
 from optax_ranger._core.members import keep_rows
+from optax_ranger._core.sharding import per_row
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.sharding import varying_axes
+from optax_ranger._core.shards import axes_among
+from optax_ranger._core.shards import vary_as
 from optax_ranger._core.tree import finite_rows
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import linear
+from optax_ranger._gradients.evaluated import Problem
+from optax_ranger._gradients.options import Options
+
+# Maps a function over the gradients of all examples, and stacks what it returns.
+Sweep = Callable[[Callable[[PyTree], Any]], Any]
 
 
-def gradients_of(
-  losses_of: Callable[..., Any],
-  params: PyTree,
-  batch: PyTree,
-  seen: dict[str, Any],
-  micro_batch_size: int,
-) -> Callable[[Callable[[PyTree], Any]], Any]:
-  """Returns a function that maps every example's gradient, and stacks the results.
+class Stepped(NamedTuple):
+  """A step over per-example gradients, and how to call it.
 
-  Args:
-    losses_of: ``(params, batch, seen) -> losses``.
-    params: what to differentiate by.
-    batch: leaves of ``[n, ...]``.
-    seen: extra args of the losses; those of leading axis n are split.
-    micro_batch_size: how many gradients there are at once.
+  Attributes:
+    step: over the examples.
+    state: its state before.
+    args_for: ``finite -> extra args``, of those examples.
+    params: the parameters.
+  """
+
+  step: optax.GradientTransformationExtraArgs
+  state: PyTree
+  args_for: Callable[[Array], dict[str, Any]]
+  params: PyTree
+
+
+def run(
+  problem: Problem, stepped: Stepped, options: Options
+) -> tuple[PyTree, PyTree, Array]:
+  """A step that is not linear, on per-example gradients.
 
   Returns:
-    ``visit -> [visit(gradient) of each example]``, leaves ``[n, ...]``.
+    Its result, its new state, and ``bool [n]``, which gradients are finite.
   """
-  n = jax.tree.leaves(batch)[0].shape[0]
-  axes = frozenset().union(*map(varying_axes, jax.tree.leaves(batch)))
+  step, state, args_for, params = stepped
+  finite = problem.finite
+  n, sweep = finite.shape[0], _sweep(problem, options.micro_batch_size)
+  if options.num_sweeps == 1:
+    gradients = sweep(lambda gradient: gradient)
+    finite = jnp.logical_and(finite, finite_rows(gradients, n))
+    kept = jax.tree.map(lambda leaf: keep_rows(finite, leaf), gradients)
+    return *step.update(kept, state, params, **args_for(finite)), finite
+  finite_gradients, sizes = _finite_and_sizes(sweep)
+  finite = jnp.logical_and(finite, finite_gradients)
+  args = args_for(finite)
+  if linear.uses_gramian(step, n, state, args):
+    frame = gramian_lib.frame(sizes, args["member_weights"])
+    too_far = jnp.logical_and(args["member_weights"] > 0, frame.weights == 0)
+    finite = jnp.logical_and(finite, jnp.logical_not(too_far))
+    args = args_for(finite)
+    args["gramian"] = _gramian_in_sweeps(sweep, params, frame, options.num_sweeps)
+    with contextlib.suppress(linear.NotLinearError):
+      weights = linear.transpose(step, n, state, args)
+      leaf = vary(jnp.zeros([n], weights.dtype), varying_axes(weights))
+      _, new_state = step.update(leaf, state, None, **args)
+      return _weighted(problem.without(finite), weights), new_state, finite
+  stepped = stepped._replace(args_for=lambda _: args)
+  return *_update_in_sweeps(sweep, stepped, finite, options.num_sweeps), finite
+
+
+def _weighted(problem: Problem, weights: Array) -> PyTree:
+  """The gradient of the weighted losses."""
+  losses, pull_back = jax.vjp(lambda p: problem.values(p)[0], problem.params)
+  return pull_back(per_row(weights.astype(losses.dtype), losses))[0]
+
+
+def _sweep(problem: Problem, micro_batch_size: int) -> Sweep:
+  """A sweep over the examples, `micro_batch_size` gradients at a time."""
+  params = problem.params
+  axes = axes_among(problem.batch)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     missing = ", ".join(repr(axis) for axis in axes - varying_axes(leaf))
     if missing:
@@ -53,25 +102,19 @@ def gradients_of(
         " jax.lax.pcast(params, axis, to='varying'); the gradient is then local."
       )
 
-  def has_rows(arg):
-    leaves = jax.tree.leaves(arg)
-    return bool(leaves) and all(jnp.shape(leaf)[:1] == (n,) for leaf in leaves)
-
-  by_row = {name: arg for name, arg in seen.items() if has_rows(arg)}
-  shared = {name: arg for name, arg in seen.items() if name not in by_row}
-
   def sweep(visit):
     def one_example(rows):
       batch, by_row = jax.tree.map(lambda row: jnp.asarray(row)[None], rows)
-      loss = lambda params: losses_of(params, batch, {**shared, **by_row})[0]
-      return visit(jax.grad(loss)(params))
+      seen = {**problem.shared, **by_row}
+      return visit(jax.grad(lambda p: problem.losses(p, batch, seen)[0][0])(params))
 
-    return jax.lax.map(one_example, (batch, by_row), batch_size=micro_batch_size)
+    rows = (problem.batch, problem.rows)
+    return jax.lax.map(one_example, rows, batch_size=micro_batch_size)
 
   return sweep
 
 
-def finite_and_sizes(sweep: Callable[..., Any]) -> tuple[Array, Array]:
+def _finite_and_sizes(sweep: Sweep) -> tuple[Array, Array]:
   """Which gradients are finite, and the largest magnitude in each, [n] each."""
 
   def visit(gradient):
@@ -81,11 +124,8 @@ def finite_and_sizes(sweep: Callable[..., Any]) -> tuple[Array, Array]:
   return sweep(visit)
 
 
-def gramian_in_sweeps(
-  sweep: Callable[..., Any],
-  params: PyTree,
-  frame: gramian_lib.Frame,
-  num_sweeps: int,
+def _gramian_in_sweeps(
+  sweep: Sweep, params: PyTree, frame: gramian_lib.Frame, num_sweeps: int
 ) -> Array:
   """Inner products of the examples' gradients, [n, n]."""
   n = frame.weights.shape[0]
@@ -100,20 +140,17 @@ def gramian_in_sweeps(
       total = total + gramian_lib.of_leaf(leaf, frame).astype(total.dtype)
     return total
 
-  start = _like(jnp.zeros([n, n], frame.weights.dtype), params, frame.weights)
+  start = jnp.zeros([n, n], frame.weights.dtype)
+  start = vary(start, axes_among(params, frame.weights))
   return jax.lax.fori_loop(0, num_sweeps, one_sweep, start)
 
 
-def update_in_sweeps(
-  sweep: Callable[..., Any],
-  step: optax.GradientTransformationExtraArgs,
-  state: PyTree,
-  params: PyTree,
-  finite: Array,
-  args: dict[str, Any],
-  num_sweeps: int,
+def _update_in_sweeps(
+  sweep: Sweep, stepped: Stepped, finite: Array, num_sweeps: int
 ) -> tuple[PyTree, PyTree]:
   """The step's result, computed for a part of every leaf in each sweep."""
+  step, state, args_for, params = stepped
+  args = args_for(finite)
   linear.refuse_unless_entrywise(step, finite.shape[0], state, args)
 
   def one_sweep(index, carry):
@@ -128,16 +165,13 @@ def update_in_sweeps(
 
     return jax.tree.map(write, results, parts), new_state
 
-  flat = jax.tree.map(lambda leaf: jnp.zeros([leaf.size], leaf.dtype), params)
-  flat = jax.tree.map(lambda leaf: _like(leaf, params, finite, args), flat)
+  axes = axes_among(params, finite, args)
+  zeros = lambda leaf: vary(jnp.zeros([leaf.size], leaf.dtype), axes)
+  flat = jax.tree.map(zeros, params)
   # The new state is the same in every sweep.
   _, shapes = jax.eval_shape(lambda carry: one_sweep(0, carry), (flat, state))
-  first = jax.tree.map(
-    lambda leaf, like: vary(leaf, varying_axes(like)),
-    state,
-    shapes,
-  )
-  results, new_state = jax.lax.fori_loop(0, num_sweeps, one_sweep, (flat, first))
+  start = (flat, vary_as(state, shapes))
+  results, new_state = jax.lax.fori_loop(0, num_sweeps, one_sweep, start)
   shape = lambda part, leaf: part.reshape(leaf.shape)
   return jax.tree.map(shape, results, params), new_state
 
@@ -154,10 +188,3 @@ def _part(index: Any, num_sweeps: int) -> Callable[[Array], Array]:
     return jax.lax.dynamic_slice(leaf.reshape(-1), (start,), (width,))
 
   return take
-
-
-def _like(array: Array, *trees: Any) -> Array:
-  """Marks an array as differing over the axes over which one of `trees` does."""
-  leaves = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
-  axes = frozenset().union(*map(varying_axes, leaves))
-  return vary(array, axes) if axes else array

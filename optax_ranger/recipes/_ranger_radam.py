@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
@@ -18,6 +19,7 @@ from optax_ranger._core.types import transformation
 from optax_ranger.steps import _lookahead
 
 
+@states.exportable
 class RangerRadamState(NamedTuple):
   """The state of ``ranger_radam``.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.tree import zeros_like
 from optax_ranger._core.types import Array
@@ -16,6 +17,7 @@ from optax_ranger._core.types import transformation
 from optax_ranger.steps import _factor
 
 
+@states.exportable
 class NgsState(NamedTuple):
   """The state of ``scale_by_ngs``.
 
@@ -191,6 +193,7 @@ def scale_by_ngs(
   return transformation(init, update)
 
 
+@states.exportable
 class AccelerateState(NamedTuple):
   """The state of ``accelerate``.
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.shards import axes_of
@@ -19,6 +20,7 @@ from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
 
+@states.exportable
 class AccumulateState(NamedTuple):
   """The state of ``accumulate``.
 
@@ -39,6 +41,9 @@ class AccumulateState(NamedTuple):
   num_left_out: Array
   accumulated: PyTree
   inner_state: PyTree
+
+  open_window = "accumulated"
+  inside = "inner_state"
 
 
 def accumulate(

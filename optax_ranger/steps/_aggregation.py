@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.members import Members
 from optax_ranger._core.members import MemberState
@@ -247,6 +248,7 @@ def aggregate_by_regions(
   return transformation(init_members, update)
 
 
+@states.exportable
 class WorstRegionsState(NamedTuple):
   """The state of ``aggregate_by_worst_regions``.
 

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.tree import unboxed
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
 
+@states.exportable
 class EmaState(NamedTuple):
   """The state of ``smooth_by_ema``.
 
@@ -31,6 +34,12 @@ class EmaState(NamedTuple):
   num_averaged: Array
   rate: Array
   ema: PyTree
+
+  def smoothed_copy(self) -> tuple[Array, PyTree]:
+    """All of the parameters, where nothing is averaged yet."""
+    rate = jnp.asarray(unboxed(self.rate))
+    averaged = unboxed(self.num_averaged) > 0
+    return jnp.where(averaged, rate, jnp.ones_like(rate)), self.ema
 
 
 def uniform_decay_schedule() -> Callable[[Any], Array]:

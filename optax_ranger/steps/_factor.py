@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
@@ -21,6 +22,7 @@ _MEMORY = 0.9
 _LARGEST_GROWTH = 100.0
 
 
+@states.exportable
 class Factor(NamedTuple):
   """What the learned factor needs from step to step: ``float32`` scalars.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.tree import all_finite
 from optax_ranger._core.tree import inner_product
@@ -17,6 +18,7 @@ from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
 
+@states.exportable
 class SkipState(NamedTuple):
   """The state of ``skip_anomalies``.
 
@@ -37,6 +39,7 @@ class SkipState(NamedTuple):
   inner_state: PyTree
 
 
+@states.exportable
 class SkipNonFiniteState(NamedTuple):
   """The state of ``skip_nonfinite``.
 

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.tree import unboxed
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
 
+@states.exportable
 class LookaheadState(NamedTuple):
   """The state of ``smooth_by_lookahead``.
 
@@ -26,6 +29,10 @@ class LookaheadState(NamedTuple):
 
   count: Array
   slow: PyTree
+
+  def smoothed_copy(self) -> tuple[Array, PyTree]:
+    """The slow parameters, or all of the parameters at a synchronization."""
+    return jnp.asarray(unboxed(self.count) == 0).astype(jnp.float32), self.slow
 
 
 def smooth_by_lookahead(

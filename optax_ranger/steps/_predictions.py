@@ -1,5 +1,6 @@
 """Step 5: smoothed predictions of every training example."""
 
+from collections.abc import Callable
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import automatic
 from optax_ranger._core.sharding import place
@@ -21,6 +23,7 @@ from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
 
+@states.exportable
 class PredictionState(NamedTuple):
   """The state of ``smooth_predictions``.
 
@@ -34,6 +37,13 @@ class PredictionState(NamedTuple):
   count: Array
   num_dropped: Array
   smoothed: Array
+
+  split_by_rows = ("smoothed",)
+  gathered = ("predictions",)
+
+  def readers(self) -> dict[str, Callable[[Array], Array]]:
+    """What the losses may ask for as ``smoothed=``."""
+    return {"smoothed": lambda ids: smoothed_predictions(self, ids)}
 
 
 def smooth_predictions(
@@ -208,7 +218,7 @@ def smoothed_predictions(
     >>> ranger.smoothed_predictions(state, jnp.array([2])).shape
     (1, 2)
   """
-  found = list(find_states(state, PredictionState))
+  found = list(find_states(state, lambda node: isinstance(node, PredictionState)))
   if len(found) != 1:
     raise ValueError(
       "smoothed_predictions needs a state with exactly one"

@@ -35,13 +35,15 @@ class Collective(NamedTuple):
       reduced arrays, or the gathered ones.
     count: how often a call of the program runs it; a loop whose number of rounds
       the compiler does not know counts once.
-    conditional: whether it stands in a branch that need not be taken.
+    conditional: in how many branches it stands that need not be taken; 0 where it
+      always runs. The optimizer of ``train_step`` stands in one, which is left out
+      when a batch has no usable example.
   """
 
   kind: str
   num_bytes: int
   count: int
-  conditional: bool
+  conditional: int
 
 
 def collectives(step: Any) -> list[Collective]:
@@ -76,7 +78,7 @@ def collectives(step: Any) -> list[Collective]:
   computations, entry = _parse(step.as_text() or "")
   found: list[Collective] = []
 
-  def visit(name: str, count: int, conditional: bool) -> None:
+  def visit(name: str, count: int, conditional: int) -> None:
     for line in computations.get(name, ()):
       operation = _OPERATION.match(line)
       if operation is None:
@@ -93,9 +95,9 @@ def collectives(step: Any) -> list[Collective]:
         visit(called, count * rounds, conditional)
       branches = _BRANCHES.search(line)
       for called in re.findall(r"[\w.\-]+", branches[1]) if branches else ():
-        visit(called, count, True)
+        visit(called, count, conditional + 1)
 
-  visit(entry, 1, False)
+  visit(entry, 1, 0)
   return sorted(found, key=lambda one: -one.num_bytes)
 
 

@@ -4,14 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
-from optax_ranger._core.tree import find_states
 from optax_ranger._core.tree import leaves_like
-from optax_ranger._core.tree import unboxed
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
-from optax_ranger.steps import _ema
-from optax_ranger.steps import _lookahead
 
 
 def eval_params(state: PyTree, params: PyTree) -> PyTree:
@@ -38,16 +35,9 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
     >>> ranger.eval_params(optax.adam(0.1).init(params), params) is params
     True
   """
-  # Each with the share of the parameters in it: all, where nothing is smoothed yet.
-  one = jnp.ones([], jnp.float32)
-  copies = []
-  for node in find_states(state, _ema.EmaState):
-    averaged = unboxed(node.num_averaged) > 0
-    copies.append((jnp.where(averaged, unboxed(node.rate), one), node.ema))
-  for node in find_states(state, _lookahead.LookaheadState):
-    apart = unboxed(node.count) > 0
-    copies.append((jnp.where(apart, jnp.zeros_like(one), one), node.slow))
+  copies = states.smoothed_copies(state)
   if not copies:
+    _refuse_dictionaries(state)
     return params
   leaves, treedef = jax.tree.flatten(params)
   chosen = dict(enumerate(leaves))
@@ -65,6 +55,18 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
       smoothed.add(i)
       chosen[i] = _evaluated(slow, leaves[i], rate)
   return jax.tree.unflatten(treedef, chosen.values())
+
+
+def _refuse_dictionaries(state: PyTree) -> None:
+  """Refuses what a checkpoint without a template restores: plain containers only."""
+  is_tuple = lambda node: isinstance(node, tuple)
+  nodes = jax.tree.leaves(state, is_leaf=is_tuple)
+  if isinstance(state, dict | list) and nodes and not any(map(is_tuple, nodes)):
+    raise ValueError(
+      "state holds dictionaries and lists where an optimizer's state has named tuples,"
+      " so a smoothed copy could not be told from the rest: restore it into a"
+      " template, jax.eval_shape(optimizer.init, params)."
+    )
 
 
 def _evaluated(slow: Array, param: Array, rate: Array) -> Array:

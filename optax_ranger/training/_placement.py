@@ -14,11 +14,10 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from optax_ranger._core import numerics
-from optax_ranger._core.tree import find_states
+from optax_ranger._core import states
+from optax_ranger._core import validate
 from optax_ranger._core.tree import unboxed
 from optax_ranger._core.types import PyTree
-from optax_ranger.steps import _accumulation
-from optax_ranger.steps import _predictions
 
 WHOLE = PartitionSpec()
 # What a row that is no example holds; other arrays repeat their last row.
@@ -97,24 +96,30 @@ class Placement:
     spec = lambda dim: PartitionSpec(*[None] * dim, self.rows[0]) if dim >= 0 else WHOLE
     return jax.tree.map(spec, dims)
 
-  def state_specs(self, state: PyTree, *, late: bool) -> PyTree:
-    """Over the data axes: tables by rows, what is apart by device, the rest whole."""
+  def state_specs(self, state: PyTree, *, in_parts: bool) -> PyTree:
+    """Over the data axes: tables by rows, windows in parts, the rest whole."""
+    is_table, is_window = map(states.declares, ("split_by_rows", "open_window"))
+
+    def rows_spec(leaf):
+      rows = jnp.shape(unboxed(leaf))[0]
+      return WHOLE if rows % self.num_devices else self.rows
 
     def node_spec(node):
       specs = jax.tree.map(lambda leaf: WHOLE, node)
-      if isinstance(node, _predictions.PredictionState):
-        rows = jnp.shape(unboxed(node.smoothed))[0]
-        spec = WHOLE if rows % self.num_devices else self.rows
-        specs = specs._replace(smoothed=jax.tree.map(lambda _: spec, node.smoothed))
-      if isinstance(node, _accumulation.AccumulateState):
-        inner = self.state_specs(node.inner_state, late=False)
-        specs = specs._replace(inner_state=inner)
-        if late:
-          parts = jax.tree.map(lambda leaf: self.rows, node.accumulated)
-          specs = specs._replace(accumulated=parts)
+      if is_table(node):
+        fields = {name: getattr(node, name) for name in node.split_by_rows}
+        specs = specs._replace(**jax.tree.map(rows_spec, fields))
+      if is_window(node):
+        inside = self.state_specs(getattr(node, node.inside), in_parts=False)
+        specs = specs._replace(**{node.inside: inside})
+        if in_parts:
+          window = getattr(node, node.open_window)
+          parts = jax.tree.map(lambda leaf: self.rows, window)
+          specs = specs._replace(**{node.open_window: parts})
       return specs
 
-    return jax.tree.map(node_spec, state, is_leaf=_is_special)
+    is_special = lambda node: is_table(node) or is_window(node)
+    return jax.tree.map(node_spec, state, is_leaf=is_special)
 
   def automatic(self, function: Callable[..., Any], like: PyTree) -> Any:
     """Leaves explicit axes to the compiler inside of an update."""
@@ -139,7 +144,7 @@ class Placement:
     put = lambda leaf: self._put(leaf, WHOLE) if isinstance(leaf, jax.Array) else leaf
     return jax.tree.map(put, tree)
 
-  def place_state(self, state: PyTree, *, late: bool) -> PyTree:
+  def place_state(self, state: PyTree, *, in_parts: bool) -> PyTree:
     """Puts the state where the update keeps it."""
     if self.mesh is None:
       return state
@@ -149,21 +154,21 @@ class Placement:
         return self._put(leaf, self.split_spec(leaf), exactly=True)
       return self._put(leaf, spec, exactly=spec != WHOLE)
 
-    return jax.tree.map(put, state, self.state_specs(state, late=late))
+    return jax.tree.map(put, state, self.state_specs(state, in_parts=in_parts))
 
-  def fit_windows(self, state: PyTree, like: PyTree, *, late: bool) -> PyTree:
+  def fit_windows(self, state: PyTree, like: PyTree, *, in_parts: bool) -> PyTree:
     """Brings sums of open windows into this run's form, whatever form they had.
 
-    With `late` each device has its part: the sum goes to the first device, and
+    With `in_parts` each device has its own part: the sum goes to the first device, and
     the others start from zero.
 
     Args:
       state: the optimizer's, such as a checkpoint's of other devices.
       like: what ``init`` makes for one device, or its shapes.
-      late: whether the devices keep their own parts.
+      in_parts: whether the devices keep their own parts.
     """
-    shapes = [leaf.shape for leaf in jax.tree.leaves(windows(like))]
-    found = len(jax.tree.leaves(windows(state)))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(states.windows(like))]
+    found = len(jax.tree.leaves(states.windows(state)))
     if found != len(shapes):
       raise ValueError(
         f"the state must have {len(shapes)} leaves in its open windows, as accumulate's"
@@ -173,8 +178,8 @@ class Placement:
 
     def fit(path, leaf):
       shape = next(wanted)
-      apart = (self.num_devices, *shape)
-      if jnp.shape(leaf) == (apart if late else shape):
+      parts = (self.num_devices, *shape)
+      if jnp.shape(leaf) == (parts if in_parts else shape):
         return leaf
       if jnp.shape(leaf) != shape and jnp.shape(leaf)[1:] != shape:
         raise ValueError(
@@ -183,15 +188,15 @@ class Placement:
           f" {list(jnp.shape(leaf))}."
         )
       if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(apart if late else shape, leaf.dtype)
+        return jax.ShapeDtypeStruct(parts if in_parts else shape, leaf.dtype)
       total = _on_host(leaf, f"accumulated{jax.tree_util.keystr(path)}")
       if total.shape != shape:
         total = total.sum(axis=0, dtype=numerics.wide(total.dtype)).astype(total.dtype)
-      if not late:
+      if not in_parts:
         return total
-      return np.concatenate([total[None], np.zeros_like(total, shape=apart)[1:]])
+      return np.concatenate([total[None], np.zeros_like(total, shape=parts)[1:]])
 
-    return map_windows(fit, state, with_path=True)
+    return states.map_windows(fit, state, with_path=True)
 
   @functools.cached_property
   def num_local_devices(self) -> int:
@@ -209,7 +214,9 @@ class Placement:
   def is_global(self, tree: PyTree) -> bool:
     """Whether arrays hold the rows of all processes already."""
     return any(
-      isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+      isinstance(leaf, jax.Array)
+      and validate.is_known(leaf)
+      and not leaf.is_fully_addressable
       for leaf in jax.tree.leaves(tree)
     )
 
@@ -269,34 +276,6 @@ def padded(tree: Any, name: str, to: int) -> Any:
     return library.pad(leaf, widths, mode=mode)
 
   return jax.tree.map(pad, tree)
-
-
-def windows(state: PyTree) -> list[Any]:
-  """The sums of the windows that are open, each like the parameters."""
-  found = find_states(state, _accumulation.AccumulateState)
-  return [node.accumulated for node in found]
-
-
-def map_windows(
-  function: Callable[..., Any], state: PyTree, *, with_path: bool = False
-) -> PyTree:
-  """Maps the leaves of the sums of the windows that are open."""
-  map_ = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
-
-  def visit(node):
-    if not _is_window(node):
-      return node
-    return node._replace(accumulated=map_(function, node.accumulated))
-
-  return jax.tree.map(visit, state, is_leaf=_is_window)
-
-
-def _is_window(node: Any) -> bool:
-  return isinstance(node, _accumulation.AccumulateState)
-
-
-def _is_special(node: Any) -> bool:
-  return isinstance(node, _predictions.PredictionState) or _is_window(node)
 
 
 def _on_host(leaf: Any, name: str) -> np.ndarray:

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
+from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.members import init_members
 from optax_ranger._core.sharding import place
-from optax_ranger._core.shards import ROWS
-from optax_ranger._core.tree import find_states
 from optax_ranger._core.types import Neighbors
 from optax_ranger._core.types import PyTree
-from optax_ranger.steps import _aggregation
-from optax_ranger.steps import _predictions
+from optax_ranger._gradients import arguments
+from optax_ranger._gradients.options import Options
 from optax_ranger.training import _placement
 from optax_ranger.training import _update
 
@@ -30,6 +30,8 @@ def train_step(
   step: optax.GradientTransformation | None = None,
   find_neighbors: Callable[..., Neighbors] | None = None,
   has_aux: bool = False,
+  row_args: tuple[str, ...] = (),
+  statistics: tuple[str, ...] = (),
   mesh: Mesh | None = None,
   axis_name: str | tuple[str, ...] = "data",
   partition: str | None = "shard_map",
@@ -63,9 +65,15 @@ def train_step(
       ``aux`` and extra args, and ``smoothed``. Rows that are padding or not
       finite come as NaN. Each device runs it, on n of all rows: n x d numbers
       are sent for features.
-    has_aux: whether the losses come with a dictionary. Its items reach
-      ``optimizer.update`` as extra args under their names (``predictions=``);
-      those of shape ``[n]`` or ``[]``, floats or booleans, are metrics too.
+    has_aux: whether the losses come with a dictionary. Its items hold one row an
+      example, but for scalars and `statistics`. They reach ``optimizer.update`` as
+      extra args under their names (``predictions=``); rows that are numbers, floats
+      or booleans of shape ``[n]``, are metrics too.
+    row_args: names of extra args of your own that hold one row an example.
+    statistics: names of items of aux that belong to the batch as a whole, arrays or
+      trees such as new batch statistics. They come back as metrics: floats as the
+      mean over micro-batches and devices, weighted as their examples are, integers
+      as the sum. Without a usable example, an extra arg of the same name comes back.
     mesh: None for one device. Axes may be explicit or automatic.
     axis_name: the mesh axis, or axes, over which examples are split. Other axes
       are the caller's, for parameters: the step keeps how these are split.
@@ -86,7 +94,8 @@ def train_step(
     batch_size: rows that every batch is padded to, over all processes, so that a
       smaller last one is not compiled anew; None for the next multiple.
     donate: whether parameters and state are updated in place; those that were
-      passed are gone then.
+      passed are gone then. The arrays of an NNX model are copied once, at the first
+      call, so that the model keeps its own.
 
   ===================================== =================================
   sent in a call, on n examples         bytes, each device
@@ -106,13 +115,18 @@ def train_step(
     ``update.lower(...)`` is jit's. Batches may be NumPy arrays or arrays of one
     device; on several processes each gives its own rows, equally many unless
     there is a `batch_size`. Extra args named ``neighbors``, ``member_weights``,
-    ``regions``, ``example_ids``, ``features``, ``labels`` and ``beliefs`` hold one
-    row an example; all others are the same on all devices, keys too: fold an id
-    in for noise that differs. Metrics are scalars: ``"loss"``, the weighted mean
-    over finite examples, ``"weight"``, ``"num_dropped"`` in this call, and what
-    ``aux`` has.
+    ``regions``, ``example_ids``, ``features``, ``labels`` and ``beliefs``, and
+    `row_args`, hold one row an example; all others are the same on all devices. A
+    typed key (``jax.random.key``) reaches the losses folded with the number of the
+    device and of the micro-batch, where there are several. Metrics: ``"loss"``, the
+    weighted mean over finite examples, ``"weight"``, ``"num_dropped"`` in this call,
+    and what ``aux`` has.
     The optimizer gets ``weight=``, the sum of ``member_weights``, and
-    ``value=``, the loss, unless they are passed.
+    ``value=``, the loss, unless they are passed. Gradients of complex parameters are
+    conjugated first, as optimizers expect.
+
+    Without a usable example, parameters and the optimizer's state stay as they are,
+    ``"loss"`` is NaN and ``"weight"`` 0.
 
   Guarantees:
     * Parameters equal those of one device (``test_devices_equal_one``).
@@ -121,6 +135,8 @@ def train_step(
     * One reduction of gradient size for any number of micro-batches
       (``test_gradients_are_reduced_once``), none while ``accumulate`` waits
       (``test_a_call_that_emits_nothing_sends_scalars``).
+    * A batch without a usable example changes nothing but counters
+      (``test_a_batch_without_a_finite_example_changes_nothing``).
     * What is not finite on one device is skipped by all
       (``test_a_device_that_fails_is_skipped_by_all``).
     * Several processes have the same parameters, bit for bit
@@ -156,8 +172,8 @@ def train_step(
   validate.static_count("num_micro_batches", num_micro_batches)
   if batch_size is not None:
     validate.static_count("batch_size", batch_size)
-  late = reduce == "on_emission"
-  if late and (mesh is None or partition != "shard_map" or shard_state):
+  on_emission = reduce == "on_emission"
+  if on_emission and (mesh is None or partition != "shard_map" or shard_state):
     raise ValueError(
       'reduce="on_emission" keeps gradients apart on the devices of a mesh: it'
       ' needs mesh=, partition="shard_map" and shard_state=False.'
@@ -172,21 +188,20 @@ def train_step(
   body = _update.Update(
     per_example_losses,
     optax.with_extra_args_support(optimizer),
-    optax.with_extra_args_support(
-      _aggregation.aggregate_by_mean() if step is None else step
+    None if step is None else optax.with_extra_args_support(step),
+    Options(
+      has_aux=has_aux,
+      find_neighbors=find_neighbors,
+      num_micro_batches=num_micro_batches,
+      row_args=tuple(row_args),
+      statistics=tuple(statistics),
     ),
-    has_aux,
-    {
-      "find_neighbors": find_neighbors,
-      "num_micro_batches": num_micro_batches,
-      "is_mean": step is None,
-    },
   )
   return TrainStep(
     body,
     _placement.Placement(mesh, axis_name, shard_state=shard_state),
     partition=partition,
-    late=late,
+    reduce_on_emission=on_emission,
     batch_size=batch_size,
     donate=donate,
   )
@@ -201,14 +216,14 @@ class TrainStep:
     placement: _placement.Placement,
     *,
     partition: str | None,
-    late: bool,
+    reduce_on_emission: bool,
     batch_size: int | None,
     donate: bool,
   ):
     self._body = body
     self._placement = placement
     self._partition = partition
-    self._late = late
+    self._reduce_on_emission = reduce_on_emission
     self._batch_size = batch_size
     self._donate = donate
     self._compiled: dict[Any, Any] = {}
@@ -218,18 +233,20 @@ class TrainStep:
     """The state at the start, placed on the mesh as ``update`` keeps it."""
     params = self._placement.place_params(params)
     body = self._body
-    state = _update.TrainStepState(body.step.init(params), body.optimizer.init(params))
-    if self._late:
-      if not jax.tree.leaves(_placement.windows(state)):
+    _check_params(params)
+    over = init_members if body.step is None else body.step.init
+    state = _update.TrainStepState(over(params), body.optimizer.init(params))
+    if self._reduce_on_emission:
+      if not jax.tree.leaves(states.windows(state)):
         raise ValueError(
           'reduce="on_emission" needs accumulate(...) in the optimizer, with every'
           " other than 1."
         )
       count = self._placement.num_devices
-      state = _placement.map_windows(
+      state = states.map_windows(
         lambda leaf: jnp.zeros([count, *leaf.shape], leaf.dtype), state
       )
-    return self._placement.place_state(state, late=self._late)
+    return self._placement.place_state(state, in_parts=self._reduce_on_emission)
 
   def __call__(
     self,
@@ -240,10 +257,9 @@ class TrainStep:
   ) -> tuple[PyTree, _update.TrainStepState, dict[str, Any]]:
     """``(params, state, batch, **extra) -> (params, state, metrics)``."""
     if self._partition is None:
-      rows, shared = _split_extra(extra_args)
-      return self._body(
-        self._placement.names, False, params, state, batch, rows, shared
-      )
+      rows, shared = self._split_extra(extra_args)
+      given = _update.Given(batch, rows, shared)
+      return self._body(self._placement.names, False, params, state, given)
     args = self._prepare(params, state, batch, extra_args)
     return self._jitted(*args[:2])(*args)
 
@@ -260,18 +276,14 @@ class TrainStep:
 
   def _prepare(self, params, state, batch, extra_args):
     placement = self._placement
-    rows, shared = _split_extra(extra_args)
+    rows, shared = self._split_extra(extra_args)
     n = validate.leading_axis("batch", batch)
     if n is None:
       raise ValueError("batch must hold at least one array, got none.")
     if n == 0 and self._batch_size is None:
       raise ValueError("batch must hold at least one example, got none.")
     for name, arg in rows.items():
-      length = validate.leading_axis(name, arg)
-      if length != n:
-        raise ValueError(
-          f"{name} must have one row for each of the batch's {n}, got {length}."
-        )
+      validate.same_rows(name, arg, n)
     to = self._rows_to_pad_to(n, batch)
     if to != n or self._batch_size is not None:
       rows.setdefault("member_weights", jnp.ones([n], jnp.float32))
@@ -281,29 +293,30 @@ class TrainStep:
       for name, arg in rows.items()
     }
     params = placement.place_params(params)
+    in_parts = self._reduce_on_emission
     return (
       params,
-      placement.place_state(self._fitted(params, state), late=self._late),
-      batch,
-      rows,
-      placement.place_shared(shared),
+      placement.place_state(self._fitted(params, state), in_parts=in_parts),
+      _update.Given(batch, rows, placement.place_shared(shared)),
     )
 
   def _fitted(self, params, state):
     """The state of a run on other devices, in mid-window too, as this one keeps it."""
     shapes = lambda: [
-      jnp.shape(leaf) for leaf in jax.tree.leaves(_placement.windows(state))
+      jnp.shape(leaf) for leaf in jax.tree.leaves(states.windows(state))
     ]
     if shapes() != self._window_shapes:
       like = jax.eval_shape(self._body.optimizer.init, params)
-      fitted = self._placement.fit_windows(state.optimizer, like, late=self._late)
+      fitted = self._placement.fit_windows(
+        state.optimizer, like, in_parts=self._reduce_on_emission
+      )
       state = state._replace(optimizer=fitted)
       self._window_shapes = shapes()
     return state
 
   def _rows_to_pad_to(self, n: int, batch: PyTree) -> int:
     """Rows that this process's part of the batch needs to be cut evenly."""
-    placement, micro = self._placement, self._body.options["num_micro_batches"]
+    placement, micro = self._placement, self._body.options.num_micro_batches
     if placement.is_global(batch):
       return n
     shares = placement.num_local_devices * micro
@@ -342,7 +355,8 @@ class TrainStep:
   def _over_mesh(self, params: PyTree, state: _update.TrainStepState) -> Any:
     placement, body = self._placement, self._body
     rows = placement.rows
-    specs = placement.state_specs(state, late=self._late)
+    given = _update.Given(rows, rows, _WHOLE)
+    specs = placement.state_specs(state, in_parts=self._reduce_on_emission)
     manual = self._partition == "shard_map"
     map_ = functools.partial(
       jax.shard_map,
@@ -353,22 +367,24 @@ class TrainStep:
     if not manual:
       update = functools.partial(body, None, False)
       if placement.shard_state:
+        reduction = _update.Reduction(None, rows=False)
         update = self._with_split_state(
-          params, functools.partial(body.forward, None, None, False)
+          params, functools.partial(body.forward, reduction)
         )
       return placement.automatic(update, (params, state))
     if not placement.shard_state:
       return map_(
-        functools.partial(body, placement.names, self._late),
-        in_specs=(_WHOLE, specs, rows, rows, _WHOLE),
+        functools.partial(body, placement.names, self._reduce_on_emission),
+        in_specs=(_WHOLE, specs, given),
         out_specs=(_WHOLE, specs, _WHOLE),
       )
     dims = jax.tree.map(placement.scatter_dim, params)
-    tables = list(find_states(specs, _predictions.PredictionState))
+    reduction = _update.Reduction(placement.names, placement.scatter(dims), False)
+    scattered = placement.scattered_specs(dims)
     forward = map_(
-      functools.partial(body.forward, placement.names, placement.scatter(dims), False),
-      in_specs=(_WHOLE, _WHOLE, tables, rows, rows, _WHOLE),
-      out_specs=(placement.scattered_specs(dims), _WHOLE, rows, _WHOLE, _WHOLE),
+      functools.partial(body.forward, reduction),
+      in_specs=(_WHOLE, _WHOLE, states.tables(specs), given),
+      out_specs=_update.Forwarded(scattered, _WHOLE, rows, _WHOLE, _WHOLE),
     )
     return self._with_split_state(params, forward)
 
@@ -380,23 +396,43 @@ class TrainStep:
       lambda leaf: placement.sharding(placement.split_spec(leaf)), params
     )
 
-    def update(params, state, batch, rows, shared):
-      tables = list(find_states(state, _predictions.PredictionState))
-      grads, step_state, by_row, others, metrics = forward(
-        params, state.step, tables, batch, rows, shared
+    def update(params, state, given):
+      forwarded = forward(params, state.step, states.tables(state), given)
+      params, grads = (
+        jax.tree.map(place, tree, split) for tree in (params, forwarded.grads)
       )
-      params, grads = (jax.tree.map(place, x, split) for x in (params, grads))
-      params, optimizer_state = self._body.apply(
-        params, state.optimizer, grads, {**by_row, **others}
-      )
-      params = jax.tree.map(place, params, whole)
-      return params, _update.TrainStepState(step_state, optimizer_state), metrics
+      forwarded = forwarded._replace(grads=grads)
+      params, state = self._body.apply(params, state, forwarded)
+      return jax.tree.map(place, params, whole), state, forwarded.metrics
 
     return update
 
+  def _split_extra(
+    self, extra_args: dict[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Extra args that hold one row an example, and the others."""
+    for name, arg in extra_args.items():
+      if callable(arg):
+        raise ValueError(
+          f"{name}= is a function, and train_step takes arrays: it computes losses and"
+          " gradient itself, once a call, so optimizers with a line search"
+          " (value_fn=, grad=) need a loop of their own."
+        )
+    return arguments.split_rows(extra_args, self._body.options.row_args)
 
-def _split_extra(extra_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Extra args that hold one row an example, and the others."""
-  given = {name: arg for name, arg in extra_args.items() if arg is not None}
-  rows = {name: arg for name, arg in given.items() if name in ROWS}
-  return rows, {name: arg for name, arg in given.items() if name not in rows}
+
+def _check_params(params: PyTree) -> None:
+  """Refuses leaves that cannot be trained, with what to do about each."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = f"params{jax.tree_util.keystr(path)}"
+    if callable(leaf) and not hasattr(leaf, "dtype"):
+      raise TypeError(
+        f"{name} is a function, and parameters are arrays: pass those of the model,"
+        " nnx.state(model, nnx.Param) or equinox.filter(model,"
+        " equinox.is_inexact_array), and build the model from them in the losses."
+      )
+    if not hasattr(leaf, "dtype"):
+      raise TypeError(
+        f"{name} must be an array, got {leaf!r}: make it one with jnp.asarray, so"
+        " that its type does not change from step to step."
+      )

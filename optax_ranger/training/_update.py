@@ -10,16 +10,22 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.shards import AxisName
 from optax_ranger._core.shards import Shards
-from optax_ranger._core.tree import find_states
+from optax_ranger._core.shards import names_of
+from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import arguments
 from optax_ranger._gradients import fusion
-from optax_ranger.steps import _predictions
-from optax_ranger.training import _placement
+from optax_ranger._gradients.options import Options
+
+# What metrics hold besides items of aux.
+METRICS = ("loss", "weight", "num_dropped")
 
 
+@states.exportable
 class TrainStepState(NamedTuple):
   """The state of ``train_step``.
 
@@ -32,117 +38,266 @@ class TrainStepState(NamedTuple):
   optimizer: PyTree
 
 
+class Given(NamedTuple):
+  """What comes with a call.
+
+  Attributes:
+    batch: leaves of ``[n, ...]``.
+    rows: extra args with one row an example.
+    shared: the other extra args.
+  """
+
+  batch: PyTree
+  rows: PyTree
+  shared: PyTree
+
+
+class Reduction(NamedTuple):
+  """How devices meet.
+
+  Attributes:
+    axis_name: over which examples are split; None for one device, or where the
+      compiler splits.
+    reduce: adds a gradient up over devices; None for one ``psum``.
+    rows: whether tables of rows get what they need of all devices.
+  """
+
+  axis_name: AxisName
+  reduce: Callable[[PyTree], PyTree] | None = None
+  rows: bool = True
+
+
+class Forwarded(NamedTuple):
+  """What the optimizer needs.
+
+  Attributes:
+    grads: like the parameters.
+    step_state: the new state of the step over examples.
+    by_row: extra args of the optimizer with one row an example.
+    others: the other ones.
+    metrics: what the caller sees.
+  """
+
+  grads: PyTree
+  step_state: PyTree
+  by_row: PyTree
+  others: PyTree
+  metrics: PyTree
+
+
 class Update(NamedTuple):
   """What one device does: losses, gradient, optimizer."""
 
   losses: Callable[..., Any]
   optimizer: optax.GradientTransformationExtraArgs
-  step: optax.GradientTransformationExtraArgs
-  has_aux: bool
-  options: dict[str, Any]
+  step: optax.GradientTransformation | None
+  options: Options
 
-  def __call__(self, axis_name, late, params, state, batch, rows, shared):
-    """The whole update; with `late`, the optimizer gets this device's part."""
-    if late:
-      state = _placement.map_windows(lambda leaf: leaf[0], state)
-    tables = list(find_states(state, _predictions.PredictionState))
-    reduce = (lambda grads: grads) if late else None
-    grads, step_state, by_row, others, metrics = self.forward(
-      axis_name, reduce, True, params, state.step, tables, batch, rows, shared
-    )
-    params, optimizer_state = self.apply(
-      params, state.optimizer, grads, {**by_row, **others}
-    )
-    state = TrainStepState(step_state, optimizer_state)
-    if late:
-      state = _placement.map_windows(lambda leaf: leaf[None], state)
-    return params, state, metrics
+  def __call__(
+    self,
+    axis_name: AxisName,
+    reduce_on_emission: bool,
+    params: PyTree,
+    state: TrainStepState,
+    given: Given,
+  ) -> tuple[PyTree, TrainStepState, dict[str, Any]]:
+    """The whole update; on emission, the optimizer gets this device's part."""
+    reduction = Reduction(axis_name)
+    if reduce_on_emission:
+      state = states.map_windows(lambda leaf: leaf[0], state)
+      reduction = reduction._replace(reduce=lambda grads: grads)
+    tables = states.tables(state)
+    forwarded = self.forward(reduction, params, state.step, tables, given)
+    params, state = self.apply(params, state, forwarded)
+    if reduce_on_emission:
+      state = states.map_windows(lambda leaf: leaf[None], state)
+    return params, state, forwarded.metrics
 
-  def apply(self, params, optimizer_state, grads, extra_args):
-    updates, optimizer_state = self.optimizer.update(
-      grads, optimizer_state, params, **extra_args
-    )
-    return optax.apply_updates(params, updates), optimizer_state
+  def apply(
+    self, params: PyTree, state: TrainStepState, forwarded: Forwarded
+  ) -> tuple[PyTree, TrainStepState]:
+    """The optimizer's step; without a usable example nothing moves."""
+    # Of a complex parameter, JAX's gradient is the conjugate of what descends.
+    grads = jax.tree.map(jnp.conj, forwarded.grads)
+    extra_args = {**forwarded.by_row, **forwarded.others}
+
+    def move():
+      updates, new_state = self.optimizer.update(
+        grads, state.optimizer, params, **extra_args
+      )
+      return optax.apply_updates(params, updates), new_state
+
+    alive = forwarded.metrics["weight"] > 0
+    params, optimizer_state = _cond(alive, move, (params, state.optimizer))
+    return params, TrainStepState(forwarded.step_state, optimizer_state)
 
   def forward(
-    self, axis_name, reduce, meet, params, step_state, tables, batch, rows, shared
-  ):
-    """Gradient, the step's state, extra args by row, other ones, and metrics.
-
-    With `meet`, predictions and their ids are those of all devices.
-    """
-    n = validate.leading_axis("batch", batch) or 0
-    shards = Shards(axis_name, n)
-    ids = None
+    self,
+    reduction: Reduction,
+    params: PyTree,
+    step_state: PyTree,
+    tables: list[Any],
+    given: Given,
+  ) -> Forwarded:
+    """Gradient and metrics of a batch, and the optimizer's extra args."""
+    batch, rows, shared = given
+    shards = Shards(reduction.axis_name, validate.leading_axis("batch", batch) or 0)
+    ids, remembered = None, {}
     if tables and "example_ids" in rows:
       ids = shards.gather(rows["example_ids"])
-    gradient = fusion.gradient_of(
-      self.losses,
-      self.step,
-      has_aux=self.has_aux,
-      axis_name=axis_name,
-      reduce=reduce,
-      meet=("predictions",) if meet and ids is not None else (),
-      **self.options,
+      remembered = self._remembered(tables, ids, shards)
+    along = [name for table in tables for name in table.gathered]
+    options = self.options._replace(
+      axis_name=reduction.axis_name,
+      reduce=reduction.reduce,
+      row_args=(*self.options.row_args, *remembered),
+      along=tuple(along) if reduction.rows and ids is not None else (),
     )
-    seen = {**self._smoothed(tables, ids, shards), **rows, **shared}
-    losses, aux, grads, step_state, finite, met = gradient(
-      params, batch, step_state, seen
-    )
-    aux = aux if isinstance(aux, dict) else {}
-    by_row = {name: item for name, item in aux.items() if _has_rows(item, n)}
-    asked = rows.get("member_weights", jnp.ones([n], losses.dtype))
-    present = jnp.logical_and(finite, asked > 0)
-    weights = jnp.where(present, asked.astype(losses.dtype), 0)
-    means = {name: item for name, item in aux.items() if _is_metric(item, n)}
-    # One small reduction for all.
-    spread = lambda item: jnp.broadcast_to(item, [n]).astype(losses.dtype)
-    add = lambda item: jnp.where(present, weights * spread(item), 0).sum()
-    sums, total, dropped = shards.sum(
-      (
-        jax.tree.map(add, {**means, "loss": losses}),
-        weights.sum(),
-        # A float, so that it rides along with the others.
-        jnp.logical_and(asked != 0, jnp.logical_not(present)).sum(dtype=losses.dtype),
-      )
-    )
-    metrics = {name: numerics.divide(sum_, total) for name, sum_ in sums.items()}
-    others = {"weight": total, "value": metrics["loss"], **shared}
-    others.update({name: metrics[name] for name in means if name not in by_row})
-    by_row.update({name: arg for name, arg in rows.items() if name != "member_weights"})
-    if meet and ids is not None and "predictions" in aux:
-      by_row["example_ids"] = ids
-      found = met or shards.gather({"predictions": aux["predictions"]})
-      by_row["predictions"] = found["predictions"]
-    return (
-      grads,
+    self._refuse_missing({**shared, **rows, **remembered})
+    gradient = fusion.gradient_of(self.losses, self.step, options)
+    found, step_state, everywhere = gradient(
+      params,
+      batch,
       step_state,
-      by_row,
-      others,
-      {**metrics, "weight": total, "num_dropped": dropped.astype(jnp.int32)},
+      {**rows, **shared},
+      {**_keys_of_device(shared, shards), **remembered},
     )
+    metrics = _metrics(found, given, shards)
+    aux = found.aux or {}
+    others = {"weight": metrics["weight"], "value": metrics["loss"], **shared}
+    others.update({name: metrics[name] for name in found.statistics})
+    by_row = {**aux, **rows}
+    by_row.pop("member_weights", None)
+    here = {name: aux[name] for name in options.along if name in aux}
+    if here:
+      missing = {name: item for name, item in here.items() if name not in everywhere}
+      by_row.update({**everywhere, **(shards.gather(missing) if missing else {})})
+      by_row["example_ids"] = ids
+    return Forwarded(found.grads, step_state, by_row, others, metrics)
 
-  def _smoothed(self, tables, ids, shards) -> dict[str, Any]:
-    """Smoothed predictions of the batch's examples, for losses that take them."""
-    parameters = inspect.signature(self.losses).parameters
-    if ids is not None and arguments.accepted_names(self.losses)("smoothed"):
-      return {"smoothed": shards.own(_predictions.smoothed_predictions(tables, ids))}
-    named = parameters.get("smoothed")
-    if named is not None and named.default is named.empty:
-      raise ValueError(
-        "per_example_losses takes smoothed=: that needs smooth_predictions in the"
-        " optimizer, and update(..., example_ids=...)."
-      )
+  def _remembered(
+    self, tables: list[Any], ids: Array, shards: Shards
+  ) -> dict[str, Any]:
+    """Rows of tables that losses or ``find_neighbors`` ask for."""
+    asked = [arguments.accepted_names(self.losses)]
+    if self.options.find_neighbors is not None:
+      asked.append(arguments.accepted_names(self.options.find_neighbors))
+    readers = [pair for table in tables for pair in table.readers().items()]
+    remembered: dict[str, Any] = {}
+    for name, read in readers:
+      if name in remembered:
+        raise ValueError(
+          f"the optimizer has two states that keep {name}=: the losses could not tell"
+          " them apart."
+        )
+      if any(accepts(name) for accepts in asked):
+        remembered[name] = shards.own(read(ids))
+    return remembered
+
+  def _refuse_missing(self, known: dict[str, Any]) -> None:
+    for one in list(inspect.signature(self.losses).parameters.values())[2:]:
+      open_ended = one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+      if one.default is one.empty and not open_ended and one.name not in known:
+        raise ValueError(
+          f"per_example_losses takes {one.name}=: pass it, update(...,"
+          f" {one.name}=...), or have it remembered: smoothed= needs"
+          " smooth_predictions in the optimizer, and update(..., example_ids=...)."
+        )
+
+
+def _metrics(found: fusion.Evaluated, given: Given, shards: Shards) -> dict[str, Any]:
+  """Weighted means over the usable examples of all devices, in one reduction."""
+  aux = found.aux or {}
+  taken = [name for name in METRICS if name in {**aux, **found.statistics}]
+  if taken:
+    raise ValueError(
+      f"aux must not have an item named {taken[0]!r}, which is a metric of train_step:"
+      " rename it."
+    )
+  dtype = found.losses.dtype
+  asked = given.rows.get("member_weights", jnp.ones([shards.n], dtype))
+  present = jnp.logical_and(found.finite, asked > 0)
+  weights = jnp.where(present, asked.astype(dtype), 0)
+  add = lambda item: jnp.where(present, weights * item.astype(dtype), 0).sum()
+  means = {name: item for name, item in aux.items() if _has_mean(item)}
+  sums, totals, weight, dropped = shards.sum(
+    (
+      jax.tree.map(add, {**means, "loss": found.losses}),
+      _summed_statistics(found.statistics, weights),
+      weights.sum(),
+      # A float, so that it rides along with the others.
+      jnp.logical_and(asked != 0, jnp.logical_not(present)).sum(dtype=dtype),
+    )
+  )
+  nan = jnp.asarray(jnp.nan, dtype)
+  mean = lambda sum_: jnp.where(weight > 0, numerics.divide(sum_, weight), nan)
+  metrics = {name: mean(sum_) for name, sum_ in sums.items()}
+  for name, item in totals.items():
+    metrics[name] = _mean_statistic(
+      item, found.statistics[name], weight, given.shared.get(name)
+    )
+  return {**metrics, "weight": weight, "num_dropped": dropped.astype(jnp.int32)}
+
+
+def _summed_statistics(statistics: dict[str, Any], weights: Array) -> dict[str, Any]:
+  """Sums over micro-batches: weighted ones of floats, plain ones of integers."""
+
+  def add(leaf):
+    num = leaf.shape[0]
+    # Rows of micro-batches take turns.
+    part = weights.reshape(-1, num).sum(axis=0)
+    there = jnp.expand_dims(part > 0, tuple(range(1, leaf.ndim)))
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+      return jnp.where(there, leaf, jnp.zeros_like(leaf)).sum(axis=0, dtype=leaf.dtype)
+    wide = leaf.astype(numerics.widest(part.dtype, leaf.dtype))
+    part = jnp.expand_dims(part, tuple(range(1, leaf.ndim))).astype(wide.dtype)
+    return jnp.where(there, part * wide, jnp.zeros_like(wide)).sum(axis=0)
+
+  return jax.tree.map(add, statistics)
+
+
+def _mean_statistic(sums: Any, statistic: Any, weight: Array, before: Any) -> Any:
+  """The mean of a statistic; without a usable example, what came in by its name."""
+
+  def mean(sum_, leaf):
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+      return sum_
+    divisor = weight.astype(numerics.real(sum_.dtype))
+    # True and false become a share.
+    dtype = weight.dtype if leaf.dtype == bool else leaf.dtype
+    return numerics.divide(sum_, divisor).astype(dtype)
+
+  new = jax.tree.map(mean, sums, statistic)
+  if before is None or jax.tree.structure(before) != jax.tree.structure(new):
+    return new
+  choose = lambda new, old: jnp.where(weight > 0, new, jnp.asarray(old, new.dtype))
+  return jax.tree.map(choose, new, before)
+
+
+def _cond(alive: Array, move: Callable[[], Any], unchanged: Any) -> Any:
+  """What `move` returns, or what is unchanged, without a copy of either."""
+  try:
+    return jax.lax.cond(alive, move, lambda: unchanged)
+  except TypeError:
+    # An optimizer whose state changes its types; there is nothing to keep in place.
+    choose = lambda new, old: jnp.where(alive, new, jnp.asarray(old).astype(new.dtype))
+    return jax.tree.map(choose, move(), unchanged)
+
+
+def _keys_of_device(shared: dict[str, Any], shards: Shards) -> dict[str, Any]:
+  """Of every key among the extra args, the key of this device."""
+  if shards.axis_name is None:
     return {}
+  index = jax.lax.axis_index(names_of(shards.axis_name))
+  return {
+    name: jax.random.fold_in(arg, index)
+    for name, arg in shared.items()
+    if validate.is_key(arg)
+  }
 
 
-def _has_rows(item: Any, n: int) -> bool:
-  leaves = jax.tree.leaves(item)
-  return bool(leaves) and all(jnp.shape(leaf)[:1] == (n,) for leaf in leaves)
-
-
-def _is_metric(item: Any, n: int) -> bool:
-  """Numbers, one an example or one in all, that have a mean."""
-  if not isinstance(item, jax.Array) or item.shape not in ((), (n,)):
+def _has_mean(item: Any) -> bool:
+  """Whether rows are numbers, one an example."""
+  if not isinstance(item, jax.Array) or item.ndim != 1:
     return False
   return jnp.issubdtype(item.dtype, jnp.floating) or item.dtype == bool

@@ -390,7 +390,6 @@ def test_many_neighbors_are_no_rounding_error():
   np.testing.assert_allclose(weights, np.full(n, 1 / n), rtol=1e-5)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="weights are float32")
 def test_float64_keeps_its_digits():
   rng = np.random.default_rng(0)
   x, w = rng.normal(size=(7, 3)), rng.normal(size=3)

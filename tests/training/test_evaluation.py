@@ -8,9 +8,6 @@ import pytest
 import optax_ranger as ranger
 
 
-@pytest.mark.xfail(
-  raises=pytest.fail.Exception, reason="dictionaries are taken for no smoothing"
-)
 def test_a_checkpoint_without_a_template_is_refused(tmp_path):
   tx = optax.chain(optax.sgd(1.0), ranger.smooth_by_ema(0.5))
   params = {"w": jnp.zeros(2)}

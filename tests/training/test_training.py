@@ -342,8 +342,9 @@ def test_a_call_that_emits_nothing_sends_scalars():
   tx = ranger.accumulate(optax.sgd(0.1), every=4)
   update = plain(tx, reduce="on_emission")
   found = ranger.training.collectives(lowered(update))
-  assert num_bytes(found, conditional=True) == GRADIENT
-  rest = [one for one in found if not one.conditional]
+  # Within the optimizer's own branch, that of an emission.
+  assert num_bytes(found, conditional=2) == GRADIENT
+  rest = [one for one in found if one.conditional < 2]
   assert max(one.num_bytes for one in rest if one.kind == "all-reduce") <= 64
   # Weights and finiteness of the examples are gathered, numbers of theirs.
   assert max(one.num_bytes for one in rest) <= 4 * 48
@@ -574,11 +575,6 @@ def _loop_and_branch(x, flag):
   )
 
 
-DEAD = pytest.mark.xfail(
-  raises=AssertionError, reason="a batch without a finite example moves parameters"
-)
-
-
 def dead_batch_update(tx):
   losses = lambda p, b: (b @ p["w"] - 1) ** 2
   update = ranger.train_step(losses, tx, donate=False)
@@ -586,7 +582,6 @@ def dead_batch_update(tx):
   return update, params, update.init(params)
 
 
-@DEAD
 @pytest.mark.parametrize("what", ["params", "loss"])
 def test_a_batch_without_a_finite_example_changes_nothing(what):
   tx = optax.chain(ranger.scale_by_ngs(acceleration=1.0), optax.scale(-0.1))
@@ -602,7 +597,6 @@ def test_a_batch_without_a_finite_example_changes_nothing(what):
     assert metrics["weight"] == 0
 
 
-@DEAD
 def test_a_batch_without_a_finite_example_leaves_a_plateau_alone():
   plateau = optax.contrib.reduce_on_plateau(patience=3, factor=0.1)
   with jax.numpy_dtype_promotion("standard"):
@@ -613,20 +607,16 @@ def test_a_batch_without_a_finite_example_leaves_a_plateau_alone():
   assert optax.tree.get(state, "scale") == 1
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="gradients are not conjugated")
 def test_complex_parameters_descend():
   losses = lambda p, b: jnp.abs(p["z"] - (1 + 2j)) ** 2 * b
   update = ranger.train_step(losses, optax.sgd(0.1))
   params = {"z": jnp.zeros((), jnp.complex64)}
   state = update.init(params)
-  for _ in range(20):
+  for _ in range(25):
     params, state, metrics = update(params, state, jnp.ones(2))
   assert metrics["loss"] < 1e-3
 
 
-@pytest.mark.xfail(
-  raises=jax.errors.ConcretizationTypeError, reason="looks at the traced count"
-)
 def test_one_device_inside_the_caller_s_jit():
   update = ranger.train_step(lambda p, b: (b @ p["w"]) ** 2, optax.sgd(0.1))
   params = {"w": jnp.ones(3)}

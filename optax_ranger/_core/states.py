@@ -1,0 +1,67 @@
+"""What a state class declares of itself, for code that knows no step.
+
+A state is a NamedTuple; beside its fields it may have
+
+* ``split_by_rows = ("table",)``: fields of ``[num_examples, ...]`` that may be split
+  over devices by rows. With it come a method ``readers() -> {"name": ids -> rows}``,
+  for rows that the losses may ask for by these names, and ``gathered = ("name",)``,
+  items of ``aux`` that ``update`` needs from all devices, beside ``example_ids=``;
+* ``open_window = "accumulated"``: the field with the sum of a window that is still
+  open, a tree like the parameters, and ``inside = "inner_state"``, the state within;
+* a method ``smoothed_copy() -> (share, copy)``: a smoothed copy of the parameters, and
+  the share of the newest parameters to mix into it, in [0, 1].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import export
+
+from optax_ranger._core.tree import find_states
+from optax_ranger._core.types import PyTree
+
+
+def exportable(state_class: type) -> type:
+  """Registers a state, so that ``jax.export`` can serialize functions of it."""
+  name = f"optax_ranger.{state_class.__name__}"
+  export.register_namedtuple_serialization(state_class, serialized_name=name)
+  return state_class
+
+
+def declares(name: str) -> Callable[[Any], bool]:
+  """Tells whether a node of a state declares something of this name."""
+  return lambda node: isinstance(node, tuple) and hasattr(type(node), name)
+
+
+def tables(state: PyTree) -> list[Any]:
+  """The states with fields that are split by rows, however deeply nested."""
+  return list(find_states(state, declares("split_by_rows")))
+
+
+def smoothed_copies(state: PyTree) -> list[tuple[Any, PyTree]]:
+  """The share and the smoothed copy of every state that has one."""
+  found = find_states(state, declares("smoothed_copy"))
+  return [node.smoothed_copy() for node in found]
+
+
+def windows(state: PyTree) -> list[PyTree]:
+  """The sums of the windows that are open, each like the parameters."""
+  found = find_states(state, declares("open_window"))
+  return [getattr(node, node.open_window) for node in found]
+
+
+def map_windows(
+  function: Callable[..., Any], state: PyTree, *, with_path: bool = False
+) -> PyTree:
+  """Maps the leaves of the sums of the windows that are open."""
+  map_ = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
+  is_window = declares("open_window")
+
+  def visit(node):
+    if not is_window(node):
+      return node
+    name = node.open_window
+    return node._replace(**{name: map_(function, getattr(node, name))})
+
+  return jax.tree.map(visit, state, is_leaf=is_window)
