@@ -11,6 +11,7 @@ import optax
 
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -163,10 +164,12 @@ def ranger_radam(
   ) -> tuple[PyTree, RangerRadamState]:
     del extra_args
     validate.given_params(params, "ranger_radam")
-    like = jax.tree.map(lambda leaf: state.count, updates)
-    validate.reduced("updates", updates, like, "ranger_radam")
+    same = jax.tree.map(lambda leaf: state.count, updates)
+    validate.reduced("updates", updates, same, "ranger_radam")
     # Behind a barrier, or XLA would keep the squares for the second moment.
-    apart = jax.lax.optimization_barrier(updates)
+    own = like_tree(updates, state.first_moment)
+    params = like_tree(params, state.first_moment)
+    apart = jax.lax.optimization_barrier(own)
     good = jnp.isfinite(inner_product(apart, apart))
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
     count = numerics.increment(state.count)
@@ -174,7 +177,7 @@ def ranger_radam(
     rectify, scale = _rectification(steps, _log(b2), numerics.scalar(threshold))
     scale = scale / -jnp.expm1(steps * _log(b1))
     gradient = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: _centralized(path, leaf, output_axis), updates
+      lambda path, leaf: _centralized(path, leaf, output_axis), own
     )
 
     # As steps towards the new value: the decay itself, rounded to float32, would
@@ -196,11 +199,11 @@ def ranger_radam(
 
     first_moment = jax.tree.map(first, state.first_moment, gradient)
     second_moment = jax.tree.map(second, state.second_moment, gradient)
-    ahead = jax.tree.map(direct, first_moment, second_moment, params, updates)
+    ahead = jax.tree.map(direct, first_moment, second_moment, params, own)
     result, slow = _lookahead.look_ahead(
       ahead, state.lookahead, params, every, step_size, advance=good
     )
-    return result, RangerRadamState(
+    return like_tree(result, updates), RangerRadamState(
       count=jnp.where(good, count, state.count),
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
       first_moment=first_moment,

@@ -11,6 +11,7 @@ import optax
 
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.shards import axes_of
 from optax_ranger._core.tree import all_finite
@@ -155,6 +156,7 @@ def accumulate(
   ) -> tuple[PyTree, AccumulateState]:
     totals = state.accumulated if keeps else start(updates)
     validate.reduced("updates", updates, totals, "accumulate")
+    given, updates = updates, like_tree(updates, totals)
     weight = numerics.scalar(1 if weight is None else weight)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
     good = jnp.logical_and(good, all_finite(updates))
@@ -182,15 +184,16 @@ def accumulate(
 
     accumulated = jax.tree.map(add, totals, updates)
 
-    def run_inner(total, inner_state):
+    def run_inner(total, old):
       gradient = jax.tree.map(lambda a, u: a.astype(u.dtype), total, updates)
-      return inner.update(gradient, inner_state, params, **extra_args)
+      result, new = inner.update(gradient, old, params, **extra_args)
+      return like_tree(result, updates), like_tree(new, old)
 
     take_step = _step_reduced if apart else _step_in_place
     emitted, kept, inner_state = take_step(
       run_inner, emit, step_now, accumulated, updates, state.inner_state, apart
     )
-    return emitted, AccumulateState(
+    return like_tree(emitted, given), AccumulateState(
       mini_step=jnp.where(emit, jnp.zeros_like(state.mini_step), state.mini_step + 1),
       gradient_step=numerics.increment(state.gradient_step, step_now),
       weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),

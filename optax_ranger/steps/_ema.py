@@ -10,6 +10,7 @@ import optax
 
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -165,6 +166,7 @@ def smooth_by_ema(
     # The new iterate waits for the next call, which has it as its parameters:
     # to compute it here a second time would cost a buffer and twice the time.
     def smooth(ema: Array, param: Array) -> Array:
+      param = like(param, ema)
       moved = jnp.where(
         begin, param.astype(ema.dtype), numerics.step_towards(ema, param, state.rate)
       )
@@ -174,6 +176,8 @@ def smooth_by_ema(
     # changes nothing. It orders the two passes: else XLA, free to write the new
     # parameters first, keeps a copy of the old ones for the average.
     def after(update: Array, ema: Array) -> Array:
+      if jax.typeof(ema).sharding != jax.typeof(update).sharding:
+        return update  # It would take communication.
       return jnp.where(jnp.isfinite(ema), update, jnp.zeros_like(update))
 
     ema = jax.tree.map(smooth, state.ema, params)

@@ -9,6 +9,7 @@ import optax
 
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -114,6 +115,8 @@ def look_ahead(
   advance: Any = True,
 ) -> tuple[PyTree, LookaheadState]:
   """The update of ``smooth_by_lookahead``; nothing moves unless `advance`."""
+  given, updates = updates, like_tree(updates, state.slow)
+  params = like_tree(params, state.slow)
   advance = jnp.asarray(advance)
   begin = state.count == 0
   full = state.count + 1 >= numerics.scalar(every, jnp.int32)
@@ -144,7 +147,8 @@ def look_ahead(
 
   slow = jax.tree.map(refresh, state.slow, params)
   count = jnp.where(full, jnp.zeros_like(state.count), state.count + 1)
-  return jax.tree.map(pull, updates, slow, params), LookaheadState(
+  ahead = jax.tree.map(pull, updates, slow, params)
+  return like_tree(ahead, given), LookaheadState(
     count=jnp.where(advance, count, state.count),
     slow=jax.tree.map(keep, slow, updates, params),
   )
