@@ -32,7 +32,13 @@ each_step = pytest.mark.parametrize(
   {case.factory: case for case in reversed(registry.CASES)}.values(),
   ids=lambda case: case.name,
 )
-_COUNTERS = ("num_skipped", "num_skipped_in_a_row", "num_dropped", "num_left_out")
+_COUNTERS = (
+  "num_skipped",
+  "num_skipped_in_a_row",
+  "num_dropped",
+  "num_left_out",
+  "num_overflowed",
+)
 # Steps that skip an update as a whole, and those that select entry by entry:
 # test_ema_leaves_bad_entries_alone and its like.
 _SKIPPING = (
