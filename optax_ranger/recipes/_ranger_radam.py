@@ -173,9 +173,12 @@ def ranger_radam(
     good = jnp.isfinite(inner_product(apart, apart))
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
     count = numerics.increment(state.count)
-    steps = count.astype(jnp.float32)
-    rectify, scale = _rectification(steps, _log(b2), numerics.scalar(threshold))
-    scale = scale / -jnp.expm1(steps * _log(b1))
+    dtype = numerics.widest_real(state.first_moment)
+    steps = count.astype(dtype)
+    rectify, scale = _rectification(
+      steps, _log(b2, dtype), numerics.scalar(threshold, dtype)
+    )
+    scale = scale / -jnp.expm1(steps * _log(b1, dtype))
     gradient = jax.tree_util.tree_map_with_path(
       lambda path, leaf: _centralized(path, leaf, output_axis), own
     )
@@ -183,11 +186,11 @@ def ranger_radam(
     # As steps towards the new value: the decay itself, rounded to float32, would
     # be off by a thousandth of what is left of it at 0.9999.
     def first(m: Array, g: Array) -> Array:
-      return jnp.where(good, m + _rest(b1, m.dtype) * (g - m), m)
+      return jnp.where(good, m + numerics.one_minus(b1, m.dtype) * (g - m), m)
 
     def second(v: Array, g: Array) -> Array:
       square = jnp.real(g * jnp.conj(g))
-      return jnp.where(good, v + _rest(b2, v.dtype) * (square - v), v)
+      return jnp.where(good, v + numerics.one_minus(b2, v.dtype) * (square - v), v)
 
     def direct(m: Array, v: Array, param: Array, update: Array) -> Array:
       root = jnp.sqrt(v) + numerics.scalar(eps, v.dtype)
@@ -230,17 +233,12 @@ def _centralized(path: Any, leaf: Array, output_axis: int | None) -> Array:
   return wide - total * jnp.asarray(1 / size, total.dtype)
 
 
-def _log(decay: Any) -> Array:
+def _log(decay: Any, dtype: Any) -> Array:
   """The logarithm of a decay, in float64 where it is a plain number."""
   if isinstance(decay, (int, float)):
     with np.errstate(divide="ignore"):
-      return numerics.scalar(np.log(np.float64(decay)))
-  return jnp.log(numerics.scalar(decay))
-
-
-def _rest(decay: Any, dtype: Any) -> Array:
-  """One minus a decay: exact digits where the decay is a plain number."""
-  return numerics.scalar(1 - decay, dtype)
+      return numerics.scalar(np.log(np.float64(decay)), dtype)
+  return jnp.log(numerics.scalar(decay, dtype))
 
 
 def _rectification(
@@ -259,9 +257,12 @@ def _rectification(
   rate = -log_decay
   x = steps * rate
   limit = 1 / jnp.tanh(rate / 2)
-  offset = jnp.where(rate < 0.5, rate / 6 - rate**3 / 360, limit - 2 / rate)
-  series = x / 2 - x**2 / 12 + x**4 / 720 - x**6 / 30240
-  length = offset + 2 / rate * jnp.where(x < 0.5, series, 1 - x / jnp.expm1(x))
+  # Where the subtraction costs as many digits as the series lacks.
+  small, near = (0.02, 0.15) if x.dtype == jnp.float64 else (0.5, 0.5)
+  series = rate / 6 - rate**3 / 360 + rate**5 / 15120
+  offset = jnp.where(rate < small, series, limit - 2 / rate)
+  series = x / 2 - x**2 / 12 + x**4 / 720 - x**6 / 30240 + x**8 / 1209600
+  length = offset + 2 / rate * jnp.where(x < near, series, 1 - x / jnp.expm1(x))
   rectify = jnp.logical_and(length > threshold, limit > 4)
   safe = lambda value: jnp.where(rectify, value, jnp.ones_like(value))
   ratio = (length - 4) * (length - 2) * limit / safe((limit - 4) * (limit - 2) * length)

@@ -155,6 +155,7 @@ def scale_by_ngs(
     del params, extra_args
     validate.reduced("updates", updates, state.momentum, "scale_by_ngs")
     decay = numerics.scalar(momentum)
+    decay_of = lambda leaf: numerics.scalar(momentum, leaf.dtype)
     given, updates = updates, like_tree(updates, state.momentum)
     agreement = hyper.inner_product(updates, state.momentum)
     norm = hyper.inner_product(updates, updates)
@@ -170,12 +171,12 @@ def scale_by_ngs(
     factor = hyper.advance(state.factor, agreement, norm, state.momentum_norm, good)
 
     def advance(m: Array, g: Array) -> Array:
-      new = g.astype(m.dtype) + decay.astype(m.dtype) * m
+      new = g.astype(m.dtype) + decay_of(m) * m
       return jnp.where(good, new, m)
 
     def direct(a: Array, m: Array, g: Array) -> Array:
       dtype = numerics.wide(g.dtype)
-      ahead = g.astype(dtype) + decay.astype(dtype) * m.astype(dtype)
+      ahead = g.astype(dtype) + decay_of(m).astype(dtype) * m.astype(dtype)
       return _scaled(a, ahead, g.dtype, good)
 
     new_momentum = jax.tree.map(advance, state.momentum, updates)

@@ -257,7 +257,7 @@ def skip_anomalies(
       accept, run_inner, skip, (updates, state.inner_state)
     )
     count = jnp.where(restart, jnp.zeros_like(state.count), state.count)
-    mean, variance = _moments(state, count, level, numerics.scalar(decay))
+    mean, variance = _moments(state, count, level, numerics.one_minus(decay))
     learn = jnp.logical_and(accept, usual)
     skipped = jnp.logical_not(accept)
     in_a_row = numerics.increment(state.num_skipped_in_a_row)
@@ -279,14 +279,14 @@ _LEAST_SPREAD = 0.05
 
 
 def _moments(
-  state: SkipState, count: Array, level: Array, decay: Array
+  state: SkipState, count: Array, level: Array, rate: Array
 ) -> tuple[Array, Array]:
   """Running mean and variance with this level in: plain averages at first."""
   seen = count.astype(jnp.float32)
-  keep = jnp.minimum(decay, seen / (seen + 1))
+  rate = jnp.maximum(rate, 1 / (seen + 1))
   deviation = level - state.mean
-  mean = state.mean + (1 - keep) * deviation
-  variance = keep * (state.variance + (1 - keep) * deviation * deviation)
+  mean = state.mean + rate * deviation
+  variance = (1 - rate) * (state.variance + rate * deviation * deviation)
   return mean, variance
 
 

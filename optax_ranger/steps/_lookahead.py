@@ -121,7 +121,6 @@ def look_ahead(
   begin = state.count == 0
   full = state.count + 1 >= numerics.scalar(every, jnp.int32)
   sync = jnp.logical_and(advance, full)
-  rate = numerics.scalar(step_size)
 
   # The slow copy is brought up to date when its next window begins: the
   # parameters are equal to it then, and it depends on no update. Writing it
@@ -132,7 +131,7 @@ def look_ahead(
     return jnp.where(jnp.logical_and(begin, jnp.isfinite(param)), param, slow)
 
   def moved(slow: Array, update: Array, param: Array) -> Array:
-    new = numerics.step_towards(slow, _applied(param, update), rate)
+    new = numerics.step_towards(slow, _applied(param, update), step_size)
     return jnp.where(jnp.isfinite(new), new, slow)
 
   def pull(update: Array, slow: Array, param: Array) -> Array:

@@ -422,3 +422,22 @@ def test_other_extra_args_are_not():
   params = jnp.ones(2)
   others = ("value_fn", "losses", "labels", "member_weights", "loss", "grad", "mask")
   step.update(params, step.init(params), params, **dict.fromkeys(others, 1.0))
+
+
+@pytest.mark.parametrize("every", [1, 2, 7])
+@pytest.mark.parametrize("shape", [(), (3,), (4, 32)])
+def test_float64_keeps_its_digits(every, shape):
+  """Weights that float32 would round: a third, and token counts beyond 2**24."""
+  rng = np.random.default_rng(0)
+  gradients = rng.standard_normal((every, *shape))
+  with jax.enable_x64(True):
+    for weights in (rng.uniform(size=every) / 3, 2.0**25 + 1 + np.arange(every)):
+      step = ranger.accumulate(record({}), every)
+      params = jnp.ones(shape)
+      state, update = step.init(params), jax.jit(step.update)
+      for gradient, weight in zip(gradients, weights, strict=True):
+        updates, state = update(
+          jnp.asarray(gradient), state, params, weight=jnp.float64(weight)
+        )
+      expected = np.average(gradients, axis=0, weights=weights)
+      np.testing.assert_allclose(updates, expected, rtol=1e-14)
