@@ -3,10 +3,12 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
 
 
 def widest(*dtypes: Any) -> np.dtype:
@@ -27,6 +29,22 @@ def real(dtype: Any) -> np.dtype:
 def scalar(value: Any, dtype: Any = jnp.float32) -> Array:
   """A strongly typed scalar array; made in `init` and `update`, never earlier."""
   return jnp.asarray(value).astype(dtype)
+
+
+def widest_real(tree: PyTree) -> np.dtype:
+  """The real type that loses no digit of any leaf, float32 at least."""
+  leaves = jax.tree.leaves(tree)
+  return widest(np.float32, *(real(wide(leaf.dtype)) for leaf in leaves))
+
+
+def one_minus(value: Any, dtype: Any = jnp.float32) -> Array:
+  """One minus a number, such as a decay near 1, to the last digit of `dtype`.
+
+  Rounded to float32 first, a decay of 0.999999 would lose a twentieth of it.
+  """
+  if isinstance(value, (int, float, np.number)):
+    return scalar(1 - np.float64(value), dtype)
+  return 1 - scalar(value, dtype)
 
 
 def zero_count() -> Array:
@@ -65,6 +83,6 @@ def to_peak(rows: Array, axis: int = 1) -> Array:
   return jnp.where(highest, jnp.ones_like(rows), rows)
 
 
-def step_towards(old: Array, new: Array, rate: Array) -> Array:
+def step_towards(old: Array, new: Array, rate: Any) -> Array:
   """Goes a part of the way from `old` to `new`, in the type of `old`."""
-  return old + rate.astype(old.dtype) * (new.astype(old.dtype) - old)
+  return old + scalar(rate, old.dtype) * (new.astype(old.dtype) - old)

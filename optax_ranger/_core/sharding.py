@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from optax_ranger._core.types import Array
+from optax_ranger._core.types import PyTree
 
 
 def per_row(vector: Array, leaf: Array) -> Array:
@@ -50,6 +51,21 @@ def reshard(array: Array, spec: PartitionSpec, mesh: Any = None) -> Array:
   """Splits an array anew, over its own mesh, whatever mesh is set."""
   mesh = jax.typeof(array).sharding.mesh if mesh is None else mesh
   return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+
+
+def like(array: Array, other: Array) -> Array:
+  """Splits an array as `other` is split over an explicit mesh; free where it is."""
+  here, there = jax.typeof(array).sharding, jax.typeof(other).sharding
+  if here == there or AxisType.Explicit not in there.mesh.axis_types:
+    return array
+  if isinstance(array, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+    return jax.sharding.reshard(array, there)
+  return jax.device_put(array, other.sharding)
+
+
+def like_tree(tree: PyTree, other: PyTree) -> PyTree:
+  """Splits every array of a tree as its fellow in `other` is split."""
+  return jax.tree.map(like, tree, other)
 
 
 def place(array: Array, sharding: jax.sharding.Sharding) -> Array:

@@ -3,7 +3,9 @@
 Numbers that are traced pass, so that hyperparameters may be data.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
+import difflib
 import math
 from typing import Any
 
@@ -184,3 +186,36 @@ def _number(name: str, value: Any) -> float:
   if math.isnan(number):
     raise ValueError(f"{name} must be a number, got {value!r}.")
   return number
+
+
+def state(given: Any, kind: type, step: str) -> None:
+  """Refuses a state that the step's own `init` did not make."""
+  if isinstance(given, kind):
+    return
+  needs = f"{step} needs a {kind.__name__} as its state, got a {type(given).__name__}:"
+  if type(given).__name__ in ("dict", "list", "tuple"):
+    raise TypeError(
+      f"{needs} a checkpoint restored without its types. Restore it into the template"
+      " jax.eval_shape(tx.init, params), or with"
+      " flax.serialization.from_state_dict(tx.init(params), restored)."
+    )
+  raise TypeError(
+    f"{needs} that of another transformation. Start with tx.init(params), and put"
+    " what shall go on into its fields with _replace."
+  )
+
+
+def one_number(name: str, value: Any, otherwise: str) -> None:
+  """Refuses what is not a single number."""
+  if jnp.shape(value) != ():
+    raise ValueError(
+      f"{name} must be one number for a micro-batch, got shape"
+      f" {list(jnp.shape(value))}; {otherwise}."
+    )
+
+
+def spelling(given: Iterable[str], known: Sequence[str], step: str) -> None:
+  """Refuses names of extra args that are near to a known one."""
+  for name in given:
+    for meant in difflib.get_close_matches(name, known, 1, cutoff=0.8):
+      raise TypeError(f"{step} got {name}=; did you mean {meant}=?")

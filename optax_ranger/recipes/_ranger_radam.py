@@ -12,6 +12,7 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -165,28 +166,33 @@ def ranger_radam(
   ) -> tuple[PyTree, RangerRadamState]:
     del extra_args
     validate.given_params(params, "ranger_radam")
-    like = jax.tree.map(lambda leaf: state.count, updates)
-    validate.reduced("updates", updates, like, "ranger_radam")
+    same = jax.tree.map(lambda leaf: state.count, updates)
+    validate.reduced("updates", updates, same, "ranger_radam")
     # Behind a barrier, or XLA would keep the squares for the second moment.
-    apart = jax.lax.optimization_barrier(updates)
+    own = like_tree(updates, state.first_moment)
+    params = like_tree(params, state.first_moment)
+    apart = jax.lax.optimization_barrier(own)
     good = jnp.isfinite(inner_product(apart, apart))
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
     count = numerics.increment(state.count)
-    steps = count.astype(jnp.float32)
-    rectify, scale = _rectification(steps, _log(b2), numerics.scalar(threshold))
-    scale = scale / -jnp.expm1(steps * _log(b1))
+    dtype = numerics.widest_real(state.first_moment)
+    steps = count.astype(dtype)
+    rectify, scale = _rectification(
+      steps, _log(b2, dtype), numerics.scalar(threshold, dtype)
+    )
+    scale = scale / -jnp.expm1(steps * _log(b1, dtype))
     gradient = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: _centralized(path, leaf, output_axis), updates
+      lambda path, leaf: _centralized(path, leaf, output_axis), own
     )
 
     # As steps towards the new value: the decay itself, rounded to float32, would
     # be off by a thousandth of what is left of it at 0.9999.
     def first(m: Array, g: Array) -> Array:
-      return jnp.where(good, m + _rest(b1, m.dtype) * (g - m), m)
+      return jnp.where(good, m + numerics.one_minus(b1, m.dtype) * (g - m), m)
 
     def second(v: Array, g: Array) -> Array:
       square = jnp.real(g * jnp.conj(g))
-      return jnp.where(good, v + _rest(b2, v.dtype) * (square - v), v)
+      return jnp.where(good, v + numerics.one_minus(b2, v.dtype) * (square - v), v)
 
     def direct(m: Array, v: Array, param: Array, update: Array) -> Array:
       root = jnp.sqrt(v) + numerics.scalar(eps, v.dtype)
@@ -198,11 +204,11 @@ def ranger_radam(
 
     first_moment = jax.tree.map(first, state.first_moment, gradient)
     second_moment = jax.tree.map(second, state.second_moment, gradient)
-    ahead = jax.tree.map(direct, first_moment, second_moment, params, updates)
+    ahead = jax.tree.map(direct, first_moment, second_moment, params, own)
     result, slow = _lookahead.look_ahead(
       ahead, state.lookahead, params, every, step_size, advance=good
     )
-    return result, RangerRadamState(
+    return like_tree(result, updates), RangerRadamState(
       count=jnp.where(good, count, state.count),
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
       first_moment=first_moment,
@@ -229,17 +235,12 @@ def _centralized(path: Any, leaf: Array, output_axis: int | None) -> Array:
   return wide - total * jnp.asarray(1 / size, total.dtype)
 
 
-def _log(decay: Any) -> Array:
+def _log(decay: Any, dtype: Any) -> Array:
   """The logarithm of a decay, in float64 where it is a plain number."""
   if isinstance(decay, (int, float)):
     with np.errstate(divide="ignore"):
-      return numerics.scalar(np.log(np.float64(decay)))
-  return jnp.log(numerics.scalar(decay))
-
-
-def _rest(decay: Any, dtype: Any) -> Array:
-  """One minus a decay: exact digits where the decay is a plain number."""
-  return numerics.scalar(1 - decay, dtype)
+      return numerics.scalar(np.log(np.float64(decay)), dtype)
+  return jnp.log(numerics.scalar(decay, dtype))
 
 
 def _rectification(
@@ -258,9 +259,12 @@ def _rectification(
   rate = -log_decay
   x = steps * rate
   limit = 1 / jnp.tanh(rate / 2)
-  offset = jnp.where(rate < 0.5, rate / 6 - rate**3 / 360, limit - 2 / rate)
-  series = x / 2 - x**2 / 12 + x**4 / 720 - x**6 / 30240
-  length = offset + 2 / rate * jnp.where(x < 0.5, series, 1 - x / jnp.expm1(x))
+  # Where the subtraction costs as many digits as the series lacks.
+  small, near = (0.02, 0.15) if x.dtype == jnp.float64 else (0.5, 0.5)
+  series = rate / 6 - rate**3 / 360 + rate**5 / 15120
+  offset = jnp.where(rate < small, series, limit - 2 / rate)
+  series = x / 2 - x**2 / 12 + x**4 / 720 - x**6 / 30240 + x**8 / 1209600
+  length = offset + 2 / rate * jnp.where(x < near, series, 1 - x / jnp.expm1(x))
   rectify = jnp.logical_and(length > threshold, limit > 4)
   safe = lambda value: jnp.where(rectify, value, jnp.ones_like(value))
   ratio = (length - 4) * (length - 2) * limit / safe((limit - 4) * (limit - 2) * length)

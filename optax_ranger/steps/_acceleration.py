@@ -10,6 +10,8 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import zeros_like
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -155,6 +157,8 @@ def scale_by_ngs(
     del params, extra_args
     validate.reduced("updates", updates, state.momentum, "scale_by_ngs")
     decay = numerics.scalar(momentum)
+    decay_of = lambda leaf: numerics.scalar(momentum, leaf.dtype)
+    given, updates = updates, like_tree(updates, state.momentum)
     agreement = hyper.inner_product(updates, state.momentum)
     norm = hyper.inner_product(updates, updates)
     # |m|^2 by recurrence: a third reduction would be a third pass.
@@ -169,12 +173,12 @@ def scale_by_ngs(
     factor = hyper.advance(state.factor, agreement, norm, state.momentum_norm, good)
 
     def advance(m: Array, g: Array) -> Array:
-      new = g.astype(m.dtype) + decay.astype(m.dtype) * m
+      new = g.astype(m.dtype) + decay_of(m) * m
       return jnp.where(good, new, m)
 
     def direct(a: Array, m: Array, g: Array) -> Array:
       dtype = numerics.wide(g.dtype)
-      ahead = g.astype(dtype) + decay.astype(dtype) * m.astype(dtype)
+      ahead = g.astype(dtype) + decay_of(m).astype(dtype) * m.astype(dtype)
       return _scaled(a, ahead, g.dtype, good)
 
     new_momentum = jax.tree.map(advance, state.momentum, updates)
@@ -188,7 +192,8 @@ def scale_by_ngs(
       ),
       momentum=new_momentum,
     )
-    return jax.tree.map(direct, accelerations, new_momentum, updates), new_state
+    results = jax.tree.map(direct, accelerations, new_momentum, updates)
+    return like_tree(results, given), new_state
 
   return transformation(init, update)
 
@@ -316,6 +321,7 @@ def accelerate(
     **extra_args: Any,
   ) -> tuple[PyTree, AccelerateState]:
     validate.reduced("updates", updates, state.direction, "accelerate")
+    given, updates = updates, like_tree(updates, state.direction)
     norm = hyper.inner_product(updates, updates)
     agreement = hyper.inner_product(updates, state.direction)
     uphill = jax.tree.map(jnp.negative, agreement)
@@ -323,10 +329,10 @@ def accelerate(
     factor = hyper.advance(state.factor, uphill, norm, state.direction_norm, good)
 
     def run_inner(carry):
-      direction, inner_state = carry
-      result, inner_state = inner.update(updates, inner_state, params, **extra_args)
-      like = lambda new, old: new.astype(old.dtype)
-      return jax.tree.map(like, result, direction), inner_state
+      direction, old = carry
+      result, new = inner.update(given, old, params, **extra_args)
+      alike = lambda r, d: like(r.astype(d.dtype), d)
+      return jax.tree.map(alike, result, direction), like_tree(new, old)
 
     direction, inner_state = jax.lax.cond(
       good, run_inner, lambda carry: carry, (state.direction, state.inner_state)
@@ -342,7 +348,7 @@ def accelerate(
       direction,
       updates,
     )
-    return results, AccelerateState(
+    return like_tree(results, given), AccelerateState(
       count=numerics.increment(state.count, good),
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
       factor=factor,

@@ -12,6 +12,7 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.shards import axes_of
 from optax_ranger._core.tree import all_finite
@@ -27,9 +28,13 @@ class AccumulateState(NamedTuple):
   Attributes:
     mini_step: ``int32``, micro-batches seen in the open window.
     gradient_step: ``int32``, optimizer steps taken so far.
-    weight_sum: ``float32``, the weight of the open window.
+    weight_sum: the weight of the open window, in float32 or better.
     num_left_out: ``int32``, micro-batches left out so far because their
       gradient or weight was not finite.
+    num_overflowed: ``int32``, windows skipped so far because the sum of finite
+      gradients was not finite.
+    value_sum: the weighted sum of the open window's ``value=``.
+    value_weight: the weight of those micro-batches that came with one.
     accumulated: the weighted sum of the open window's gradients; empty where every
       window is of one micro-batch.
     inner_state: the state of the inner transformation.
@@ -39,6 +44,9 @@ class AccumulateState(NamedTuple):
   gradient_step: Array
   weight_sum: Array
   num_left_out: Array
+  num_overflowed: Array
+  value_sum: Array
+  value_weight: Array
   accumulated: PyTree
   inner_state: PyTree
 
@@ -58,8 +66,6 @@ def accumulate(
   Other calls return zeros. Use it where a batch does not fit; a drop-in for
   ``optax.MultiSteps`` that runs `inner` on emission only, weighs micro-batches
   exactly, passes every other extra argument on, and cannot be poisoned by a NaN.
-  Finite gradients whose weighted sum overflows the accumulator do poison it: give
-  half precision the default ``accumulator_dtype``.
 
   .. math::
     G = \sum_j w_j g_j \, / \, \sum_j w_j \quad (\text{"mean"}), \qquad
@@ -82,6 +88,12 @@ def accumulate(
       negative; 1 when missing. A negative or non-finite one skips the
       micro-batch.
     last: True (it may be traced) closes the window now, at full magnitude.
+    value: the micro-batch's loss, one number. `inner` gets the window's weighted
+      mean, so that a guard in it sees a spike anywhere in the window. Without a
+      window (``every=1``) it gets the value as it is.
+
+    `inner` gets all others of the call that closes the window. A name that looks
+    like one of these three, misspelled, is refused.
 
   Shapes:
     Any tree to the same tree; updates have the gradients' types. The state
@@ -99,6 +111,12 @@ def accumulate(
       place (``test_left_out_is_weight_zero``).
     * A window of zero weight gives zeros and leaves `inner`'s state alone
       (``test_window_of_zero_weight``).
+    * So does a window of finite gradients whose sum overflows; it is counted
+      (``test_a_sum_that_overflows_is_skipped``).
+    * The mean of ``value=`` is over the micro-batches that count, and non-finite
+      if one of theirs is (``test_inner_gets_the_mean_value_of_the_window``).
+    * A state may go on with another ``every`` in mid-window
+      (``test_another_every_keeps_the_open_window``), but for one of 1.
     * `inner` runs on emission only (``test_inner_runs_on_emission_only``).
     * Where accumulators and gradients are one part of a sum on each device of a
       ``jax.shard_map``, parts are added up on emission only, and all devices
@@ -106,11 +124,14 @@ def accumulate(
       (``test_a_call_that_emits_nothing_sends_scalars``).
 
   Raises:
-    ValueError: for ``every`` below 1, another ``reduce``, and gradients that
-      differ from device to device under ``jax.shard_map`` where the accumulator
-      does not: each device would decide alone. Reduce them first, or use
-      ``micro_batched``, or ``train_step(..., reduce="on_emission")``.
-    TypeError: for parameters that hold integers.
+    ValueError: for ``every`` below 1, another ``reduce``, a ``weight=`` or
+      ``value=`` that is not one number, a state with a window where ``every`` is
+      1, or without one where it is not, and gradients that differ from device to
+      device under ``jax.shard_map`` where the accumulator does not: each device
+      would decide alone. Reduce them first, or use ``micro_batched``, or
+      ``train_step(..., reduce="on_emission")``.
+    TypeError: for parameters that hold integers, the state of another step, and
+      misspelled extra args.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -127,6 +148,8 @@ def accumulate(
     validate.count("every", every)
   keeps = not (isinstance(every, int) and every == 1)
   validate.choice("reduce", reduce, ("mean", "sum"))
+  # The mean of one gradient is itself: nothing to add, nothing that overflows.
+  only_guards = not keeps and reduce == "mean"
   inner = optax.with_extra_args_support(inner)
 
   def accumulator_type(leaf: Array) -> np.dtype:
@@ -140,12 +163,17 @@ def accumulate(
 
   def init(params: PyTree) -> AccumulateState:
     validate.inexact_leaves("params", params, "accumulate")
+    zeros = start(params)
+    dtype = numerics.widest_real(zeros)
     return AccumulateState(
       mini_step=numerics.zero_count(),
       gradient_step=numerics.zero_count(),
-      weight_sum=jnp.zeros([], jnp.float32),
+      weight_sum=jnp.zeros([], dtype),
       num_left_out=numerics.zero_count(),
-      accumulated=start(params) if keeps else (),
+      num_overflowed=numerics.zero_count(),
+      value_sum=jnp.zeros([], dtype),
+      value_weight=jnp.zeros([], dtype),
+      accumulated=zeros if keeps else (),
       inner_state=inner.init(params),
     )
 
@@ -156,11 +184,18 @@ def accumulate(
     *,
     weight: Any = None,
     last: Any = False,
+    value: Any = None,
     **extra_args: Any,
   ) -> tuple[PyTree, AccumulateState]:
+    validate.state(state, AccumulateState, "accumulate")
+    validate.spelling(extra_args, ("weight", "last", "value"), "accumulate")
+    _check_window(state, updates, keeps)
+    weight = 1 if weight is None else weight
+    validate.one_number("weight", weight, "single examples have member_weights=")
     totals = state.accumulated if keeps else start(updates)
     validate.reduced("updates", updates, totals, "accumulate")
-    weight = numerics.scalar(1 if weight is None else weight)
+    given, updates = updates, like_tree(updates, totals)
+    weight = numerics.scalar(weight, state.weight_sum.dtype)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
     good = jnp.logical_and(good, all_finite(updates))
     apart = axes_of(*jax.tree.leaves(totals))
@@ -173,10 +208,22 @@ def accumulate(
     full = state.mini_step + 1 >= numerics.scalar(window, jnp.int32)
     emit = jnp.logical_or(full, jnp.asarray(last).astype(bool))
     step_now = jnp.logical_and(emit, weight_sum > 0)
+    value_sum, value_weight = state.value_sum, state.value_weight
+    if value is not None and keeps:
+      validate.one_number("value", value, "give the mean over the micro-batch")
+      validate.reduced("value", value, value_sum, "accumulate")
+      part = weight * numerics.scalar(value, weight.dtype)
+      value_sum = value_sum + jnp.where(weight > 0, part, jnp.zeros_like(part))
+      value_weight = value_weight + weight
+      value = numerics.divide(value_sum, value_weight)
+    if value is not None:
+      extra_args["value"] = value
 
     # Weight, guard and divisor go into the one pass that adds: inside the
     # branch, a traced divisor would cost a buffer of the parameters' size.
     def add(total: Array, leaf: Array) -> Array:
+      if only_guards:
+        return jnp.where(good, leaf.astype(total.dtype), total)
       new = total + weight.astype(total.dtype) * leaf.astype(total.dtype)
       new = jnp.where(good, new, total)
       if reduce == "sum":
@@ -187,37 +234,83 @@ def accumulate(
 
     accumulated = jax.tree.map(add, totals, updates)
 
-    def run_inner(total, inner_state):
+    def run_inner(total, old):
       gradient = jax.tree.map(lambda a, u: a.astype(u.dtype), total, updates)
-      return inner.update(gradient, inner_state, params, **extra_args)
+      result, new = inner.update(gradient, old, params, **extra_args)
+      return like_tree(result, updates), like_tree(new, old)
 
-    take_step = _step_reduced if apart else _step_in_place
-    emitted, kept, inner_state = take_step(
-      run_inner, emit, step_now, accumulated, updates, state.inner_state, apart
-    )
-    return emitted, AccumulateState(
-      mini_step=jnp.where(emit, jnp.zeros_like(state.mini_step), state.mini_step + 1),
-      gradient_step=numerics.increment(state.gradient_step, step_now),
-      weight_sum=jnp.where(emit, jnp.zeros_like(weight_sum), weight_sum),
+    if apart:
+      stepped, emitted, kept, inner_state = _step_reduced(
+        run_inner, step_now, accumulated, updates, state.inner_state, apart
+      )
+    else:
+      fits = lambda total: jnp.asarray(True) if only_guards else _fits(total, updates)
+      stepped, emitted, kept, inner_state = _step_in_place(
+        run_inner, fits, step_now, accumulated, state.inner_state
+      )
+      emitted = jax.tree.map(lambda e, u: e.astype(u.dtype), emitted, updates)
+    unless_emitted = lambda leaf: jnp.where(emit, jnp.zeros_like(leaf), leaf)
+    overflowed = jnp.logical_and(step_now, jnp.logical_not(stepped))
+    return like_tree(emitted, given), AccumulateState(
+      mini_step=unless_emitted(state.mini_step + 1),
+      gradient_step=numerics.increment(state.gradient_step, stepped),
+      weight_sum=unless_emitted(weight_sum),
       num_left_out=numerics.increment(state.num_left_out, jnp.logical_not(good)),
-      accumulated=kept if keeps else (),
+      num_overflowed=numerics.increment(state.num_overflowed, overflowed),
+      value_sum=unless_emitted(value_sum),
+      value_weight=unless_emitted(value_weight),
+      accumulated=jax.tree.map(unless_emitted, kept) if keeps else (),
       inner_state=inner_state,
     )
 
   return transformation(init, update)
 
 
+def _check_window(state: AccumulateState, updates: PyTree, keeps: bool) -> None:
+  """Refuses a state that has a window where this step has none, and the reverse."""
+  has_window = bool(jax.tree.leaves(state.accumulated))
+  if has_window == keeps or not jax.tree.leaves(updates):
+    return
+  one, other = (
+    ("every=1 holds no window", "one")
+    if has_window
+    else ("every of more than 1 needs a window", "none")
+  )
+  raise ValueError(
+    f"accumulate with {one}, but this state has {other}: it is that of another every."
+    " Close an open window with the step that made it (last=True), then go on with"
+    " tx.init(params)._replace(inner_state=state.inner_state)."
+  )
+
+
+def _fits(total: PyTree, updates: PyTree) -> Array:
+  """Whether the sum is finite, in the type of the gradients too."""
+  # A cast first would be one more array, and only float16 has a smaller range.
+  narrow, wide = [], []
+  for a, u in zip(jax.tree.leaves(total), jax.tree.leaves(updates), strict=True):
+    (narrow if u.dtype == jnp.float16 else wide).append(a)
+  checks = [(jnp.abs(leaf) < _FLOAT16_ROUNDS_TO_INF).all() for leaf in narrow]
+  return jnp.stack([all_finite(wide), *checks]).all()
+
+
+_FLOAT16_ROUNDS_TO_INF = 65520
+
+
 def _step_in_place(
   run_inner: Callable[..., Any],
-  emit: Array,
+  fits: Callable[[PyTree], Array],
   step_now: Array,
   accumulated: PyTree,
-  updates: PyTree,
   inner_state: PyTree,
-  apart: tuple[str, ...],
-) -> tuple[PyTree, PyTree, PyTree]:
-  """What to emit, what to keep, and the inner state, after the step if it is time."""
-  del apart
+) -> tuple[Array, PyTree, PyTree, PyTree]:
+  """Takes the step if it is time and the sum fits.
+
+  Returns:
+    Whether it did, what to emit, what to keep unless it did, the inner state.
+  """
+  # Two conditionals after each other: one in the other would cost a buffer.
+  fine = jax.lax.cond(step_now, fits, lambda total: jnp.asarray(True), accumulated)
+  stepped = jnp.logical_and(step_now, fine)
 
   # The inner update comes back in the accumulator's place, so that the
   # branches carry nothing else of the parameters' size.
@@ -228,38 +321,38 @@ def _step_in_place(
     return result, inner_state
 
   carried, inner_state = jax.lax.cond(
-    step_now, step, lambda carry: carry, (accumulated, inner_state)
+    stepped, step, lambda carry: carry, (accumulated, inner_state)
   )
-  emitted = jax.tree.map(
-    lambda c, u: jnp.where(emit, c, jnp.zeros_like(c)).astype(u.dtype),
-    carried,
-    updates,
-  )
-  kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), carried)
-  return emitted, kept, inner_state
+  emitted = jax.tree.map(lambda c: jnp.where(stepped, c, jnp.zeros_like(c)), carried)
+  return stepped, emitted, carried, inner_state
 
 
 def _step_reduced(
   run_inner: Callable[..., Any],
-  emit: Array,
   step_now: Array,
   accumulated: PyTree,
   updates: PyTree,
   inner_state: PyTree,
   apart: tuple[str, ...],
-) -> tuple[PyTree, PyTree, PyTree]:
+) -> tuple[Array, PyTree, PyTree, PyTree]:
   """The same where each device accumulates its part: they meet at the step only."""
 
-  def step(inner_state):
-    result, inner_state = run_inner(jax.lax.psum(accumulated, apart), inner_state)
-    return jax.tree.map(lambda r, u: r.astype(u.dtype), result, updates), inner_state
-
   def wait(inner_state):
-    return jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates), inner_state
+    zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates)
+    return jnp.asarray(False), zeros, inner_state
 
-  emitted, inner_state = jax.lax.cond(step_now, step, wait, inner_state)
-  kept = jax.tree.map(lambda c: jnp.where(emit, jnp.zeros_like(c), c), accumulated)
-  return emitted, kept, inner_state
+  def step(inner_state):
+    total = jax.lax.psum(accumulated, apart)
+
+    def run(inner_state):
+      result, inner_state = run_inner(total, inner_state)
+      result = jax.tree.map(lambda r, u: r.astype(u.dtype), result, updates)
+      return jnp.asarray(True), result, inner_state
+
+    return jax.lax.cond(_fits(total, updates), run, wait, inner_state)
+
+  stepped, emitted, inner_state = jax.lax.cond(step_now, step, wait, inner_state)
+  return stepped, emitted, accumulated, inner_state
 
 
 def large_step(learning_rate: Any, every: int, *, rule: str = "linear") -> Any:

@@ -11,6 +11,7 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like
 from optax_ranger._core.tree import unboxed
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
@@ -25,8 +26,8 @@ class EmaState(NamedTuple):
   Attributes:
     count: ``int32``, steps taken so far.
     num_averaged: ``int32``, iterates averaged so far, with the latest.
-    rate: ``float32``, the share of the latest iterate, which `ema` does not hold
-      yet: it is averaged when the next step brings it along.
+    rate: the share of the latest iterate, in float32 or better, which `ema` does
+      not hold yet: it is averaged when the next step brings it along.
     ema: the smoothed parameters before that, in float32 or better.
   """
 
@@ -149,7 +150,7 @@ def smooth_by_ema(
     return EmaState(
       count=numerics.zero_count(),
       num_averaged=numerics.zero_count(),
-      rate=jnp.zeros([], jnp.float32),
+      rate=jnp.zeros([], numerics.widest_real(params)),
       ema=wide_copy(params),
     )
 
@@ -161,11 +162,13 @@ def smooth_by_ema(
   ) -> tuple[PyTree, EmaState]:
     del extra_args
     validate.given_params(params, "smooth_by_ema")
-    beta = numerics.scalar(decay(state.num_averaged) if callable(decay) else decay)
-    done = state.num_averaged.astype(jnp.float32)
-    warm = numerics.scalar(warmup)
-    # Rises to 1; at w of 1 or less it never binds, and 1 / 0 gives inf.
-    beta = jnp.minimum(beta, (1 + done) / (warm + done))
+    dtype = state.rate.dtype
+    beta = decay(state.num_averaged) if callable(decay) else decay
+    done = state.num_averaged.astype(dtype)
+    warm = numerics.scalar(warmup, dtype)
+    # One minus (1 + n) / (w + n), which falls to 0; at w of 1 or less it never
+    # binds, and -1 / 0 gives -inf.
+    rate = jnp.maximum(numerics.one_minus(beta, dtype), (warm - 1) / (warm + done))
     steps = state.count - numerics.scalar(start, jnp.int32)
     interval = numerics.scalar(every, jnp.int32)
     due = jnp.logical_and(steps >= 0, (steps + 1) % interval == 0)
@@ -174,6 +177,7 @@ def smooth_by_ema(
     # The new iterate waits for the next call, which has it as its parameters:
     # to compute it here a second time would cost a buffer and twice the time.
     def smooth(ema: Array, param: Array) -> Array:
+      param = like(param, ema)
       moved = jnp.where(
         begin, param.astype(ema.dtype), numerics.step_towards(ema, param, state.rate)
       )
@@ -183,13 +187,15 @@ def smooth_by_ema(
     # changes nothing. It orders the two passes: else XLA, free to write the new
     # parameters first, keeps a copy of the old ones for the average.
     def after(update: Array, ema: Array) -> Array:
+      if jax.typeof(ema).sharding != jax.typeof(update).sharding:
+        return update  # It would take communication.
       return jnp.where(jnp.isfinite(ema), update, jnp.zeros_like(update))
 
     ema = jax.tree.map(smooth, state.ema, params)
     return jax.tree.map(after, updates, ema), EmaState(
       count=numerics.increment(state.count),
       num_averaged=numerics.increment(state.num_averaged, due),
-      rate=jnp.where(due, 1 - beta, jnp.zeros_like(beta)),
+      rate=jnp.where(due, rate, jnp.zeros_like(rate)),
       ema=ema,
     )
 

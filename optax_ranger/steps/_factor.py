@@ -24,7 +24,7 @@ _LARGEST_GROWTH = 100.0
 
 @states.exportable
 class Factor(NamedTuple):
-  """What the learned factor needs from step to step: ``float32`` scalars.
+  """What the learned factor needs from step to step: scalars in float32 or better.
 
   Each is one scalar, or with ``per_leaf`` a tree of one scalar a leaf.
 
@@ -65,7 +65,8 @@ class Hyper(NamedTuple):
 
   def init(self, params: PyTree) -> Factor:
     """The factor before the first step."""
-    acceleration = numerics.scalar(self.acceleration)
+    dtype = numerics.widest_real(params)
+    acceleration = numerics.scalar(self.acceleration, dtype)
     hurry = numerics.scalar(self.hurry)
     return Factor(
       acceleration=self.spread(acceleration, params),
@@ -133,8 +134,9 @@ class Hyper(NamedTuple):
     gradient_norm: Array,
     direction_norm: Array,
   ) -> Factor:
+    dtype = acceleration.dtype
     rate = numerics.scalar(self.hyper_rate)
-    low, high = (numerics.scalar(bound) for bound in self.bounds)
+    low, high = (numerics.scalar(bound, dtype) for bound in self.bounds)
     size = jnp.sqrt(gradient_norm)
     cosine = numerics.divide(agreement, size * jnp.sqrt(direction_norm))
     cosine = jnp.clip(cosine, -1, 1)
@@ -151,7 +153,8 @@ class Hyper(NamedTuple):
     # last step, at any rate that is worth having.
     pull = jnp.where(cosine < 0, numerics.scalar(self.shrink) * cosine, cosine)
     brake = jnp.where(rate > 0, explosion, jnp.ones_like(explosion))
-    acceleration = acceleration * jnp.exp(rate * hurry * pull) / brake
+    change = jnp.exp((rate * hurry * pull).astype(dtype))
+    acceleration = acceleration * change / brake.astype(dtype)
     capped = jnp.minimum(gradient_norm, _LARGEST_GROWTH * reference)
     running = _MEMORY * reference + (1 - _MEMORY) * capped
     return Factor(

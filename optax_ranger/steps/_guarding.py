@@ -10,6 +10,8 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import all_finite
 from optax_ranger._core.tree import inner_product
 from optax_ranger._core.tree import zeros_like
@@ -103,11 +105,13 @@ def skip_nonfinite(
     params: PyTree = None,
     **extra_args: Any,
   ) -> tuple[PyTree, SkipNonFiniteState]:
-    like = jax.tree.map(lambda leaf: state.num_skipped, updates)
-    validate.reduced("updates", updates, like, "skip_nonfinite")
+    same = jax.tree.map(lambda leaf: state.num_skipped, updates)
+    validate.reduced("updates", updates, same, "skip_nonfinite")
     # Finite entries may still have squares that overflow an inner moment.
     good = jnp.isfinite(inner_product(updates, updates))
     result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+    result = like_tree(result, updates)
+    inner_state = like_tree(inner_state, state.inner_state)
     choose = lambda new, old: jnp.where(good, new, old)
     return jax.tree.map(
       lambda leaf: jnp.where(good, leaf, jnp.zeros_like(leaf)), result
@@ -215,8 +219,8 @@ def skip_anomalies(
     value: Any = None,
     **extra_args: Any,
   ) -> tuple[PyTree, SkipState]:
-    like = jax.tree.map(lambda leaf: state.count, updates)
-    validate.reduced("updates", updates, like, "skip_anomalies")
+    same = jax.tree.map(lambda leaf: state.count, updates)
+    validate.reduced("updates", updates, same, "skip_anomalies")
     if watch == "value":
       validate.given("value", value, 'skip_anomalies(watch="value")')
       validate.shape("value", value, ())
@@ -243,11 +247,10 @@ def skip_anomalies(
     accept = jnp.logical_and(finite, jnp.logical_not(outlier))
 
     def run_inner(carry):
-      given, inner_state = carry
-      result, inner_state = inner.update(
-        given, inner_state, params, **_with_value(extra_args, value)
-      )
-      return jax.tree.map(lambda r, g: r.astype(g.dtype), result, given), inner_state
+      given, old = carry
+      result, new = inner.update(given, old, params, **_with_value(extra_args, value))
+      result = jax.tree.map(lambda r, g: like(r.astype(g.dtype), g), result, given)
+      return result, like_tree(new, old)
 
     def skip(carry):
       given, inner_state = carry
@@ -257,7 +260,7 @@ def skip_anomalies(
       accept, run_inner, skip, (updates, state.inner_state)
     )
     count = jnp.where(restart, jnp.zeros_like(state.count), state.count)
-    mean, variance = _moments(state, count, level, numerics.scalar(decay))
+    mean, variance = _moments(state, count, level, numerics.one_minus(decay))
     learn = jnp.logical_and(accept, usual)
     skipped = jnp.logical_not(accept)
     in_a_row = numerics.increment(state.num_skipped_in_a_row)
@@ -279,14 +282,14 @@ _LEAST_SPREAD = 0.05
 
 
 def _moments(
-  state: SkipState, count: Array, level: Array, decay: Array
+  state: SkipState, count: Array, level: Array, rate: Array
 ) -> tuple[Array, Array]:
   """Running mean and variance with this level in: plain averages at first."""
   seen = count.astype(jnp.float32)
-  keep = jnp.minimum(decay, seen / (seen + 1))
+  rate = jnp.maximum(rate, 1 / (seen + 1))
   deviation = level - state.mean
-  mean = state.mean + (1 - keep) * deviation
-  variance = keep * (state.variance + (1 - keep) * deviation * deviation)
+  mean = state.mean + rate * deviation
+  variance = (1 - rate) * (state.variance + rate * deviation * deviation)
   return mean, variance
 
 

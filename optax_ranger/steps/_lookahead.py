@@ -10,6 +10,7 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import unboxed
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
@@ -121,11 +122,12 @@ def look_ahead(
   advance: Any = True,
 ) -> tuple[PyTree, LookaheadState]:
   """The update of ``smooth_by_lookahead``; nothing moves unless `advance`."""
+  given, updates = updates, like_tree(updates, state.slow)
+  params = like_tree(params, state.slow)
   advance = jnp.asarray(advance)
   begin = state.count == 0
   full = state.count + 1 >= numerics.scalar(every, jnp.int32)
   sync = jnp.logical_and(advance, full)
-  rate = numerics.scalar(step_size)
 
   # The slow copy is brought up to date when its next window begins: the
   # parameters are equal to it then, and it depends on no update. Writing it
@@ -136,7 +138,7 @@ def look_ahead(
     return jnp.where(jnp.logical_and(begin, jnp.isfinite(param)), param, slow)
 
   def moved(slow: Array, update: Array, param: Array) -> Array:
-    new = numerics.step_towards(slow, _applied(param, update), rate)
+    new = numerics.step_towards(slow, _applied(param, update), step_size)
     return jnp.where(jnp.isfinite(new), new, slow)
 
   def pull(update: Array, slow: Array, param: Array) -> Array:
@@ -151,7 +153,8 @@ def look_ahead(
 
   slow = jax.tree.map(refresh, state.slow, params)
   count = jnp.where(full, jnp.zeros_like(state.count), state.count + 1)
-  return jax.tree.map(pull, updates, slow, params), LookaheadState(
+  ahead = jax.tree.map(pull, updates, slow, params)
+  return like_tree(ahead, given), LookaheadState(
     count=jnp.where(advance, count, state.count),
     slow=jax.tree.map(keep, slow, updates, params),
   )

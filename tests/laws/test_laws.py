@@ -32,7 +32,13 @@ each_step = pytest.mark.parametrize(
   {case.factory: case for case in reversed(registry.CASES)}.values(),
   ids=lambda case: case.name,
 )
-_COUNTERS = ("num_skipped", "num_skipped_in_a_row", "num_dropped", "num_left_out")
+_COUNTERS = (
+  "num_skipped",
+  "num_skipped_in_a_row",
+  "num_dropped",
+  "num_left_out",
+  "num_overflowed",
+)
 # Steps that skip an update as a whole, and those that select entry by entry:
 # test_ema_leaves_bad_entries_alone and its like.
 _SKIPPING = (
@@ -562,25 +568,36 @@ def test_every_public_function_is_documented():
       assert section in doc, f"{name} lacks {section}"
 
 
-SPLIT_STATE = {
-  "smooth_by_ema": lambda: ranger.smooth_by_ema(0.9),
-  "smooth_by_lookahead": lambda: ranger.smooth_by_lookahead(),
-  "ranger_radam": lambda: ranger.ranger_radam(0.1),
-  "skip_anomalies": lambda: ranger.skip_anomalies(optax.sgd(0.1, momentum=0.9)),
-}
-
-
-@pytest.mark.xfail(reason="selects between unlike shardings")
-@pytest.mark.parametrize("name", SPLIT_STATE)
-def test_state_may_be_split_and_parameters_whole(name):
+@each_case
+@pytest.mark.parametrize("split", ["state", "params"])
+def test_state_and_params_may_be_split_unlike(case, split):
+  """On an explicit mesh: the state split and the parameters whole, and the reverse."""
+  tree = {"w": registry.params()["w"]}
+  is_large = lambda leaf: leaf.shape == tree["w"].shape
+  if not any(map(is_large, jax.tree.leaves(case.make().init(tree)))):
+    pytest.skip("the state holds nothing of the parameters' shape")
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
   put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
-  split = lambda leaf: put(
-    leaf, PartitionSpec("data") if leaf.ndim else PartitionSpec()
+  whole = lambda leaf: put(leaf, PartitionSpec())
+  parts = lambda leaf: (
+    put(leaf, PartitionSpec("data")) if is_large(leaf) else whole(leaf)
   )
-  params = {"w": put(jnp.ones((16, 4)), PartitionSpec())}
-  step = SPLIT_STATE[name]()
-  state = jax.tree.map(split, step.init(params))
-  updates, new_state = jax.jit(step.update)(params, state, params)
-  assert jax.typeof(updates["w"]) == jax.typeof(params["w"])
-  assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
+  put_state, put_params = (parts, whole) if split == "state" else (whole, parts)
+  expected, expected_state = registry.run(case, tree, calls=4)
+  step, params = case.make(), jax.tree.map(put_params, tree)
+  start = jax.tree.map(put_state, step.init(tree))
+  for update, calls in ((jax.jit(step.update), 4), (step.update, 1)):
+    state = start
+    for call in range(calls):
+      gradients = jax.tree.map(put_params, registry.gradients(case, call, tree))
+      extra = registry.extra_args(case, call)
+      updates, state = update(gradients, state, params, **extra)
+      assert types(updates) == types(params)
+      assert types(state) == types(start)
+      close(updates, expected[call])
+    if calls > 1:
+      close(state, expected_state)
+    moved = ranger.eval_params(state, params)
+    assert types(moved) == types(params)
+    if calls > 1:
+      close(moved, ranger.eval_params(expected_state, tree))

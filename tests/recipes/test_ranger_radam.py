@@ -196,3 +196,21 @@ def test_stacked_layers_are_centralized_apart():
   params = {"bias": jnp.zeros((3, 4))}
   updates, _ = step.update({"bias": jnp.ones((3, 4))}, step.init(params), params)
   np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.999])
+def test_float64_keeps_its_digits(b2):
+  """As far as the reference does, which subtracts numbers of 2 / (1 - b2)."""
+  start = draw(0)
+  original = {name: Original(leaf, b2=b2) for name, leaf in start.items()}
+  with jax.enable_x64(True):
+    tx = ranger.ranger_radam(0.01, b2=b2)
+    params = jax.tree.map(jnp.asarray, start)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(20):
+      gradient = draw(1 + step)
+      updates, state = update(jax.tree.map(jnp.asarray, gradient), state, params)
+      params = optax.apply_updates(params, updates)
+      for name, one in original.items():
+        one.step(gradient[name], 0.01)
+        np.testing.assert_allclose(params[name], one.param, rtol=1e-11, atol=1e-12)

@@ -343,3 +343,27 @@ def test_float16_does_not_overflow():
     assert np.isfinite(updates).all()
     assert np.isfinite(state.momentum).all()
   assert int(state.num_skipped) == 0
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+@pytest.mark.parametrize("acceleration", [1e-3, 0.3])
+def test_float64_keeps_its_digits(per_leaf, acceleration):
+  """Momentum and factor multiply float64 gradients as float64 numbers."""
+  rng = np.random.default_rng(0)
+  shapes, beta = {"a": (), "b": (3, 4), "c": (7,)}, 0.9
+  with jax.enable_x64(True):
+    options = {"acceleration": acceleration, "hyper_rate": 0.0, "per_leaf": per_leaf}
+    ngs = ranger.scale_by_ngs(beta, **options)
+    around = ranger.accelerate(optax.scale(-0.1), **options)
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    states = [step.init(params) for step in (ngs, around)]
+    updates, momentum = [jax.jit(step.update) for step in (ngs, around)], {}
+    for _ in range(5):
+      g = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+      momentum = {name: g[name] + beta * momentum.get(name, 0) for name in g}
+      for i, update in enumerate(updates):
+        given = jax.tree.map(jnp.asarray, g)
+        found, states[i] = update(given, states[i], params)
+        for name in g:
+          ahead = -0.1 * g[name] if i else g[name] + beta * momentum[name]
+          np.testing.assert_allclose(found[name], acceleration * ahead, rtol=1e-13)

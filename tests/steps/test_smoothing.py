@@ -253,3 +253,68 @@ def test_smoothing_ticks_on_emission_only():
         ranger.eval_params(alone, expected),
         rtol=1e-6,
       )
+
+
+@pytest.mark.parametrize("decay", [1 - 1e-6, 0.999, 0.3])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
+def test_ema_of_float64_keeps_its_digits(decay, shape):
+  """Twenty steps against NumPy, to 1e-14; and the warm-up likewise."""
+  rng = np.random.default_rng(0)
+  iterates = rng.standard_normal((20, *shape))
+  with jax.enable_x64(True):
+    for warmup in (0, 10):
+      step = ranger.smooth_by_ema(decay, warmup=warmup)
+      ema = iterates[0]
+      state = step.init(jnp.asarray(ema))
+      update = jax.jit(step.update)
+      for n, params in enumerate(iterates):
+        _, state = update(jnp.zeros(shape), state, jnp.asarray(params))
+        if n:  # An iterate is averaged when the next call brings it along.
+          beta = min(decay, n / (warmup + n - 1)) if warmup else decay
+          ema = ema + max(1 - decay, 1 - beta) * (params - ema)
+      np.testing.assert_allclose(state.ema, ema, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("decay", [1 - 1e-6, np.float64(1 - 1e-6), 1 - 1e-7])
+def test_the_rest_of_a_slow_decay_is_exact(decay):
+  """In float32 as well, in which the decay itself is off by a part of its rest."""
+  params = {"w": jnp.ones([3])}
+  step = ranger.smooth_by_ema(decay)
+  _, state = step.update(params, step.init(params), params)
+  assert state.rate == np.float32(1 - np.float64(decay))
+  guard = ranger.skip_anomalies(optax.sgd(1.0), decay=decay, threshold=np.inf)
+  state = guard.init(params)._replace(count=jnp.int32(2**30))
+  _, state = guard.update(params, state, params)
+  rest = max(1 - np.float64(decay), 2.0**-30)
+  np.testing.assert_allclose(state.mean, rest * np.log(3**0.5), rtol=1e-5)
+  radam = ranger.ranger_radam(0.1, b2=decay, b1=decay, output_axis=None)
+  _, state = radam.update(params, radam.init(params), params)
+  for moment in (state.first_moment, state.second_moment):
+    np.testing.assert_array_equal(moment["w"], np.float32(1 - np.float64(decay)))
+
+
+def test_a_traced_decay_passes_as_it_is():
+  def rate(decay):
+    step = ranger.smooth_by_ema(decay)
+    params = jnp.ones([2])
+    return step.update(params, step.init(params), params)[1].rate
+
+  np.testing.assert_allclose(jax.jit(rate)(jnp.float32(0.9)), 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("step_size", [0.1, 0.7])
+@pytest.mark.parametrize("every", [1, 3])
+def test_lookahead_of_float64_keeps_its_digits(step_size, every):
+  rng = np.random.default_rng(0)
+  slow = fast = rng.standard_normal([4])
+  with jax.enable_x64(True):
+    step, params = ranger.smooth_by_lookahead(every, step_size), jnp.asarray(fast)
+    state, update = step.init(params), jax.jit(step.update)
+    for call in range(12):
+      move = rng.standard_normal([4])
+      updates, state = update(jnp.asarray(move), state, params)
+      params = optax.apply_updates(params, updates)
+      fast = fast + move
+      if (call + 1) % every == 0:
+        slow = fast = slow + step_size * (fast - slow)
+    np.testing.assert_allclose(params, fast, rtol=1e-13)
