@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_ranger._core import labels
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import automatic
@@ -159,7 +160,7 @@ def smooth_predictions(
     validate.given("predictions", predictions, "smooth_predictions")
     validate.given("example_ids", example_ids, "smooth_predictions")
     new = jnp.asarray(predictions).astype(jnp.float32)
-    ids = _as_ids(example_ids)
+    ids = labels.read_ids("example_ids", example_ids)
     validate.shape("predictions", new, (ids.shape[0], num_classes))
     if gather_over := axis_name or axes_of(ids, new):
       ids, new = (gather_rows(part, gather_over) for part in (ids, new))
@@ -217,7 +218,7 @@ def smoothed_predictions(
   table = unboxed(found[0].smoothed)
   if example_ids is None:
     return table
-  ids = _as_ids(example_ids)
+  ids = labels.read_ids("example_ids", example_ids)
   split_over = axis_name or axes_of(table)
   if not split_over:
     return automatic(_rows, table, ids)(table, ids)
@@ -229,14 +230,6 @@ def smoothed_predictions(
     return rows
   first = jax.lax.axis_index(apart) * ids.shape[0]
   return jax.lax.dynamic_slice_in_dim(rows, first, ids.shape[0])
-
-
-def _as_ids(example_ids: Any) -> Array:
-  ids = jnp.asarray(example_ids)
-  validate.integers("example_ids", ids)
-  if ids.ndim != 1:
-    raise ValueError(f"example_ids must have shape [n], got {list(ids.shape)}.")
-  return ids.astype(jnp.int32)
 
 
 def _local(ids: Array, table: Array, axis_name: str | tuple[str, ...]) -> Array:
