@@ -1,16 +1,16 @@
 """Weights that don't depend on how common a class is."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
+from optax_ranger._core import labels as _labels
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
-from optax_ranger._core.types import ArrayLike
 from optax_ranger._core.types import Neighbors
 
 
-def balance_classes(
-  neighbors: Neighbors, labels: ArrayLike, num_classes: int
-) -> Neighbors:
+def balance_classes(neighbors: Neighbors, labels: Any, num_classes: int) -> Neighbors:
   r"""Gives every class the same mean weight, whatever share of the data it has.
 
   A rare class has fewer neighbors of its own, even where all labels are right,
@@ -23,19 +23,23 @@ def balance_classes(
 
   Args:
     neighbors: ``[n, k]``, weighed.
-    labels: ``int [n]`` in [0, num_classes).
+    labels: ``[n]``, integers in [0, num_classes) or names, of NumPy, JAX, pandas or
+      Arrow, or a list. Examples without a label (-1 or a missing value) keep their
+      weights, and count for no mean.
     num_classes: a static Python integer.
 
   Returns:
-    ``Neighbors`` whose mean total weight, of all examples and of each class that
-    has any, is that of before.
+    ``Neighbors`` in which each class that has any weight has the mean total weight
+    that labeled examples had before.
 
   Guarantees:
     * Classes have one mean total weight (``test_balanced_classes_weigh_alike``).
+    * Examples without a label change nothing (``test_balance_ignores_unlabeled``).
 
   Raises:
-    ValueError: for labels of another length.
-    TypeError: for labels that are not integers.
+    ValueError: for labels of another length and, where they are known, for labels
+      outside [-1, num_classes).
+    TypeError: for labels that are neither integers nor names.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -46,12 +50,18 @@ def balance_classes(
     [0.75 0.75 0.75]
   """
   validate.static_count("num_classes", num_classes)
-  labels, weights = jnp.asarray(labels), jnp.asarray(neighbors.weights)
-  validate.integers("labels", labels)
-  validate.shape("labels", labels, weights.shape[:1])
+  weights = jnp.asarray(neighbors.weights)
+  ids = _labels.read("labels", labels, weights.shape[0], num_classes=num_classes).ids
+  ids = jnp.asarray(ids)
+  labeled = jnp.logical_and(ids >= 0, ids < num_classes)
+  # Past the end, where additions are dropped; -1 would count from there.
+  ids = jnp.where(labeled, ids, num_classes)
   total = weights.sum(axis=1)
   zeros = jnp.zeros([num_classes], total.dtype)
-  count = zeros.at[labels].add(jnp.ones_like(total))
-  mean = numerics.divide(zeros.at[labels].add(total), count)
-  factor = numerics.divide(jnp.full_like(mean, total.mean()), mean)
-  return neighbors._replace(weights=weights * factor[labels][:, None])
+  count = zeros.at[ids].add(jnp.ones_like(total), mode="drop")
+  sums = zeros.at[ids].add(total, mode="drop")
+  mean = numerics.divide(sums, count)
+  overall = numerics.divide(sums.sum(), count.sum())
+  factor = numerics.divide(jnp.full_like(mean, overall), mean)
+  factor = factor.at[ids].get(mode="fill", fill_value=1)
+  return neighbors._replace(weights=weights * factor[:, None])

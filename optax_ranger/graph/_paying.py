@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_ranger._core import labels as _labels
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
@@ -102,7 +103,8 @@ def pay(
 
   Args:
     plan: of ``plan``.
-    ids: ``int [B]``, the batch.
+    ids: ``int [B]``, the batch. An id outside [0, n) stands for no example: example
+      0 takes its place, with weight zero.
     way: ``"fetched"``: each example brings k neighbors along, drawn at random;
       ``"in_batch"``: only neighbors that fall in the batch, their weights times
       (n - 1) / (B - 1); ``"amortized"``: nobody, weights are those of the graph.
@@ -130,12 +132,16 @@ def pay(
     [0 2 1 1] [0.25 0.25 0.25 0.25]
   """
   validate.choice("way", way, WAYS)
-  ids = jnp.asarray(ids).astype(jnp.int32)
+  ids = _labels.read_ids("ids", ids)
   n, size = plan.table.shape[0], ids.shape[0]
   share = plan.scale / size
+  inside = jnp.logical_and(ids >= 0, ids < n)
+  ids = jnp.where(inside, ids, jnp.zeros_like(ids))
+  keep = lambda rows, inside: jnp.where(inside, rows, jnp.zeros_like(rows))
   if way == "amortized":
-    return Paid(ids, plan.table[ids] / size)
+    return Paid(ids, keep(plan.table[ids], inside) / size)
   own = jax.tree.map(lambda leaf: leaf[ids], plan.neighbors)
+  own = own._replace(weights=keep(own.weights, inside[:, None]))
   if way == "fetched":
     if k is not None:
       if key is None:
@@ -157,7 +163,7 @@ def pay(
 
 def _usable(neighbors: Neighbors) -> tuple[Array, Array]:
   """Empty places point at example 0 and weigh nothing."""
-  indices = jnp.asarray(neighbors.indices).astype(jnp.int32)
+  indices = _labels.fit("neighbors.indices", neighbors.indices)
   weights = jnp.asarray(neighbors.weights)
   filled = (indices >= 0) & (indices < indices.shape[0]) & jnp.isfinite(weights)
   return (

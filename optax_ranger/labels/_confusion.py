@@ -109,8 +109,9 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array
   reached its neighbors.
 
   Args:
-    labels: ``int [n]``, each in [0, C); an example out of range has no label, and
-      is left out.
+    labels: ``[n]``, integers in [0, C) or names, which count in sorted order. An
+      example with -1, a missing value or a class beyond C has no label, and is
+      left out.
     beliefs: ``float [n, C]``, not negative, of any scale: rows are normalized. An
       example with a row of zeros, or one that is not finite, is left out.
     sharpness: s, positive. A smaller one makes T flatter, 4 already; a larger one
@@ -136,8 +137,9 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array
     * Split over devices by rows, the same (``test_split_over_devices_the_same``).
 
   Raises:
-    ValueError: for shapes that do not fit, and a sharpness that is not positive.
-    TypeError: for labels that are not integers.
+    ValueError: for shapes that do not fit, a sharpness that is not positive, and
+      labels below -1 or beyond int32 where they are known.
+    TypeError: for labels that are neither integers nor names.
 
   Examples:
     Of class 0, half bears the label 1; nobody knows of class 2.
@@ -252,8 +254,9 @@ def forward_corrected_loss(
 
   Args:
     logits: ``float [n, C]``.
-    labels: ``int [n]``, each in [0, C). An example whose label is out of range
-      has no label, and loss and gradient zero.
+    labels: ``[n]``, integers in [0, C) or names, which count in sorted order. An
+      example with -1, a missing value or a class beyond C has no label, and loss
+      and gradient zero.
     confusion: ``float [C, C]``, T[c, y], such as ``label_confusion(...)``. Its
       rows are normalized, and one that is blank, negative or not finite becomes
       that of the identity. No gradient flows into it.
@@ -290,9 +293,10 @@ def forward_corrected_loss(
     * Split over devices by rows, the same (``test_split_over_devices_the_same``).
 
   Raises:
-    ValueError: for shapes that do not fit, and an exponent or a smoothing out of
-      range. Traced, they may be any, of one compiled program.
-    TypeError: for labels that are not integers.
+    ValueError: for shapes that do not fit, an exponent or a smoothing out of
+      range, and labels below -1 or beyond int32. Traced, they may be any, of one
+      compiled program.
+    TypeError: for labels that are neither integers nor names.
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger

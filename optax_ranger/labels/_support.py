@@ -1,32 +1,45 @@
 """Label support: the share of the neighborhood that has the same label."""
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
+from optax_ranger._core import labels as _labels
 from optax_ranger._core import numerics
+from optax_ranger._core.sharding import automatic
+from optax_ranger._core.sharding import first_sharded
 from optax_ranger._core.types import Array
-from optax_ranger._core.types import ArrayLike
 from optax_ranger._core.types import Neighbors
 from optax_ranger.neighbors import _weights
 
 
-def label_support(neighbors: Neighbors, labels: ArrayLike) -> Array:
+def label_support(neighbors: Neighbors, labels: Any) -> Array:
   r"""Tells how far each example's neighborhood backs its label.
 
   .. math::
     \mathrm{support}_i = \sum_j w_{ij} [y_{N(i, j)} = y_i] \, / \, \sum_j w_{ij}
 
-  Low support marks suspicious labels: sort by it.
+  Low support marks suspicious labels: sort by it. A neighbor without a label has
+  no vote: it is in neither sum.
 
   Args:
     neighbors: ``Neighbors`` with arrays of ``[n, k]``.
-    labels: ``int [n]``.
+    labels: ``[n]``, integers or names, of NumPy, JAX, pandas or Arrow, or a list.
+      -1 and missing values stand for no label.
 
   Returns:
-    ``float [n]`` in [0, 1]; 0 where an example has no neighbors.
+    ``float [n]`` in [0, 1]; 0 where an example has no label, or no neighbor that
+    has one.
+
+  Guarantees:
+    * Neighbors without a label do not lower it
+      (``test_unlabeled_neighbors_do_not_vote``).
 
   Raises:
-    ValueError: for labels of another length.
-    TypeError: for labels that are not integers.
+    ValueError: for labels of another length, or below -1 where they are known.
+    TypeError: for labels that are neither integers nor names.
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
@@ -36,6 +49,14 @@ def label_support(neighbors: Neighbors, labels: ArrayLike) -> Array:
     [0.5 0.5 0. ]
   """
   n, dtype = len(neighbors.indices), jnp.result_type(neighbors.weights)
-  places, weights = _weights.usable(neighbors, n, dtype)
+  ids = jnp.asarray(_labels.read("labels", labels, n, compared=True).ids)
+  return _support(*_weights.usable(neighbors, n, dtype), ids)
+
+
+@functools.partial(jax.jit, inline=True)
+def _support(places: Array, weights: Array, labels: Array) -> Array:
   same = _weights.agreement(places, labels, None, weights.dtype)
+  on = first_sharded(places, labels)
+  votes = automatic(lambda places, labels: labels[places] >= 0, on, on)(places, labels)
+  weights = jnp.where(votes, weights, jnp.zeros_like(weights))
   return numerics.divide((weights * same).sum(axis=1), weights.sum(axis=1))

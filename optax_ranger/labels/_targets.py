@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_ranger._core import labels as _labels
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import per_row
@@ -72,8 +73,9 @@ def refine_targets(
     t_i &= s_i \, e_{y_i} + (1 - s_i) \, q_i
 
   Args:
-    labels: ``int [n]``, each in [0, C). An example whose label is out of range
-      has no label, and its belief is its target.
+    labels: ``[n]``, integers in [0, C) or names, which count in sorted order. An
+      example with -1, a missing value or a class beyond C has no label, and its
+      belief is its target.
     beliefs: ``float [n, C]``, not negative, such as the rows of
       ``smoothed_predictions`` or of ``neighbor_beliefs``, or a mixture of both;
       of any scale. A row of zeros, or one that is not finite, is no belief: the
@@ -97,8 +99,9 @@ def refine_targets(
       (``test_refined_target_is_the_posterior``).
 
   Raises:
-    ValueError: for shapes that do not fit.
-    TypeError: for labels that are not integers.
+    ValueError: for shapes that do not fit, and labels below -1 or beyond int32
+      where they are known.
+    TypeError: for labels that are neither integers nor names.
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
@@ -169,14 +172,9 @@ def normalized(rows: Array) -> Array:
 
 
 def one_hot(labels: Any, like: Array) -> Array:
-  """Labels [n] as rows like those of [n, C]; zeros where one is out of range."""
-  labels = jnp.asarray(labels)
-  validate.integers("labels", labels)
-  validate.shape("labels", labels, like.shape[:1])
-  if labels.dtype.itemsize < 4:  # Classes beyond its range would wrap around.
-    labels = labels.astype(jnp.int32)
-  labels = per_row(labels, like)[:, 0]
-  return jax.nn.one_hot(labels, like.shape[1], dtype=like.dtype)
+  """Labels [n] as rows like those of [n, C]; zeros where there is none."""
+  ids = jnp.asarray(_labels.read("labels", labels, like.shape[0]).ids)
+  return jax.nn.one_hot(per_row(ids, like)[:, 0], like.shape[1], dtype=like.dtype)
 
 
 def chances(label: Array, confusion: Array) -> Array:

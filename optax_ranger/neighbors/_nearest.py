@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from optax_ranger._core import labels as _labels
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import ArrayLike
@@ -124,7 +125,7 @@ def sample(key: Array, neighbors: Neighbors, k: int) -> Neighbors:
     >>> print(drawn.indices.shape, drawn.weights[0])
     (5, 2) [0.5 0.5]
   """
-  indices = jnp.asarray(neighbors.indices)
+  indices = _labels.fit("neighbors.indices", neighbors.indices)
   total = indices.shape[1]
   validate.static_count("k", k)
   if k > total:
@@ -133,5 +134,5 @@ def sample(key: Array, neighbors: Neighbors, k: int) -> Neighbors:
   _, places = jax.lax.top_k(draws, k)
   places = jnp.sort(places, axis=1)
   take = lambda array: jnp.take_along_axis(jnp.asarray(array), places, axis=1)
-  indices, distances, weights = map(take, neighbors)
+  indices, distances, weights = map(take, (indices, *neighbors[1:]))
   return Neighbors(indices, distances, weights * (total / k))

@@ -1,11 +1,13 @@
 """Neighbor weights from distances, labels and beliefs, and a report on weights."""
 
+import functools
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optax_ranger._core import labels as _labels
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import automatic
@@ -41,11 +43,13 @@ def weigh(
       ``"gaussian"``: exp(-(d / h)^2 / 2).
     bandwidth: h, positive, in the unit of the distances; None for the mean
       distance. It does nothing with ``"uniform"``.
-    labels: ``int [n]``; neighbors agree when their labels are equal.
+    labels: ``[n]``, integers or names, of NumPy, JAX, pandas or Arrow, or a list;
+      neighbors agree when their labels are equal. An example without a label (-1
+      or a missing value) agrees with nobody, and has weight zero.
     beliefs: ``float [n, C]``, probabilities of each example's class (a row of
       zeros is no belief). Alone: agreement is :math:`\langle b_i, b_j \rangle`.
       With labels too: :math:`b_j(y_i) \, b_i(y_j)`, how far each believes in
-      the other's label.
+      the other's label; a label that is not in [0, C) is none.
 
   Returns:
     ``Neighbors`` with new weights, not negative, at most ``1 / k`` where
@@ -55,11 +59,15 @@ def weigh(
     * Weights are in [0, 1 / k] (``test_weights_are_bounded``).
     * An example that nobody agrees with has no weight
       (``test_disagreement_takes_weight``).
+    * An example without a label has no weight, and backs nobody
+      (``test_examples_without_a_label_back_nobody``).
+    * It compiles itself, once for each shape (``test_eager_calls_compile_once``).
 
   Raises:
     ValueError: for another kernel, a bandwidth that is not positive, labels or
-      beliefs of another length.
-    TypeError: for labels that are not integers.
+      beliefs of another length, labels below -1 and, with beliefs, labels that
+      do not fit int32, where they are known.
+    TypeError: for labels that are neither integers nor names.
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
@@ -72,14 +80,40 @@ def weigh(
      [0.  0. ]]
   """
   validate.choice("kernel", kernel, _KERNELS)
-  places, filled = _filled(neighbors.indices)
-  k, distances = places.shape[1], jnp.asarray(neighbors.distances)
+  if bandwidth is not None:
+    validate.in_range("bandwidth", bandwidth, 0, float("inf"), open_low=True)
+  indices = _labels.fit("neighbors.indices", neighbors.indices)
+  if labels is not None:
+    # With beliefs, a label names a column; alone, it is compared only.
+    alone = beliefs is None
+    labels = _labels.read("labels", labels, indices.shape[0], compared=alone).ids
+  if beliefs is not None:
+    beliefs = jnp.asarray(beliefs)
+    if beliefs.ndim != 2 or beliefs.shape[0] != indices.shape[0]:
+      raise ValueError(
+        f"beliefs must have shape [{indices.shape[0]}, C], got {list(beliefs.shape)}."
+      )
+  weights = _weights(indices, neighbors.distances, bandwidth, labels, beliefs, kernel)
+  return neighbors._replace(weights=weights)
+
+
+# Compiled whole: loops would be compiled anew at each call outside of jit.
+@functools.partial(jax.jit, static_argnames="kernel", inline=True)
+def _weights(
+  indices: Array,
+  distances: ArrayLike,
+  bandwidth: Any,
+  labels: Array | None,
+  beliefs: Array | None,
+  kernel: str,
+) -> Array:
+  """The weights of checked arguments, [n, k]."""
+  places, filled = _filled(indices)
+  k, distances = places.shape[1], jnp.asarray(distances)
   distances = jnp.where(filled, distances, jnp.zeros_like(distances))
   if bandwidth is None:
     places_filled = filled.sum().astype(distances.dtype)
     bandwidth = numerics.divide(distances.sum(), places_filled)
-  else:
-    validate.in_range("bandwidth", bandwidth, 0, float("inf"), open_low=True)
   bandwidth = numerics.scalar(bandwidth, distances.dtype)
   scaled = numerics.divide(distances, bandwidth)
   if kernel == "inverse_distance":
@@ -90,13 +124,13 @@ def weigh(
     weights = jnp.ones_like(scaled)
   weights = weights / k * agreement(places, labels, beliefs, weights.dtype)
   usable = jnp.logical_and(filled, jnp.isfinite(weights))
-  return neighbors._replace(weights=jnp.where(usable, weights, jnp.zeros_like(weights)))
+  return jnp.where(usable, weights, jnp.zeros_like(weights))
 
 
 def usable(neighbors: Neighbors, n: int, dtype: Any) -> tuple[Array, Array]:
   """Indices within range, and weights: zero in empty places and where they are bad."""
-  indices, weights = jnp.asarray(neighbors.indices), jnp.asarray(neighbors.weights)
-  validate.integers("neighbors.indices", indices)
+  indices = _labels.fit("neighbors.indices", neighbors.indices)
+  weights = jnp.asarray(neighbors.weights)
   if indices.ndim != 2 or indices.shape[0] != n:
     raise ValueError(
       f"neighbors.indices must have shape [{n}, k], one row for each of the"
@@ -111,6 +145,7 @@ def usable(neighbors: Neighbors, n: int, dtype: Any) -> tuple[Array, Array]:
   return places, jnp.where(used, weights, jnp.zeros_like(weights))
 
 
+@functools.partial(jax.jit, inline=True)
 def add_neighbors(start: Array, rows: Array, places: Array, weights: Array) -> Array:
   """Adds to `start` the weighted rows ``[n, ...]`` of each example's neighbors.
 
@@ -125,44 +160,47 @@ def add_neighbors(start: Array, rows: Array, places: Array, weights: Array) -> A
   return jax.lax.scan(add, start, (places.T, weights.T))[0]
 
 
-def _filled(indices: ArrayLike) -> tuple[Array, Array]:
+def _filled(indices: Array) -> tuple[Array, Array]:
   """Indices with empty places at 0, and which places are filled."""
-  indices = jnp.asarray(indices).astype(jnp.int32)
   filled = jnp.logical_and(indices >= 0, indices < indices.shape[0])
   return jnp.where(filled, indices, jnp.zeros_like(indices)), filled
 
 
-def agreement(places: Array, labels: Any, beliefs: Any, dtype: Any) -> Array:
-  """How far each example and each of its neighbors agree, [n, k]."""
-  n = places.shape[0]
-  if labels is not None:
-    labels = jnp.asarray(labels)
-    validate.integers("labels", labels)
-    validate.shape("labels", labels, (n,))
-  if beliefs is not None:
-    beliefs = jnp.asarray(beliefs)
-    if beliefs.ndim != 2 or beliefs.shape[0] != n:
-      raise ValueError(f"beliefs must have shape [{n}, C], got {list(beliefs.shape)}.")
-    beliefs = beliefs.astype(dtype)
+def agreement(
+  places: Array, labels: ArrayLike | None, beliefs: ArrayLike | None, dtype: Any
+) -> Array:
+  """How far each example and each of its neighbors agree, [n, k].
 
+  An example without a label (-1, or one that beliefs have no column for) agrees
+  with nobody.
+  """
   if labels is None and beliefs is None:
     return jnp.ones(places.shape, dtype)
+  labels = None if labels is None else jnp.asarray(labels)
+  beliefs = None if beliefs is None else jnp.asarray(beliefs).astype(dtype)
 
   def agree(places, labels, beliefs):
     def one_place(column):
       if beliefs is None:
-        return (labels == labels[column]).astype(dtype)
+        same = jnp.logical_and(labels == labels[column], labels >= 0)
+        return same.astype(dtype)
       if labels is None:
         return (beliefs * beliefs[column]).sum(axis=1)
-      own = jnp.take_along_axis(beliefs, labels[column][:, None], axis=1)
-      other = jnp.take_along_axis(beliefs[column], labels[:, None], axis=1)
-      return (own * other)[:, 0]
+      return _at(beliefs, labels[column]) * _at(beliefs[column], labels)
 
     # One place at a time: [n, k, C] would be k times the table of beliefs.
     return jax.lax.map(one_place, places.T).T
 
   on = first_sharded(places, labels, beliefs)
   return automatic(agree, on, on)(places, labels, beliefs)
+
+
+def _at(rows: Array, columns: Array) -> Array:
+  """One entry of each row; zero where there is no such column."""
+  exists = jnp.logical_and(columns >= 0, columns < rows.shape[1])
+  columns = jnp.where(exists, columns, jnp.zeros_like(columns))
+  entries = jnp.take_along_axis(rows, columns[:, None], axis=1)[:, 0]
+  return jnp.where(exists, entries, jnp.zeros_like(entries))
 
 
 class WeightReport(NamedTuple):

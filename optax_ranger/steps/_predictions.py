@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_ranger._core import labels
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
@@ -22,6 +23,9 @@ from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
+# Of the sum of probabilities: several roundings to bfloat16.
+_TOLERANCE = 1 / 64
+
 
 @states.exportable
 class PredictionState(NamedTuple):
@@ -30,7 +34,7 @@ class PredictionState(NamedTuple):
   Attributes:
     count: ``int32``, calls so far.
     num_dropped: ``int32``, predictions left out so far because they were not
-      finite or their id was out of range.
+      probabilities, or their id was out of range.
     smoothed: ``float [num_examples, num_classes]``, zeros at first.
   """
 
@@ -86,10 +90,14 @@ def smooth_predictions(
 
   Extra args of ``update``:
     predictions: ``float [n, C]``, probabilities, one row an example. A row that
-      is not finite is dropped.
-    example_ids: ``int [n]``, each in [0, N); an id out of range is dropped, and
-      counted unless it is -1, which stands for no example. Rows with the same
-      id count as one visit with their mean.
+      is not finite, has a negative entry, or whose sum is not within 1/64 of one,
+      is dropped and counted, so that logits never enter the table. 1/64 admits the
+      rounding of bfloat16. With C = 1 the entry is a chance, in [0, 1].
+    example_ids: ``int [n]``, each in [0, N), also a list or a column of pandas or
+      Arrow; an id out of range, or beyond int32, is dropped, and counted unless it
+      is -1 or missing, which stands for no example. Rows with the same id count as
+      one visit with their mean. Pass 64-bit ids as NumPy arrays outside of
+      ``jax.jit``, which cuts them to 32 bits before it calls anybody.
 
   Shapes:
     Any tree to the same tree, untouched. The state holds ``[N, C]``: 4 N C bytes
@@ -103,8 +111,9 @@ def smooth_predictions(
   Guarantees:
     * Only the rows of the ids move (``test_only_visited_rows_move``).
     * Repeated ids count as one visit (``test_repeated_ids_are_one_visit``).
-    * What is not finite or out of range is dropped and counted
-      (``test_bad_predictions_are_dropped``).
+    * Predictions that are not finite and ids out of range are dropped and counted
+      (``test_bad_predictions_are_dropped``, ``test_wide_ids_are_dropped_and_counted``).
+    * Logits are dropped and counted (``test_logits_are_dropped_and_counted``).
     * A bfloat16 table has the mean of a float32 one
       (``test_half_precision_does_not_get_stuck``).
     * A table that is split over devices equals one that is not
@@ -169,12 +178,12 @@ def smooth_predictions(
     validate.given("predictions", predictions, "smooth_predictions")
     validate.given("example_ids", example_ids, "smooth_predictions")
     new = jnp.asarray(predictions).astype(jnp.float32)
-    ids = _as_ids(example_ids)
+    ids = labels.read_ids("example_ids", example_ids)
     validate.shape("predictions", new, (ids.shape[0], num_classes))
     if gather_over := axis_name or axes_of(ids, new):
       ids, new = (gather_rows(part, gather_over) for part in (ids, new))
     good = jnp.logical_and(ids >= 0, ids < num_examples)
-    good = jnp.logical_and(good, jnp.isfinite(new).all(axis=1))
+    good = jnp.logical_and(good, _is_probable(new))
     dropped = jnp.logical_and(ids != -1, jnp.logical_not(good)).sum(dtype=jnp.int32)
     split_over = axis_name or axes_of(state.smoothed)
     rate = 1 - numerics.scalar(decay)
@@ -227,7 +236,7 @@ def smoothed_predictions(
   table = unboxed(found[0].smoothed)
   if example_ids is None:
     return table
-  ids = _as_ids(example_ids)
+  ids = labels.read_ids("example_ids", example_ids)
   split_over = axis_name or axes_of(table)
   if not split_over:
     return automatic(_rows, table, ids)(table, ids)
@@ -241,12 +250,15 @@ def smoothed_predictions(
   return jax.lax.dynamic_slice_in_dim(rows, first, ids.shape[0])
 
 
-def _as_ids(example_ids: Any) -> Array:
-  ids = jnp.asarray(example_ids)
-  validate.integers("example_ids", ids)
-  if ids.ndim != 1:
-    raise ValueError(f"example_ids must have shape [n], got {list(ids.shape)}.")
-  return ids.astype(jnp.int32)
+def _is_probable(rows: Array) -> Array:
+  """Which rows [n, C] are probabilities: not negative, with a sum of one."""
+  finite = jnp.isfinite(rows).all(axis=1)
+  rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))
+  total = rows.sum(axis=1)
+  near = jnp.abs(total - 1) <= _TOLERANCE
+  if rows.shape[1] == 1:
+    near = total <= 1 + _TOLERANCE
+  return finite & near & (rows >= 0).all(axis=1)
 
 
 def _local(ids: Array, table: Array, axis_name: str | tuple[str, ...]) -> Array:

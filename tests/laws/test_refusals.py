@@ -75,7 +75,7 @@ REFUSALS = {
     r"labels must have shape \[6\], got \[5\]",
   ),
   "labels of floats": (
-    lambda: ranger.neighbors.weigh(NEIGHBORS, labels=np.zeros(6, np.float32)),
+    lambda: ranger.neighbors.weigh(NEIGHBORS, labels=np.full(6, 0.5, np.float32)),
     TypeError,
     "labels must hold integers, got float32",
   ),

@@ -301,10 +301,104 @@ def test_no_gradient_flows_through_targets():
   assert not grad(jnp.array([[0.3, 0.7]])).any()
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="64-bit ids wrap onto valid rows")
 def test_wide_ids_move_no_row():
   step = ranger.smooth_predictions(4, 2)
   ids = np.array([2**32 + 1, 2**33 + 2, 7])
   predictions = np.array([[1.0, 0.0]] * 3)
   _, state = step.update({}, step.init({}), predictions=predictions, example_ids=ids)
   np.testing.assert_array_equal(state.smoothed, 0)
+
+
+@pytest.mark.parametrize(
+  "ids",
+  [
+    np.array([2**32 + 1, 2**33 + 2, 7]),
+    np.array([2**32 + 1, 2**63 + 2, 2**31], np.uint64),
+    np.array([2**31 + 1, 2**32 - 1, 7], np.uint32),
+    [2**32 + 1, -(2**32) + 1, 2**64 - 1],
+    np.array([-(2**63), -(2**32) + 2, -3]),
+  ],
+  ids=["int64", "uint64", "uint32", "list", "negative"],
+)
+def test_wide_ids_are_dropped_and_counted(ids):
+  step = ranger.smooth_predictions(4, 2)
+  predictions = np.array([[1.0, 0.0]] * 3)
+  _, state = step.update({}, step.init({}), predictions=predictions, example_ids=ids)
+  np.testing.assert_array_equal(state.smoothed, 0)
+  assert int(state.num_dropped) == 3
+  full = state._replace(smoothed=jnp.ones_like(state.smoothed))
+  np.testing.assert_array_equal(ranger.smoothed_predictions(full, ids), 0)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "uint32"])
+def test_wide_ids_are_dropped_when_traced(dtype):
+  with jax.enable_x64(True):
+    top = 2**31 if dtype == "uint32" else 2**32
+    ids = jnp.array([top + 1, 2, top + 3], dtype)
+    step = ranger.smooth_predictions(4, 2, decay=0.5)
+    state = jax.jit(
+      lambda ids: step.update(
+        {}, step.init({}), predictions=jnp.full([3, 2], 0.5), example_ids=ids
+      )[1]
+    )(ids)
+    assert np.flatnonzero(np.asarray(state.smoothed).any(axis=1)).tolist() == [2]
+    assert int(state.num_dropped) == 2
+
+
+@pytest.mark.parametrize("ids", [[1, None, 3], np.array([1, np.nan, 3]), (1, -1, 3)])
+def test_missing_ids_are_no_examples(ids):
+  step = ranger.smooth_predictions(4, 2)
+  predictions = np.array([[1.0, 0.0]] * 3)
+  _, state = step.update({}, step.init({}), predictions=predictions, example_ids=ids)
+  moved = np.asarray(state.smoothed).any(axis=1)
+  assert moved.tolist() == [False, True, False, True]
+  assert int(state.num_dropped) == 0
+
+
+@pytest.mark.parametrize("ids", [["a", "b", "c"], [0.5, 1, 2], jnp.zeros(3)])
+def test_ids_must_be_integers(ids):
+  step = ranger.smooth_predictions(4, 2)
+  predictions = np.array([[1.0, 0.0]] * 3)
+  with pytest.raises(TypeError, match="example_ids must hold integers"):
+    step.update({}, step.init({}), predictions=predictions, example_ids=ids)
+
+
+LOGITS = {
+  "logits": [[2.0, -1.0, 0.5], [5.0, 3.0, 1.0], [-3.0, 2.0, 2.0]],
+  "logits that sum to one": [[2.0, -1.0, 0.0], [3.0, -1.5, -0.5], [0.6, 0.6, -0.2]],
+  "log-probabilities": np.log([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]),
+  "scores": [[20.0, 30.0, 50.0], [0.2, 0.3, 0.3], [0.0, 0.0, 0.0]],
+  "independent chances": [[0.9, 0.8, 0.1], [0.5, 0.5, 0.5], [0.1, 0.1, 0.1]],
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_dropped_and_counted(kind, dtype):
+  step = ranger.smooth_predictions(4, 3)
+  rows = jnp.concatenate(
+    [jnp.asarray(LOGITS[kind], dtype), jnp.full([1, 3], 1 / 3, dtype)]
+  )
+  state = jax.jit(lambda state: visit(step, state, np.arange(4), rows))(step.init({}))
+  moved = np.asarray(state.smoothed).any(axis=1)
+  assert moved.tolist() == [False, False, False, True]
+  assert int(state.num_dropped) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_rounded_probabilities_are_kept(dtype, classes):
+  """Softmax computed in half precision."""
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(200, classes), scale=4), dtype)
+  step = ranger.smooth_predictions(200, classes)
+  state = visit(step, step.init({}), np.arange(200), jax.nn.softmax(logits))
+  assert int(state.num_dropped) == 0
+
+
+def test_one_column_is_a_chance():
+  step = ranger.smooth_predictions(4, 1, decay=0.5)
+  rows = np.array([[0.25], [-0.5], [3.0], [1.0]], np.float32)
+  state = visit(step, step.init({}), np.arange(4), rows)
+  np.testing.assert_array_equal(state.smoothed[:, 0], [0.125, 0, 0, 0.5])
+  assert int(state.num_dropped) == 2
