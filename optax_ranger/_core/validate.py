@@ -84,12 +84,24 @@ def choice(name: str, value: Any, options: Sequence[Any]) -> None:
     raise ValueError(f"{name} must be one of {listed}; got {value!r}.")
 
 
-def given(name: str, value: Any, step: str) -> None:
+class MissingError(ValueError):
+  """A step lacks an extra arg; `how` tells what to do, whoever is called."""
+
+  def __init__(self, name: str, step: str, how: str = ""):
+    call = f"call update(updates, state, params, {name}=...)"
+    super().__init__(f"{step} needs {name}=: {call}{how}.")
+    self.name, self.step, self.how = name, step, how
+
+  def when_calling(self, call: str) -> ValueError:
+    """The same, for who calls something else than `update`."""
+    how = f"{self.name}=...){self.how}"
+    return ValueError(f"{self.step} needs {self.name}=: call {call}, {how}.")
+
+
+def given(name: str, value: Any, step: str, how: str = "") -> None:
   """Refuses a call of `update` that lacks an extra argument which `step` needs."""
   if value is None:
-    raise ValueError(
-      f"{step} needs {name}=: call update(updates, state, params, {name}=...)."
-    )
+    raise MissingError(name, step, how)
 
 
 def given_params(params: PyTree, step: str) -> None:

@@ -204,7 +204,10 @@ def value_and_grad(
   def function(
     params: PyTree, batch: PyTree, *, state: PyTree = None, **extra_args: Any
   ) -> Any:
-    found, new_state, _ = gradient(params, batch, state, extra_args)
+    try:
+      found, new_state, _ = gradient(params, batch, state, extra_args)
+    except validate.MissingError as error:
+      raise error.when_calling("grad_fn(params, batch") from None
     value = (found.losses, found.aux) if has_aux else found.losses
     return (value, found.grads) if state is None else (value, found.grads, new_state)
 

@@ -1,4 +1,4 @@
-"""Flax NNX layers: compute locally in regions of the input, then combine.
+"""Flax: NNX layers that compute in regions of the input, and Linen's train state.
 
 Imports `_core` and `regions`.
 """
@@ -15,3 +15,4 @@ from optax_ranger.layers._partitions import Graph as Graph
 from optax_ranger.layers._partitions import Grid as Grid
 from optax_ranger.layers._partitions import TimeWindows as TimeWindows
 from optax_ranger.layers._regional import RegionalAggregator as RegionalAggregator
+from optax_ranger.layers._train_state import TrainState as TrainState

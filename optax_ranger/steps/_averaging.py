@@ -111,10 +111,8 @@ def average_neighbors(
   ) -> tuple[PyTree, MemberState]:
     del params, extra_args
     if neighbors is None:
-      raise ValueError(
-        "average_neighbors needs neighbors=: call update(updates, state,"
-        " params, neighbors=...), for example with ranger.neighbors.nearest(...)."
-      )
+      how = ", for example with ranger.neighbors.nearest(...)"
+      raise validate.MissingError("neighbors", "average_neighbors", how)
     if normalize == "graph":
       validate.given("graph_weight", graph_weight, "average_neighbors")
     members = present_members(updates, state, member_weights, num_dropped)

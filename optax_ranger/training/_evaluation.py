@@ -1,5 +1,7 @@
 """`eval_params`: the parameters to evaluate with, found in any state."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -18,16 +20,19 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
     state: an optimizer's state, or an ``nnx.Optimizer`` or ``TrainState`` that
       holds it. The smoothing may stand anywhere in it: inside ``optax.chain``,
       ``accumulate``, ``optax.masked``, ``optax.partition`` and others.
-    params: the parameters in training; of an NNX model,
-      ``nnx.state(model, nnx.Param)``.
+    params: the parameters in training; or an ``nnx.Module``, whose trained
+      parameters are those of the ``nnx.Optimizer``, ``nnx.Param`` else.
 
   Returns:
     A tree like `params`, with its types: each leaf smoothed if one of the
     states holds it, else the leaf of `params`; `params` itself without any
-    smoothing.
+    smoothing. Of a module, another module to evaluate: the one in training stays
+    as it is.
 
   Raises:
-    ValueError: when two states hold the same leaf.
+    ValueError: when two states hold the same leaf; when the state holds plain
+      dictionaries, as a checkpoint restored without a template does; and when a
+      smoothed copy has another shape than its parameter.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -35,6 +40,8 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
     >>> ranger.eval_params(optax.adam(0.1).init(params), params) is params
     True
   """
+  if _is_module(params):
+    return _eval_module(state, params)
   copies = states.smoothed_copies(state)
   if not copies:
     _refuse_dictionaries(state)
@@ -69,7 +76,31 @@ def _refuse_dictionaries(state: PyTree) -> None:
     )
 
 
+def _is_module(model: Any) -> bool:
+  # By name: this package does not import Flax before somebody passes a module.
+  return any(
+    kind.__module__.startswith("flax.nnx") and kind.__name__ == "Module"
+    for kind in type(model).__mro__
+  )
+
+
+def _eval_module(state: PyTree, model: Any) -> Any:
+  """A copy of an NNX model, with smoothed parameters."""
+  from flax import nnx
+
+  trained = getattr(state, "wrt", nnx.Param)
+  graph, params, rest = nnx.split(model, trained, ...)
+  return nnx.merge(graph, eval_params(state, params), rest, copy=True)
+
+
 def _evaluated(slow: Array, param: Array, rate: Array) -> Array:
+  if slow.shape != param.shape or rate.shape != param.shape[: rate.ndim]:
+    raise ValueError(
+      f"the state holds a smoothed copy of shape {list(slow.shape)} for a parameter of"
+      f" shape {list(param.shape)}: pass the parameters that it was made for."
+    )
+  # A state that was vmapped over models has a share for each.
+  rate = jnp.expand_dims(rate, tuple(range(rate.ndim, param.ndim)))
   here = jax.typeof(param).sharding
   if jax.typeof(slow).sharding != here and not here.mesh.empty:
     # Of a state that is split; on concrete arrays no mesh need be set.

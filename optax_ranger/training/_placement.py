@@ -131,6 +131,19 @@ class Placement:
       function, out_sharding=(params, state, self.sharding(WHOLE))
     )
 
+  def refuse_split_params(self, params: PyTree) -> None:
+    """Refuses parameters that are split over the axes of the examples (FSDP)."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      for entry in _spec_of(leaf):
+        shared = _names(entry).intersection(self.names)
+        if shared:
+          raise ValueError(
+            f"params{jax.tree_util.keystr(path)} is split over the mesh axis"
+            f' {min(shared)!r}, as are the examples (FSDP): partition="shard_map"'
+            ' needs it whole there. Use partition="jit", where the compiler gathers'
+            " it."
+          )
+
   def place_params(self, params: PyTree) -> PyTree:
     """Keeps what lies on the mesh, and copies what doesn't to every device."""
     if self.mesh is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.members import init_members
 from optax_ranger._core.sharding import place
+from optax_ranger._core.shards import ROWS
 from optax_ranger._core.types import Neighbors
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import arguments
@@ -228,12 +230,13 @@ class TrainStep:
     self._donate = donate
     self._compiled: dict[Any, Any] = {}
     self._window_shapes: list[Any] | None = None
+    self._met_a_model = False
 
   def init(self, params: PyTree) -> _update.TrainStepState:
     """The state at the start, placed on the mesh as ``update`` keeps it."""
+    _check_params(params)
     params = self._placement.place_params(params)
     body = self._body
-    _check_params(params)
     over = init_members if body.step is None else body.step.init
     state = _update.TrainStepState(over(params), body.optimizer.init(params))
     if self._reduce_on_emission:
@@ -260,8 +263,12 @@ class TrainStep:
       rows, shared = self._split_extra(extra_args)
       given = _update.Given(batch, rows, shared)
       return self._body(self._placement.names, False, params, state, given)
+    params = self._apart_from_a_model(params)
     args = self._prepare(params, state, batch, extra_args)
-    return self._jitted(*args[:2])(*args)
+    try:
+      return self._jitted(*args[:2])(*args)
+    except validate.MissingError as error:
+      raise error.when_calling("update(params, state, batch") from None
 
   def lower(
     self,
@@ -273,6 +280,14 @@ class TrainStep:
     """As ``jax.jit(...).lower``: for ``collectives``, and to compile ahead."""
     args = self._prepare(params, state, batch, extra_args)
     return self._jitted(*args[:2]).lower(*args)
+
+  def _apart_from_a_model(self, params: PyTree) -> PyTree:
+    """A copy of an NNX model's own arrays, which donation would delete."""
+    is_model = type(params).__module__.startswith("flax.nnx")
+    if not self._donate or self._met_a_model or not is_model:
+      return params
+    self._met_a_model = True
+    return jax.tree.map(jnp.copy, params)
 
   def _prepare(self, params, state, batch, extra_args):
     placement = self._placement
@@ -292,6 +307,7 @@ class TrainStep:
       name: placement.place_rows(_placement.padded(arg, name, to))
       for name, arg in rows.items()
     }
+    _check_params(params)
     params = placement.place_params(params)
     in_parts = self._reduce_on_emission
     return (
@@ -340,6 +356,8 @@ class TrainStep:
       leaves, structure = jax.tree.flatten((params, state))
       key = (structure, tuple(leaf.sharding for leaf in leaves))
     if key not in self._compiled:
+      if self._donate:
+        _refuse_one_buffer_twice({"params": params, "state": state})
       if key is None:
         function = functools.partial(self._body, None, False)
         self._compiled[key] = jax.jit(function, donate_argnums=donated)
@@ -364,7 +382,9 @@ class TrainStep:
       axis_names=set(placement.names),
       check_vma=True,
     )
-    if not manual:
+    if manual:
+      placement.refuse_split_params(params)
+    else:
       update = functools.partial(body, None, False)
       if placement.shard_state:
         reduction = _update.Reduction(None, rows=False)
@@ -418,7 +438,18 @@ class TrainStep:
           " gradient itself, once a call, so optimizers with a line search"
           " (value_fn=, grad=) need a loop of their own."
         )
+    self._refuse_misspelled(extra_args)
     return arguments.split_rows(extra_args, self._body.options.row_args)
+
+  def _refuse_misspelled(self, extra_args: dict[str, Any]) -> None:
+    """Other names may be the optimizer's, and pass."""
+    options = self._body.options
+    known = {*ROWS, *options.row_args, *(options.statistics or ()), "weight", "value"}
+    for function in (self._body.losses, options.find_neighbors):
+      if function is not None:
+        known |= {*inspect.signature(function).parameters}
+    unknown = [name for name in extra_args if name not in known]
+    validate.spelling(unknown, sorted(known), "train_step")
 
 
 def _check_params(params: PyTree) -> None:
@@ -435,4 +466,22 @@ def _check_params(params: PyTree) -> None:
       raise TypeError(
         f"{name} must be an array, got {leaf!r}: make it one with jnp.asarray, so"
         " that its type does not change from step to step."
+      )
+
+
+def _refuse_one_buffer_twice(trees: dict[str, PyTree]) -> None:
+  """Refuses two leaves that share a buffer: it could not be donated for both."""
+  seen: dict[int, str] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+    known = isinstance(leaf, jax.Array) and validate.is_known(leaf) and leaf.size
+    if not known or not leaf.addressable_shards:
+      continue
+    name = f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+    first = seen.setdefault(
+      leaf.addressable_shards[0].data.unsafe_buffer_pointer(), name
+    )
+    if first is not name:
+      raise ValueError(
+        f"{name} and {first} are one buffer, which cannot be updated in place twice:"
+        " copy one with jnp.copy, or pass donate=False to train_step."
       )
