@@ -42,7 +42,7 @@ def transpose(
 ) -> Array:
   """The transpose of the step applied to one: the weights of the examples, [n]."""
 
-  def weights_for(state, extra_args):
+  def weights_for(n, state, extra_args):
     apply = lambda leaf: step.update(leaf, state, None, **extra_args)[0]
     # Under shard_map the weights differ from device to device with their inputs.
     axes = axes_among(state, extra_args)
@@ -72,7 +72,7 @@ def transpose(
       ) from error
     return weights
 
-  weights = weights_for(state, extra_args)
+  weights = weights_for(n, state, extra_args)
   with jax.ensure_compile_time_eval():
     _refuse_other_than_one_weight(
       step, n, weights_for, *_concrete_like((state, extra_args))
@@ -93,6 +93,7 @@ def _refuse_other_than_one_weight(
   on shapes and lose it in silence, and the constant of an affine one as well.
   """
   draw = np.random.default_rng(0).standard_normal
+  n = _known_size(n)
   probe = [draw([n]).astype(np.float32), draw([n, 2, 3]).astype(np.float32)]
   leaves, structure = jax.tree.flatten((state, extra_args))
   is_array = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
@@ -106,7 +107,7 @@ def _refuse_other_than_one_weight(
       for leaf, array in zip(leaves, is_array, strict=True)
     )
     result, _ = step.update(probe, state, None, **extra_args)
-    return weights_for(state, extra_args), result
+    return weights_for(n, state, extra_args), result
 
   arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
   try:
@@ -131,16 +132,22 @@ def _concrete_like(tree: PyTree) -> PyTree:
   def concrete(leaf):
     if not isinstance(leaf, jax.core.Tracer):
       return leaf
+    shape = tuple(map(_known_size, leaf.shape))
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-    if jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.ndim == 2 and leaf.size:
-      n, k = leaf.shape
+      return jnp.broadcast_to(jax.random.key(0), shape)
+    if jnp.issubdtype(leaf.dtype, jnp.integer) and len(shape) == 2 and all(shape):
+      n, k = shape
       round_ = np.arange(1, n + 1)[:, None] + np.arange(k)
       return (round_ % n).astype(leaf.dtype)
     fill = 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else 1
-    return np.full(leaf.shape, fill, leaf.dtype)
+    return np.full(shape, fill, leaf.dtype)
 
   return jax.tree.map(concrete, tree)
+
+
+def _known_size(size: Any) -> int:
+  """A size to try with, where ``jax.export`` leaves it open."""
+  return size if isinstance(size, int) else 8
 
 
 def uses_gramian(

@@ -1,0 +1,438 @@
+"""`train_step`: batches without a usable example, statistics, keys, jit around it."""
+
+import functools
+
+import equinox as eqx
+from flax import nnx
+import jax
+from jax import export
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+X = np.random.default_rng(0).standard_normal([16, 3]).astype(np.float32)
+# Of NumPy, since arrays of JAX are gone once they were donated.
+W = {"w": np.array([1, 2, 3], np.float32)}
+WAYS = {
+  "one device": {},
+  "micro-batches": {"num_micro_batches": 4},
+  "mesh": {"mesh": 8},
+  "explicit mesh": {"mesh": 8, "kind": AxisType.Explicit},
+  "compiler": {"mesh": 8, "partition": "jit"},
+  "split state": {"mesh": 8, "shard_state": True},
+  "on emission": {"mesh": 8, "reduce": "on_emission"},
+}
+each_way = pytest.mark.parametrize("way", WAYS)
+OPTIMIZERS = {
+  "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+  "ngs": lambda: optax.chain(ranger.scale_by_ngs(acceleration=1.0), optax.scale(-0.1)),
+  "accumulate": lambda: ranger.accumulate(optax.sgd(0.1, momentum=0.9), 3),
+  "ranger": lambda: ranger.ranger(0.1, acceleration=1.0, every=2, ema_decay=0.9),
+  "radam": lambda: ranger.ranger_radam(0.1),
+}
+
+
+def losses(params, batch):
+  return (batch @ params["w"] - 1) ** 2
+
+
+def build(way, optimizer, loss=losses, **options):
+  options = {**WAYS[way], **options}
+  devices, kind = options.pop("mesh", 0), options.pop("kind", AxisType.Auto)
+  if devices:
+    options["mesh"] = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
+  return ranger.train_step(loss, optimizer, donate=False, **options)
+
+
+def same(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((actual, expected)))
+
+
+def close(actual, expected):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), actual, expected
+  )
+
+
+def bad_batches():
+  half = X.copy()
+  half[::2], half[1::2] = np.nan, np.inf
+  yield "NaN", X * np.nan, {}
+  yield "NaN and inf", half, {}
+  yield "weights of zero", X, {"member_weights": np.zeros(16, np.float32)}
+  yield "losses overflow", X * np.float32(1e30), {}
+
+
+@each_way
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_moves_without_a_usable_example(way, name):
+  if way == "on emission" and name != "accumulate":
+    pytest.skip("reduce='on_emission' needs accumulate(...)")
+  update = build(way, OPTIMIZERS[name]())
+  params, state = W, update.init(W)
+  for _ in range(4):
+    params, state, _ = update(params, state, X)
+  for kind, batch, extra in bad_batches():
+    after, new_state, metrics = update(params, state, batch, **extra)
+    same(after, params)
+    same(new_state.optimizer, state.optimizer)
+    assert np.isnan(metrics["loss"]), kind
+    assert metrics["weight"] == 0
+    assert metrics["num_dropped"] == (0 if extra else 16)
+  # One usable example is enough.
+  batch = X.copy()
+  batch[1:] = np.nan
+  after, _, metrics = update(params, state, batch)
+  assert metrics["weight"] == 1
+  assert np.isfinite(metrics["loss"])
+  assert np.isfinite(after["w"]).all()
+
+
+def test_a_step_that_is_not_linear_moves_nothing_either():
+  update = ranger.train_step(
+    losses, optax.adam(0.1), step=ranger.aggregate_by_median(), donate=False
+  )
+  with jax.numpy_dtype_promotion("standard"):
+    state = update.init(W)
+    params, state, _ = update(W, state, X)
+    after, new_state, metrics = update(params, state, X * np.nan)
+  same((after, new_state.optimizer), (params, state.optimizer))
+  assert int(new_state.step.num_dropped) == 16
+  assert np.isnan(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+  "step",
+  [
+    ranger.aggregate_by_mean(),
+    ranger.aggregate_by_sum(),
+    ranger.aggregate_by_median(),
+    ranger.aggregate_by_geometric_median(),
+  ],
+  ids=["mean", "sum", "median", "geometric median"],
+)
+def test_value_and_grad_gives_zero_and_counts(step):
+  """The caller compares the counter with the number of examples."""
+  grad_fn = ranger.value_and_grad(losses, step)
+  _, grads, state = grad_fn(W, X * np.nan, state=step.init(W))
+  np.testing.assert_array_equal(grads["w"], 0)
+  assert int(state.num_dropped) == len(X)
+
+
+def test_micro_batches_without_a_usable_example_are_a_window_of_weight_zero():
+  grad_fn = jax.value_and_grad(lambda params, batch: losses(params, batch).mean())
+  _, grads, report = ranger.micro_batched(grad_fn, 4)(W, X * np.nan)
+  np.testing.assert_array_equal(grads["w"], 0)
+  assert float(report.weight) == 0
+  tx = ranger.ranger(0.1, acceleration=1.0, ema_decay=0.9)
+  state = tx.init(W)
+  updates, _ = tx.update(grads, state, W, weight=report.weight)
+  np.testing.assert_array_equal(updates["w"], 0)
+
+
+# Statistics
+
+
+def with_statistics(params, batch, stats=None):
+  values = losses(params, batch)
+  mean = {"mean": batch.mean(axis=0), "seen": jnp.int32(batch.shape[0])}
+  return values, {"stats": mean, "right": values < 1, "largest": jnp.abs(batch).max()}
+
+
+@pytest.mark.parametrize("way", ["one device", "micro-batches", "mesh", "split state"])
+def test_statistics_come_back(way):
+  update = build(
+    way, optax.sgd(0.1), with_statistics, has_aux=True, statistics=("stats",)
+  )
+  _, _, metrics = update(W, update.init(W), X)
+  np.testing.assert_allclose(metrics["stats"]["mean"], X.mean(axis=0), atol=1e-6)
+  assert metrics["stats"]["mean"].shape == (3,)
+  assert metrics["stats"]["seen"] == 16  # added up, not averaged
+  assert metrics["stats"]["seen"].dtype == jnp.int32
+  right = (losses(W, X) < 1).mean()
+  np.testing.assert_allclose(metrics["right"], right, rtol=1e-6)
+  assert metrics["largest"].shape == ()
+
+
+@pytest.mark.parametrize("rows", [8, 12, 16])
+def test_statistics_are_told_from_rows_by_their_name(rows):
+  """Whatever their length: four features, micro-batches of two, three and four rows."""
+  batch = np.random.default_rng(1).standard_normal([rows, 4]).astype(np.float32)
+  loss = lambda params, batch: (
+    (batch @ params["w"]) ** 2,
+    {"mean": batch.mean(axis=0)},
+  )
+  update = ranger.train_step(
+    loss,
+    optax.sgd(0.1),
+    has_aux=True,
+    statistics=("mean",),
+    num_micro_batches=4,
+    donate=False,
+  )
+  params = {"w": jnp.ones(4)}
+  _, _, metrics = update(params, update.init(params), batch)
+  np.testing.assert_allclose(metrics["mean"], batch.mean(axis=0), atol=1e-6)
+
+
+def test_statistics_weigh_as_their_examples_do():
+  update = build(
+    "micro-batches",
+    optax.sgd(0.1),
+    with_statistics,
+    has_aux=True,
+    statistics=("stats",),
+  )
+  weights = np.where(np.arange(16) % 4 == 0, 3, 0).astype(np.float32)
+  _, _, metrics = update(W, update.init(W), X, member_weights=weights)
+  # Every fourth row is one micro-batch.
+  np.testing.assert_allclose(metrics["stats"]["mean"], X[::4].mean(axis=0), atol=1e-6)
+  assert metrics["stats"]["seen"] == 4
+
+
+def test_statistics_stay_without_a_usable_example():
+  update = build(
+    "mesh", optax.sgd(0.1), with_statistics, has_aux=True, statistics=("stats",)
+  )
+  before = {"mean": jnp.asarray([7.0, 8.0, 9.0]), "seen": jnp.int32(5)}
+  _, _, metrics = update(W, update.init(W), X * np.nan, stats=before)
+  same(metrics["stats"], before)
+
+
+# Keys
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
+def test_micro_batches_draw_their_own_noise(num_micro_batches):
+  def loss(params, batch, key):
+    return losses(params, batch) + jax.random.uniform(key, []), {}
+
+  options = {"has_aux": True, "num_micro_batches": num_micro_batches}
+  update = ranger.train_step(loss, optax.sgd(0.1), **options)
+  key = jax.random.key(3)
+  _, _, metrics = update(W, update.init(W), X, key=key)
+  keys = [jax.random.fold_in(key, i) for i in range(num_micro_batches)]
+  keys = [key] if num_micro_batches == 1 else keys
+  expected = losses(W, X).mean() + np.mean(
+    [jax.random.uniform(one, []) for one in keys]
+  )
+  np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_draw_their_own_noise(devices):
+  def loss(params, batch, key):
+    return losses(params, batch) + jax.random.uniform(key, []), {}
+
+  mesh = jax.make_mesh((devices,), ("data",))
+  update = ranger.train_step(loss, optax.sgd(0.1), has_aux=True, mesh=mesh)
+  key = jax.random.key(3)
+  _, _, metrics = update({**W}, update.init(W), X, key=key)
+  draws = [jax.random.uniform(jax.random.fold_in(key, i), []) for i in range(devices)]
+  expected = np.mean(losses(W, X)) + np.mean(draws)
+  np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
+# Compiled by others
+
+
+def test_inside_of_jit_scan_and_vmap():
+  update = ranger.train_step(losses, OPTIMIZERS["accumulate"]())
+  params, state = W, update.init(W)
+  for _ in range(4):
+    params, state, metrics = update(params, state, X)
+  compiled = jax.jit(lambda params, state: update(params, state, X)[:2])
+  here = (W, update.init(W))
+  for _ in range(4):
+    here = compiled(*here)
+  np.testing.assert_allclose(here[0]["w"], params["w"], rtol=1e-6)
+
+  def body(carry, batch):
+    params, state, metrics = update(*carry, batch)
+    return (params, state), metrics["loss"]
+
+  start = (W, update.init(W))
+  (scanned, _), found = jax.lax.scan(body, start, jnp.stack([X] * 4))
+  np.testing.assert_allclose(scanned["w"], params["w"], rtol=1e-6)
+  np.testing.assert_allclose(found[-1], metrics["loss"], rtol=1e-5)
+  many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, -leaf]), W)
+  states = jax.vmap(update.init)(many)
+  for _ in range(4):
+    many, states, _ = jax.vmap(update, (0, 0, None))(many, states, X)
+  np.testing.assert_allclose(many["w"][0], params["w"], rtol=1e-5)
+
+
+def test_smoothed_parameters_of_many_models():
+  tx = optax.chain(optax.sgd(0.1), ranger.smooth_by_ema(0.5))
+  many = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(2.0)}
+  states = jax.vmap(tx.init)(many)
+  _, states = jax.vmap(tx.update)(many, states, many)
+  expected = jax.vmap(ranger.eval_params)(states, many)
+  found = ranger.eval_params(states, many)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected
+  )
+  with pytest.raises(ValueError, match="pass the parameters that it was made for"):
+    ranger.eval_params(states, jax.tree.map(lambda leaf: leaf[0], many))
+
+
+@functools.cache
+def register_optax():
+  """Optax leaves that to its users; our states are registered."""
+  for kind in (optax.EmptyState, optax.TraceState, optax.ScaleByScheduleState):
+    name = f"optax.{kind.__name__}"
+    export.register_namedtuple_serialization(kind, serialized_name=name)
+
+
+@pytest.mark.parametrize(
+  "step", [None, ranger.aggregate_by_mean()], ids=["mean", "step"]
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_exported_for_any_number_of_examples(name, step):
+  register_optax()
+  update = ranger.train_step(losses, OPTIMIZERS[name](), step=step)
+  state = update.init(W)
+  rows = jax.ShapeDtypeStruct(export.symbolic_shape("rows, 3"), jnp.float32)
+  exported = export.export(jax.jit(lambda *args: update(*args)))(W, state, rows)
+  for n in (2, 16):
+    close(exported.call(W, state, X[:n]), update(W, update.init(W), X[:n]))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "predictions", "guard"])
+def test_exported(name):
+  """State and step go through ``jax.export``, bytes and back."""
+  more = {
+    "predictions": lambda: optax.chain(
+      ranger.smooth_predictions(20, 2), optax.sgd(0.1)
+    ),
+    "guard": lambda: ranger.skip_nonfinite(ranger.skip_anomalies(optax.sgd(0.1))),
+  }
+  register_optax()
+  tx = {**OPTIMIZERS, **more}[name]()
+  update = ranger.train_step(losses, tx, step=ranger.aggregate_by_mean())
+  step = jax.jit(lambda params, state, batch: update(params, state, batch))
+  extra = {}
+  if name == "predictions":
+    loss = lambda params, batch: (
+      losses(params, batch),
+      {"predictions": jnp.full([batch.shape[0], 2], 0.5)},
+    )
+    update = ranger.train_step(loss, tx, has_aux=True)
+    step = jax.jit(
+      lambda params, state, batch: update(
+        params, state, batch, example_ids=jnp.arange(16)
+      )
+    )
+  state = update.init(W)
+  blob = export.export(step)(W, state, X).serialize()
+  again = export.deserialize(bytearray(blob))
+  found = again.call(W, state, X)
+  expected = step(W, state, X, **extra)
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  close(found, expected)
+
+
+# Refusals
+
+
+def test_refusals_name_what_to_do():
+  update = ranger.train_step(losses, optax.sgd(0.1))
+  state = update.init(W)
+  with pytest.raises(ValueError, match=r"value_fn= is a function.*line search"):
+    update(W, state, X, value_fn=lambda params: 0.0)
+  with pytest.raises(TypeError, match=r"params\['w'\] must be an array, got 1.0"):
+    update.init({"w": 1.0})
+  model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+  with pytest.raises(TypeError, match=r"is a function.*equinox.filter"):
+    update.init(model)
+  with pytest.raises(
+    TypeError, match=r"member_weight=; did you mean member_weights=\?"
+  ):
+    update(W, state, X, member_weight=np.ones(16))
+  with pytest.raises(TypeError, match=r"weights=; did you mean weight=\?"):
+    update(W, state, X, weights=1.0)
+  update(W, update.init(W), X, something_of_the_optimizer=1.0)
+
+
+@pytest.mark.parametrize("item", ["loss", "weight", "num_dropped"])
+def test_items_of_aux_must_not_be_named_like_metrics(item):
+  loss = lambda params, batch: (losses(params, batch), {item: losses(params, batch)})
+  update = ranger.train_step(loss, optax.sgd(0.1), has_aux=True)
+  with pytest.raises(ValueError, match=f"aux must not have an item named '{item}'"):
+    update(W, update.init(W), X)
+
+
+def test_aux_must_hold_rows_or_be_declared():
+  loss = lambda params, batch: (losses(params, batch), {"mean": batch.mean(axis=0)})
+  update = ranger.train_step(loss, optax.sgd(0.1), has_aux=True)
+  with pytest.raises(ValueError, match=r"aux\['mean'\].*shape \[3\].*statistics="):
+    update(W, update.init(W), X)
+  loss = lambda params, batch: (losses(params, batch), batch.mean())
+  update = ranger.train_step(loss, optax.sgd(0.1), has_aux=True)
+  with pytest.raises(ValueError, match="with a dictionary as aux, got"):
+    update(W, update.init(W), X)
+
+
+@pytest.mark.parametrize("way", ["one device", "micro-batches", "mesh"])
+def test_losses_must_be_one_a_row(way):
+  update = build(
+    way, optax.sgd(0.1), lambda params, batch: losses(params, batch).mean()
+  )
+  with pytest.raises(ValueError, match=r"one for each row.*leave out the mean"):
+    update(W, update.init(W), X)
+
+
+def test_split_parameters_need_the_compiler():
+  mesh = jax.make_mesh((8,), ("data",))
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  params = {"w": jax.device_put(jnp.ones(8), split)}
+  batch = np.ones([16, 8], np.float32)
+  update = ranger.train_step(losses, optax.sgd(0.1), mesh=mesh)
+  with pytest.raises(ValueError, match=r"params\['w'\] is split.*partition=\"jit\""):
+    update(params, update.init(params), batch)
+  update = ranger.train_step(losses, optax.sgd(0.1), mesh=mesh, partition="jit")
+  after, _, _ = update(params, update.init(params), batch)
+  assert after["w"].sharding == split
+
+
+def test_one_buffer_twice_is_refused():
+  update = ranger.train_step(losses, optax.sgd(0.1, momentum=0.9))
+  params = {"w": jnp.ones(3)}
+  state = update.init(params)
+  alias = lambda leaf: params["w"] if leaf.ndim else leaf
+  shared = state._replace(optimizer=jax.tree.map(alias, state.optimizer))
+  with pytest.raises(ValueError, match=r"are one buffer.*jnp.copy"):
+    update(params, shared, X)
+  update = ranger.train_step(losses, optax.sgd(0.1, momentum=0.9), donate=False)
+  update(params, shared, X)
+
+
+def test_an_nnx_model_keeps_its_arrays():
+  model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(model, nnx.Param)
+  loss = lambda params, batch: nnx.merge(graph, params)(batch)[:, 0] ** 2
+  update = ranger.train_step(loss, optax.sgd(0.1))
+  state = update.init(params)
+  for _ in range(2):
+    params, state, _ = update(params, state, X)
+  assert np.isfinite(model(X)).all()
+  nnx.update(model, params)
+  assert np.isfinite(model(X)).all()
+
+
+def test_missing_arguments_name_the_call_that_was_made():
+  grad_fn = ranger.value_and_grad(losses, ranger.ranger_head())
+  with pytest.raises(ValueError, match=r"call grad_fn\(params, batch, neighbors=...\)"):
+    grad_fn(W, X)
+  update = ranger.train_step(losses, optax.sgd(0.1), step=ranger.ranger_head())
+  with pytest.raises(ValueError, match=r"call update\(params, state, batch, neigh"):
+    update(W, update.init(W), X)
+  step = ranger.average_neighbors()
+  with pytest.raises(ValueError, match=r"update\(updates, state, params, neighbors="):
+    step.update(W, step.init(W))
