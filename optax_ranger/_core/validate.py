@@ -67,7 +67,10 @@ def static_count(name: str, value: Any, least: int = 1) -> None:
 def integer(name: str, value: Any) -> None:
   """Refuses what is not a Python integer."""
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(f"{name} must be a Python integer, got {value!r}.")
+    raise TypeError(
+      f"{name} must be a Python integer, got {value!r}; with optax.inject_hyperparams,"
+      f' name it in static_args=("{name}", ...).'
+    )
 
 
 def choice(name: str, value: Any, options: Sequence[Any]) -> None:
