@@ -424,6 +424,43 @@ REFUSALS = {
     ValueError,
     r"output_axis must be an axis of updates\['a'\] of shape \[6, 4\], got 2",
   ),
+  "output_axis that is not there in a layer": (
+    lambda: call(
+      ranger.ranger_radam(0.1, output_axis=2, stack_axes=1),
+      {"a": jnp.ones([2, 3, 4])},
+      {"a": jnp.ones([2, 3, 4])},
+    ),
+    ValueError,
+    r"output_axis must be an axis of updates\['a'\] of shape \[2, 3, 4\] after 1"
+    " stack_axes, got 2",
+  ),
+  "stack_axes a float": (
+    lambda: ranger.ranger_radam(0.1, stack_axes=1.0),
+    TypeError,
+    "stack_axes must be a Python integer, got 1.0",
+  ),
+  "stack_axes negative": (
+    lambda: ranger.ranger_radam(0.1, stack_axes={"a": 1, "b": -1}),
+    ValueError,
+    "stack_axes must be a whole number of at least 0, got -1",
+  ),
+  "stack_axes that are not there": (
+    lambda: call(ranger.ranger_radam(0.1, stack_axes=3), {"a": ROWS}, {"a": ROWS}),
+    ValueError,
+    r"stack_axes must be axes of updates\['a'\] of shape \[6, 4\], got 3",
+  ),
+  "axes that are traced": (
+    lambda: optax.inject_hyperparams(ranger.ranger_radam)(0.1).init(ROWS),
+    TypeError,
+    r"output_axis must be a Python integer.*static_args=\(\"output_axis\", ...\)",
+  ),
+  "stacked axes that are traced": (
+    lambda: optax.inject_hyperparams(ranger.ranger_radam, static_args=("output_axis",))(
+      0.1
+    ).init(ROWS),
+    TypeError,
+    r"stack_axes must be a Python integer.*static_args=\(\"stack_axes\", ...\)",
+  ),
   "type of the table": (
     lambda: ranger.smooth_predictions(3, 2, dtype="float16"),
     ValueError,
@@ -564,6 +601,16 @@ REFUSALS = {
     lambda: ranger.smoothed_predictions(optax.sgd(0.1).init({})),
     ValueError,
     "exactly one smooth_predictions, got 0",
+  ),
+  "clip_norm": (
+    lambda: ranger.ranger(0.1, clip_norm=0.0),
+    ValueError,
+    r"clip_norm must lie in \(0, inf\], got 0.0",
+  ),
+  "skip_spikes": (
+    lambda: ranger.ranger(0.1, skip_spikes=-1.0),
+    ValueError,
+    r"threshold must lie in \(0, inf\], got -1.0",
   ),
   "num_classes alone": (
     lambda: ranger.ranger(0.1, num_classes=3),
