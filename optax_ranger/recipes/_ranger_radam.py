@@ -157,7 +157,7 @@ def ranger_radam(
   lookahead: Any = _lookahead.smooth_by_lookahead(every, step_size)
 
   def init(params: PyTree) -> RangerRadamState:
-    validate.inexact_leaves("params", params, "ranger_radam")
+    validate.parameters(params, "ranger_radam", copied=True)
     wide = lambda p: jnp.zeros_like(p, dtype=numerics.wide(p.dtype))
     real = lambda p: jnp.zeros_like(p, dtype=numerics.real(numerics.wide(p.dtype)))
     return RangerRadamState(
@@ -178,6 +178,9 @@ def ranger_radam(
   ) -> tuple[PyTree, RangerRadamState]:
     del extra_args
     validate.given_params(params, "ranger_radam")
+    validate.state(state, RangerRadamState, "ranger_radam")
+    validate.same_tree("updates", updates, state.first_moment, "ranger_radam")
+    validate.same_tree("params", params, state.first_moment, "ranger_radam")
     same = jax.tree.map(lambda leaf: state.count, updates)
     validate.reduced("updates", updates, same, "ranger_radam")
     # Behind a barrier, or XLA would keep the squares for the second moment.
