@@ -74,7 +74,10 @@ def static_count(name: str, value: Any, least: int = 1) -> None:
 def integer(name: str, value: Any) -> None:
   """Refuses what is not a Python integer."""
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(f"{name} must be a Python integer, got {value!r}.")
+    raise TypeError(
+      f"{name} must be a Python integer, got {value!r}; with optax.inject_hyperparams,"
+      f' name it in static_args=("{name}", ...).'
+    )
 
 
 def choice(name: str, value: Any, options: Sequence[Any]) -> None:
@@ -231,3 +234,74 @@ def spelling(given: Iterable[str], known: Sequence[str], step: str) -> None:
   for name in given:
     for meant in difflib.get_close_matches(name, known, 1, cutoff=0.8):
       raise TypeError(f"{step} got {name}=; did you mean {meant}=?")
+
+
+_OF_A_MODEL = (
+  " Of a model, pass the parameters alone: nnx.state(model, nnx.Param), or"
+  " eqx.filter(model, eqx.is_inexact_array)."
+)
+
+
+def parameters(params: PyTree, step: str, *, copied: bool = False) -> None:
+  """Refuses parameters that are no floating-point arrays.
+
+  With `copied`, the step needs their values, and abstract arrays are refused.
+  """
+  plain = isinstance(params, (dict, list, tuple))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    where = f"params{jax.tree_util.keystr(path)}"
+    _array(leaf, where, step, _OF_A_MODEL)
+    if copied and isinstance(leaf, jax.ShapeDtypeStruct):
+      raise TypeError(
+        f"{step} copies the parameters, but {where} is abstract: for an abstract state,"
+        " call jax.eval_shape(tx.init, params)."
+      )
+    if not (plain or jnp.issubdtype(leaf.dtype, jnp.inexact)):
+      raise TypeError(
+        f"{step} needs floating-point params, got {leaf.dtype} at {where}.{_OF_A_MODEL}"
+      )
+  inexact_leaves("params", params, step)
+
+
+def same_tree(name: str, tree: PyTree, like: PyTree, step: str) -> None:
+  """Refuses a tree whose arrays are not those of `like`, the step's parameters."""
+  arrays(name, tree, step)
+  expected, found = jax.tree.flatten(like), jax.tree.flatten(tree)
+  shapes = lambda leaves: [jnp.shape(leaf) for leaf in leaves]
+  if expected[1] == found[1] and shapes(expected[0]) == shapes(found[0]):
+    return
+  by_path = lambda tree: {
+    jax.tree_util.keystr(path): list(jnp.shape(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  want, have = by_path(like), by_path(tree)
+  for path in (*want, *have):
+    if want.get(path) != have.get(path):
+      if path not in have:
+        problem = "is missing"
+      elif path not in want:
+        problem = "is not one of them"
+      else:
+        problem = f"has shape {have[path]}, not {want[path]}"
+      raise ValueError(
+        f"{step} needs {name} like the parameters that its init was given, but"
+        f" {name}{path} {problem}."
+      )
+
+
+def arrays(name: str, tree: PyTree, step: str) -> None:
+  """Refuses leaves that are no arrays, such as Python numbers and functions."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    _array(leaf, f"{name}{jax.tree_util.keystr(path)}", step)
+
+
+def _array(leaf: Any, where: str, step: str, hint: str = "") -> None:
+  if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+    return
+  if isinstance(leaf, (bool, int, float, complex)):
+    raise TypeError(
+      f"{step} needs arrays, got the Python number {leaf!r} at {where}: make it one"
+      f" with jnp.asarray({leaf!r})."
+    )
+  kind = "a function" if callable(leaf) else f"a {type(leaf).__name__}"
+  raise TypeError(f"{step} needs arrays, got {kind} at {where}.{hint}")

@@ -1,14 +1,23 @@
 """The recipes `ranger_head` and `ranger`: all five steps in their order."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.tree import inner_product
+from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import transformation
 from optax_ranger.steps import _acceleration
 from optax_ranger.steps import _accumulation
 from optax_ranger.steps import _aggregation
 from optax_ranger.steps import _averaging
 from optax_ranger.steps import _ema
+from optax_ranger.steps import _guarding
 from optax_ranger.steps import _predictions
 
 
@@ -61,8 +70,12 @@ def ranger(
   hyper_rate: Any = 0.05,
   bounds: tuple[Any, Any] = (1e-6, 1e6),
   weight_decay: Any = 0.0,
+  weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+  clip_norm: Any = None,
+  skip_spikes: Any = None,
   every: Any = 1,
   ema_decay: Any = None,
+  ema_warmup: Any = 10,
   num_examples: int | None = None,
   num_classes: int | None = None,
   prediction_decay: Any = 0.7,
@@ -73,8 +86,8 @@ def ranger(
   its place; steps 1 and 4 come before it, in ``ranger_head``. For the PyTorch
   optimizer of the same name see the README.
 
-  Reads aloud as: smooth predictions, then accumulate (scale by NGS, decay
-  weights, scale by the learning rate, smooth by EMA).
+  Reads aloud as: smooth predictions, then accumulate (skip spikes, clip, scale by
+  NGS, decay weights, scale by the learning rate, smooth by EMA).
 
   Args:
     learning_rate: a number, or a schedule of the optimizer step.
@@ -86,9 +99,19 @@ def ranger(
     bounds: as in ``scale_by_ngs``.
     weight_decay: multiplied with the learning rate and the parameters, apart
       from the gradient (decoupled), and not with the acceleration; 0 is none.
+    weight_decay_mask: which parameters decay, as the mask of ``optax.adamw``: a
+      tree of booleans that starts like the parameters, or a function from them
+      to it; None for all.
+    clip_norm: the largest global norm of the accumulated gradient, positive; a
+      larger one is scaled down to it. None clips nothing.
+    skip_spikes: the score above which an accumulated gradient is skipped, as the
+      ``threshold`` of ``skip_anomalies``, which takes 6; None skips none.
     every: micro-batches in an optimizer step, as in ``accumulate``.
     ema_decay: decay of the smoothed parameters, as in ``smooth_by_ema``; None
       keeps none, and no memory.
+    ema_warmup: its warm-up, by default 10: the average over n steps forgets the
+      initial parameters, which a plain one still holds after a hundred. 0 is
+      the plain one.
     num_examples: rows of the table of smoothed predictions, as in
       ``smooth_predictions``; None keeps none.
     num_classes: its columns; needed with ``num_examples``.
@@ -111,6 +134,8 @@ def ranger(
   Guarantees:
     * Without acceleration, accumulation and smoothing it is Nesterov SGD
       (``test_plain_ranger_is_nesterov_sgd``).
+    * An option that is off leaves no name and no memory in the state, and those
+      of the others where they are (``test_names_do_not_depend_on_other_options``).
     * A gradient that is not finite gives zeros and changes nothing but a
       counter (``test_nothing_poisons``).
 
@@ -126,15 +151,23 @@ def ranger(
     >>> state = tx.init(params)
     >>> updates, state = tx.update(jnp.array(4.0), state, params)
     >>> params = optax.apply_updates(params, updates)
-    >>> print(params, ranger.eval_params(state, params))  # 1 - 0.5 * 4
-    -1.0 0.0
+    >>> print(params)  # 1 - 0.5 * 4
+    -1.0
+    >>> print(f"{ranger.eval_params(state, params):.4f}")  # a tenth of 1 is left
+    -0.8000
   """
   if (num_examples is None) != (num_classes is None):
     raise ValueError(
       "smoothed predictions need num_examples and num_classes, got"
       f" num_examples={num_examples!r} and num_classes={num_classes!r}."
     )
-  inner = [
+  # With a mask in any case: the state is the same with one and without.
+  mask = True if weight_decay_mask is None else weight_decay_mask
+  inner: list[tuple[str, Any]] = []
+  if clip_norm is not None:
+    validate.in_range("clip_norm", clip_norm, 0, float("inf"), open_low=True)
+    inner.append(("clip", _clip_by_norm(clip_norm)))
+  inner += [
     (
       "ngs",
       _acceleration.scale_by_ngs(
@@ -144,16 +177,61 @@ def ranger(
         bounds=bounds,
       ),
     ),
-    ("weight_decay", optax.add_decayed_weights(weight_decay)),
+    ("weight_decay", optax.add_decayed_weights(weight_decay, mask)),
     ("learning_rate", optax.scale_by_learning_rate(learning_rate)),
   ]
   if ema_decay is not None:
-    inner.append(("ema", _ema.smooth_by_ema(ema_decay)))
+    inner.append(("ema", _ema.smooth_by_ema(ema_decay, warmup=ema_warmup)))
+  window = optax.named_chain(*inner)
+  if skip_spikes is not None:
+    window = _guarded(window, skip_spikes)
   steps = []
   if num_examples is not None and num_classes is not None:
     table = _predictions.smooth_predictions(num_examples, num_classes, prediction_decay)
     steps.append(("predictions", table))
-  steps.append(
-    ("accumulate", _accumulation.accumulate(optax.named_chain(*inner), every))
-  )
+  steps.append(("accumulate", _accumulation.accumulate(window, every)))
   return optax.named_chain(*steps)
+
+
+def _clip_by_norm(largest: Any) -> optax.GradientTransformation:
+  """Clips by the global norm, which Optax computes in the gradient's own type."""
+
+  def clip(updates: PyTree, params: PyTree) -> PyTree:
+    del params
+    norm = jnp.sqrt(inner_product(updates, updates))
+    top = numerics.scalar(largest)
+    # NGS skips what is not finite: divided by infinity it would be zero.
+    clips = jnp.logical_and(norm > top, norm < jnp.inf)
+    factor = jnp.where(clips, top / norm, jnp.ones_like(norm))
+    scale = lambda u: u.astype(wide := numerics.wide(u.dtype)) * factor.astype(wide)
+    return jax.tree.map(lambda u: scale(u).astype(u.dtype), updates)
+
+  return optax.stateless(clip)
+
+
+def _guarded(
+  chain: optax.GradientTransformationExtraArgs, threshold: Any
+) -> optax.GradientTransformationExtraArgs:
+  """Skips spikes before a named chain; the guard's state stands beside the others.
+
+  ``skip_anomalies`` holds its inner state inside its own, and the names in a
+  checkpoint would be others with a guard than without.
+  """
+  guard: Any = _guarding.skip_anomalies(chain, threshold=threshold)
+
+  def beside(state: _guarding.SkipState) -> PyTree:
+    own = state._replace(inner_state=())
+    return type(state.inner_state)(guard=own, **state.inner_state)
+
+  def init(params: PyTree) -> PyTree:
+    return beside(guard.init(params))
+
+  def update(
+    updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
+  ) -> tuple[PyTree, PyTree]:
+    inner = type(state)((name, part) for name, part in state.items() if name != "guard")
+    around = state["guard"]._replace(inner_state=inner)
+    updates, new = guard.update(updates, around, params, **extra_args)
+    return updates, beside(new)
+
+  return transformation(init, update)

@@ -1,5 +1,6 @@
 """The other Ranger: rectified Adam, lookahead and gradient centralization."""
 
+from collections.abc import Callable
 import math
 from typing import Any
 from typing import NamedTuple
@@ -51,6 +52,7 @@ def ranger_radam(
   every: Any = 6,
   step_size: Any = 0.5,
   output_axis: int | None = -1,
+  stack_axes: int | PyTree | Callable[[PyTree], PyTree] = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The other Ranger: rectified Adam, lookahead and gradient centralization.
 
@@ -94,6 +96,12 @@ def ranger_radam(
       PyTorch, where they are ``[out, in, ...]``, and as ``optax.centralize``
       assumes; None leaves centralization out. Leaves of fewer than two
       dimensions pass.
+    stack_axes: how many leading axes of a leaf stack layers, as ``flax.linen.scan``
+      and a vmapped ``init`` make them: 1 for ``[layers, in, out]``. Each layer is
+      centralized as if it stood alone, so a bias of ``[layers, out]`` passes, and
+      ``output_axis`` is one of a layer. A number for all leaves; a tree of them
+      that starts like the parameters, such as ``{"embed": 0, "blocks": 1}``; or a
+      function from the updates to it.
 
   Shapes:
     Any tree to the same tree. The state holds three copies of the parameters in
@@ -111,6 +119,8 @@ def ranger_radam(
     * Centralized gradients have a mean of zero over the inputs, and
       ``output_axis=0`` is ``optax.centralize`` (``test_centralized_mean_is_zero``,
       ``test_centralize_equals_optax``).
+    * Stacked layers are updated as the same layers apart
+      (``test_stacked_layers_are_centralized_apart``).
     * A gradient that is not finite gives zeros and changes nothing but a
       counter (``test_nothing_poisons``); the original is lost to it.
 
@@ -142,10 +152,14 @@ def ranger_radam(
   validate.in_range("threshold", threshold, 4, float("inf"), open_high=True)
   if output_axis is not None:
     validate.integer("output_axis", output_axis)
+  if not callable(stack_axes):
+    for depth in jax.tree.leaves(stack_axes):
+      validate.integer("stack_axes", depth)
+      validate.count("stack_axes", depth, least=0)
   lookahead: Any = _lookahead.smooth_by_lookahead(every, step_size)
 
   def init(params: PyTree) -> RangerRadamState:
-    validate.inexact_leaves("params", params, "ranger_radam")
+    validate.parameters(params, "ranger_radam", copied=True)
     wide = lambda p: jnp.zeros_like(p, dtype=numerics.wide(p.dtype))
     real = lambda p: jnp.zeros_like(p, dtype=numerics.real(numerics.wide(p.dtype)))
     return RangerRadamState(
@@ -166,6 +180,9 @@ def ranger_radam(
   ) -> tuple[PyTree, RangerRadamState]:
     del extra_args
     validate.given_params(params, "ranger_radam")
+    validate.state(state, RangerRadamState, "ranger_radam")
+    validate.same_tree("updates", updates, state.first_moment, "ranger_radam")
+    validate.same_tree("params", params, state.first_moment, "ranger_radam")
     same = jax.tree.map(lambda leaf: state.count, updates)
     validate.reduced("updates", updates, same, "ranger_radam")
     # Behind a barrier, or XLA would keep the squares for the second moment.
@@ -181,8 +198,11 @@ def ranger_radam(
       steps, _log(b2, dtype), numerics.scalar(threshold, dtype)
     )
     scale = scale / -jnp.expm1(steps * _log(b1, dtype))
+    depths = stack_axes(own) if callable(stack_axes) else stack_axes
     gradient = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: _centralized(path, leaf, output_axis), own
+      lambda path, leaf, depth: _centralized(path, leaf, output_axis, depth),
+      own,
+      jax.tree.broadcast(depths, own),
     )
 
     # As steps towards the new value: the decay itself, rounded to float32, would
@@ -219,17 +239,24 @@ def ranger_radam(
   return transformation(init, update)
 
 
-def _centralized(path: Any, leaf: Array, output_axis: int | None) -> Array:
-  """The gradient in float32 or better, without its mean over the input axes."""
+def _centralized(path: Any, leaf: Array, output_axis: int | None, depth: int) -> Array:
+  """The gradient in float32 or better, without its mean over the input axes.
+
+  The first `depth` axes stack layers, which are centralized apart.
+  """
   wide = leaf.astype(numerics.wide(leaf.dtype))
-  if output_axis is None or leaf.ndim < 2:
+  where = f"updates{jax.tree_util.keystr(path)} of shape {list(leaf.shape)}"
+  rank = leaf.ndim - depth
+  if rank < 0:
+    raise ValueError(f"stack_axes must be axes of {where}, got {depth}.")
+  if output_axis is None or rank < 2:
     return wide
-  if not -leaf.ndim <= output_axis < leaf.ndim:
+  if not -rank <= output_axis < rank:
+    layers = f" after {depth} stack_axes" if depth else ""
     raise ValueError(
-      f"output_axis must be an axis of updates{jax.tree_util.keystr(path)} of shape"
-      f" {list(leaf.shape)}, got {output_axis}."
+      f"output_axis must be an axis of {where}{layers}, got {output_axis}."
     )
-  inputs = tuple(i for i in range(leaf.ndim) if i != output_axis % leaf.ndim)
+  inputs = tuple(depth + i for i in range(rank) if i != output_axis % rank)
   size = max(1, math.prod(leaf.shape[i] for i in inputs))
   total = wide.sum(axis=inputs, keepdims=True)
   return wide - total * jnp.asarray(1 / size, total.dtype)

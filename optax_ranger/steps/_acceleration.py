@@ -137,7 +137,7 @@ def scale_by_ngs(
   hyper.check()
 
   def init(params: PyTree) -> NgsState:
-    validate.inexact_leaves("params", params, "scale_by_ngs")
+    validate.parameters(params, "scale_by_ngs")
     return NgsState(
       count=numerics.zero_count(),
       num_skipped=numerics.zero_count(),
@@ -155,6 +155,8 @@ def scale_by_ngs(
     **extra_args: Any,
   ) -> tuple[PyTree, NgsState]:
     del params, extra_args
+    validate.state(state, NgsState, "scale_by_ngs")
+    validate.same_tree("updates", updates, state.momentum, "scale_by_ngs")
     validate.reduced("updates", updates, state.momentum, "scale_by_ngs")
     decay = numerics.scalar(momentum)
     decay_of = lambda leaf: numerics.scalar(momentum, leaf.dtype)
@@ -304,7 +306,7 @@ def accelerate(
   inner = optax.with_extra_args_support(inner)
 
   def init(params: PyTree) -> AccelerateState:
-    validate.inexact_leaves("params", params, "accelerate")
+    validate.parameters(params, "accelerate")
     return AccelerateState(
       count=numerics.zero_count(),
       num_skipped=numerics.zero_count(),
@@ -320,6 +322,8 @@ def accelerate(
     params: PyTree = None,
     **extra_args: Any,
   ) -> tuple[PyTree, AccelerateState]:
+    validate.state(state, AccelerateState, "accelerate")
+    validate.same_tree("updates", updates, state.direction, "accelerate")
     validate.reduced("updates", updates, state.direction, "accelerate")
     given, updates = updates, like_tree(updates, state.direction)
     norm = hyper.inner_product(updates, updates)

@@ -162,7 +162,7 @@ def accumulate(
     return jax.tree.map(zeros, tree)
 
   def init(params: PyTree) -> AccumulateState:
-    validate.inexact_leaves("params", params, "accumulate")
+    validate.parameters(params, "accumulate")
     zeros = start(params)
     dtype = numerics.widest_real(zeros)
     return AccumulateState(
@@ -192,7 +192,9 @@ def accumulate(
     _check_window(state, updates, keeps)
     weight = 1 if weight is None else weight
     validate.one_number("weight", weight, "single examples have member_weights=")
+    validate.arrays("updates", updates, "accumulate")
     totals = state.accumulated if keeps else start(updates)
+    validate.same_tree("updates", updates, totals, "accumulate")
     validate.reduced("updates", updates, totals, "accumulate")
     given, updates = updates, like_tree(updates, totals)
     weight = numerics.scalar(weight, state.weight_sum.dtype)

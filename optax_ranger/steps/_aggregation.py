@@ -341,6 +341,7 @@ def aggregate_by_worst_regions(
     **extra_args: Any,
   ) -> tuple[PyTree, WorstRegionsState]:
     del params, extra_args
+    validate.state(state, WorstRegionsState, "aggregate_by_worst_regions")
     validate.given("losses", losses, "aggregate_by_worst_regions")
     validate.given("regions", regions, "aggregate_by_worst_regions")
     start = MemberState(state.num_dropped)

@@ -146,7 +146,7 @@ def smooth_by_ema(
   validate.count("every", every)
 
   def init(params: PyTree) -> EmaState:
-    validate.inexact_leaves("params", params, "smooth_by_ema")
+    validate.parameters(params, "smooth_by_ema", copied=True)
     return EmaState(
       count=numerics.zero_count(),
       num_averaged=numerics.zero_count(),
@@ -162,6 +162,9 @@ def smooth_by_ema(
   ) -> tuple[PyTree, EmaState]:
     del extra_args
     validate.given_params(params, "smooth_by_ema")
+    validate.state(state, EmaState, "smooth_by_ema")
+    validate.same_tree("updates", updates, state.ema, "smooth_by_ema")
+    validate.same_tree("params", params, state.ema, "smooth_by_ema")
     dtype = state.rate.dtype
     beta = decay(state.num_averaged) if callable(decay) else decay
     done = state.num_averaged.astype(dtype)

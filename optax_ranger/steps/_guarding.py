@@ -96,7 +96,7 @@ def skip_nonfinite(
   inner = optax.with_extra_args_support(inner)
 
   def init(params: PyTree) -> SkipNonFiniteState:
-    validate.inexact_leaves("params", params, "skip_nonfinite")
+    validate.parameters(params, "skip_nonfinite")
     return SkipNonFiniteState(numerics.zero_count(), inner.init(params))
 
   def update(
@@ -105,6 +105,8 @@ def skip_nonfinite(
     params: PyTree = None,
     **extra_args: Any,
   ) -> tuple[PyTree, SkipNonFiniteState]:
+    validate.state(state, SkipNonFiniteState, "skip_nonfinite")
+    validate.arrays("updates", updates, "skip_nonfinite")
     same = jax.tree.map(lambda leaf: state.num_skipped, updates)
     validate.reduced("updates", updates, same, "skip_nonfinite")
     # Finite entries may still have squares that overflow an inner moment.
@@ -201,7 +203,7 @@ def skip_anomalies(
   inner = optax.with_extra_args_support(inner)
 
   def init(params: PyTree) -> SkipState:
-    validate.inexact_leaves("params", params, "skip_anomalies")
+    validate.parameters(params, "skip_anomalies")
     return SkipState(
       count=numerics.zero_count(),
       num_skipped=numerics.zero_count(),
@@ -219,6 +221,8 @@ def skip_anomalies(
     value: Any = None,
     **extra_args: Any,
   ) -> tuple[PyTree, SkipState]:
+    validate.state(state, SkipState, "skip_anomalies")
+    validate.arrays("updates", updates, "skip_anomalies")
     same = jax.tree.map(lambda leaf: state.count, updates)
     validate.reduced("updates", updates, same, "skip_anomalies")
     if watch == "value":

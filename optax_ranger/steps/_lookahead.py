@@ -97,7 +97,7 @@ def smooth_by_lookahead(
   validate.in_range("step_size", step_size, 0, 1)
 
   def init(params: PyTree) -> LookaheadState:
-    validate.inexact_leaves("params", params, "smooth_by_lookahead")
+    validate.parameters(params, "smooth_by_lookahead", copied=True)
     return LookaheadState(count=numerics.zero_count(), slow=wide_copy(params))
 
   def update(
@@ -108,6 +108,9 @@ def smooth_by_lookahead(
   ) -> tuple[PyTree, LookaheadState]:
     del extra_args
     validate.given_params(params, "smooth_by_lookahead")
+    validate.state(state, LookaheadState, "smooth_by_lookahead")
+    validate.same_tree("updates", updates, state.slow, "smooth_by_lookahead")
+    validate.same_tree("params", params, state.slow, "smooth_by_lookahead")
     return look_ahead(updates, state, params, every, step_size)
 
   return transformation(init, update)

@@ -1,5 +1,8 @@
 """Wrong use is refused where it is built or traced, by name and value."""
 
+import equinox as eqx
+from flax import nnx
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -424,6 +427,63 @@ REFUSALS = {
     ValueError,
     r"output_axis must be an axis of updates\['a'\] of shape \[6, 4\], got 2",
   ),
+  "output_axis that is not there in a layer": (
+    lambda: call(
+      ranger.ranger_radam(0.1, output_axis=2, stack_axes=1),
+      {"a": jnp.ones([2, 3, 4])},
+      {"a": jnp.ones([2, 3, 4])},
+    ),
+    ValueError,
+    r"output_axis must be an axis of updates\['a'\] of shape \[2, 3, 4\] after 1"
+    " stack_axes, got 2",
+  ),
+  "weights of examples": (
+    lambda: call(ranger.accumulate(optax.sgd(0.1), 2), weight=jnp.ones([6])),
+    ValueError,
+    r"weight must be one number for a micro-batch, got shape \[6\];.*member_weights=",
+  ),
+  "a row as weight": (
+    lambda: call(ranger.accumulate(optax.sgd(0.1), 1), weight=np.ones([1])),
+    ValueError,
+    r"weight must be one number for a micro-batch, got shape \[1\]",
+  ),
+  "a table as weight": (
+    lambda: call(ranger.ranger(0.1, every=2), weight=jnp.ones([6, 2])),
+    ValueError,
+    r"weight must be one number for a micro-batch, got shape \[6, 2\]",
+  ),
+  "losses as value": (
+    lambda: call(ranger.accumulate(optax.sgd(0.1), 2), value=jnp.ones([6])),
+    ValueError,
+    r"value must be one number for a micro-batch, got shape \[6\];.*mean",
+  ),
+  "stack_axes a float": (
+    lambda: ranger.ranger_radam(0.1, stack_axes=1.0),
+    TypeError,
+    "stack_axes must be a Python integer, got 1.0",
+  ),
+  "stack_axes negative": (
+    lambda: ranger.ranger_radam(0.1, stack_axes={"a": 1, "b": -1}),
+    ValueError,
+    "stack_axes must be a whole number of at least 0, got -1",
+  ),
+  "stack_axes that are not there": (
+    lambda: call(ranger.ranger_radam(0.1, stack_axes=3), {"a": ROWS}, {"a": ROWS}),
+    ValueError,
+    r"stack_axes must be axes of updates\['a'\] of shape \[6, 4\], got 3",
+  ),
+  "axes that are traced": (
+    lambda: optax.inject_hyperparams(ranger.ranger_radam)(0.1).init(ROWS),
+    TypeError,
+    r"output_axis must be a Python integer.*static_args=\(\"output_axis\", ...\)",
+  ),
+  "stacked axes that are traced": (
+    lambda: optax.inject_hyperparams(ranger.ranger_radam, static_args=("output_axis",))(
+      0.1
+    ).init(ROWS),
+    TypeError,
+    r"stack_axes must be a Python integer.*static_args=\(\"stack_axes\", ...\)",
+  ),
   "type of the table": (
     lambda: ranger.smooth_predictions(3, 2, dtype="float16"),
     ValueError,
@@ -565,6 +625,16 @@ REFUSALS = {
     ValueError,
     "exactly one smooth_predictions, got 0",
   ),
+  "clip_norm": (
+    lambda: ranger.ranger(0.1, clip_norm=0.0),
+    ValueError,
+    r"clip_norm must lie in \(0, inf\], got 0.0",
+  ),
+  "skip_spikes": (
+    lambda: ranger.ranger(0.1, skip_spikes=-1.0),
+    ValueError,
+    r"threshold must lie in \(0, inf\], got -1.0",
+  ),
   "num_classes alone": (
     lambda: ranger.ranger(0.1, num_classes=3),
     ValueError,
@@ -592,23 +662,140 @@ def test_refusals(name):
     wrong_use()
 
 
+# Steps with a state of their own, and the parameters that it is made for.
+STEPS = {
+  "accumulate": lambda: ranger.accumulate(optax.sgd(0.1), 2),
+  "skip_anomalies": lambda: ranger.skip_anomalies(optax.sgd(0.1)),
+  "scale_by_ngs": ranger.scale_by_ngs,
+  "skip_nonfinite": lambda: ranger.skip_nonfinite(optax.sgd(0.1)),
+  "accelerate": lambda: ranger.accelerate(optax.sgd(0.1)),
+  "smooth_by_ema": lambda: ranger.smooth_by_ema(0.9),
+  "smooth_by_lookahead": ranger.smooth_by_lookahead,
+  "ranger_radam": lambda: ranger.ranger_radam(0.1),
+}
+GUARDS = ("skip_anomalies", "skip_nonfinite")  # They know no parameters.
+COPIES = ("smooth_by_ema", "smooth_by_lookahead", "ranger_radam")
+each_step = pytest.mark.parametrize("name", STEPS)
+
+
+@each_step
+def test_integer_parameters_are_refused(name):
+  with pytest.raises(TypeError, match=r"got int32 at params\['step'\]"):
+    STEPS[name]().init({"w": jnp.ones([3]), "step": jnp.zeros([], jnp.int32)})
+
+
+def test_integer_parameters_of_a_recipe_are_refused():
+  with pytest.raises(TypeError, match=r"got int32 at params\[1\]"):
+    ranger.ranger(0.1).init([jnp.ones([3]), jnp.zeros([], jnp.int32)])
+
+
+@each_step
+def test_python_numbers_are_refused(name):
+  step = STEPS[name]()
+  for number, params in (
+    (1.0, {"w": 1.0}),
+    (2, {"w": jnp.ones([3]), "deep": [2]}),
+    (True, (jnp.ones([3]), True)),
+  ):
+    with pytest.raises(TypeError, match=f"{name} needs arrays, got the Python number"):
+      step.init(params)
+    arrays = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    message = rf"number {number} at updates.*jnp.asarray\({number}\)"
+    with pytest.raises(TypeError, match=message):
+      step.update(params, step.init(arrays), arrays)
+
+
+@each_step
+def test_models_are_refused(name):
+  """Functions are no parameters, nor are the keys and counters of dropout."""
+  step, rngs = STEPS[name](), nnx.Rngs(0)
+  function = rf"{name} needs arrays, got a function at params.activation.*eqx.filter"
+  with pytest.raises(TypeError, match=function):
+    step.init(eqx.nn.MLP(2, 3, 4, 2, key=jax.random.key(0)))
+  with pytest.raises(TypeError, match=r"a function at params\['f'\].*nnx.state"):
+    step.init({"w": jnp.ones([3]), "f": jnp.tanh})
+  with pytest.raises(TypeError, match=r"uint32 at params.*nnx.state\(model, nnx.Param"):
+    step.init(nnx.Dropout(0.5, rngs=rngs))
+  with pytest.raises(TypeError, match="a str at params"):
+    step.init({"w": jnp.ones([3]), "name": "mlp"})
+  step.init(eqx.filter(eqx.nn.Linear(2, 3, key=jax.random.key(0)), eqx.is_array))
+  step.init(nnx.state(nnx.Linear(2, 3, rngs=rngs), nnx.Param))
+
+
+@each_step
+def test_abstract_parameters_are_copied_by_nobody(name):
+  step = STEPS[name]()
+  trees = [
+    {"w": jax.ShapeDtypeStruct((3,), jnp.float32)},
+    jax.ShapeDtypeStruct((), jnp.bfloat16),
+    [jnp.ones([2]), jax.ShapeDtypeStruct((2, 3), jnp.float32)],
+  ]
+  for params in trees:
+    jax.eval_shape(step.init, params)
+    if name in COPIES:
+      with pytest.raises(TypeError, match=r"is abstract.*jax.eval_shape\(tx.init"):
+        step.init(params)
+    else:
+      assert all(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(step.init(params))
+      )
+
+
 @pytest.mark.parametrize(
-  "make",
+  ("other", "problem"),
   [
-    lambda: ranger.accumulate(optax.sgd(0.1), 2),
-    lambda: ranger.skip_anomalies(optax.sgd(0.1)),
-    ranger.scale_by_ngs,
-    lambda: ranger.skip_nonfinite(optax.sgd(0.1)),
-    lambda: ranger.accelerate(optax.sgd(0.1)),
-    lambda: ranger.smooth_by_ema(0.9),
-    ranger.smooth_by_lookahead,
-    lambda: ranger.ranger(0.1),
-    lambda: ranger.ranger_radam(0.1),
+    ({"w": jnp.ones([3])}, r"\['deep'\]\['b'\] is missing"),
+    ({}, r"\['deep'\]\['b'\] is missing"),
+    (
+      {"w": jnp.ones([3]), "deep": {"b": jnp.ones([1]), "c": jnp.ones([2])}},
+      r"\['deep'\]\['b'\] has shape \[1\], not \[2, 2\]",
+    ),
+    (
+      {"w": jnp.ones([3]), "deep": {"b": jnp.ones([2, 2]), "c": jnp.ones([2])}},
+      r"\['deep'\]\['c'\] is not one of them",
+    ),
   ],
 )
-def test_integer_parameters_are_refused(make):
-  with pytest.raises(TypeError, match=r"got int32 at params\['step'\]"):
-    make().init({"w": jnp.ones([3]), "step": jnp.zeros([], jnp.int32)})
+@pytest.mark.parametrize("name", sorted(STEPS.keys() - GUARDS))
+def test_gradients_unlike_the_parameters_are_refused(name, other, problem):
+  step = STEPS[name]()
+  params = {"w": jnp.ones([3]), "deep": {"b": jnp.ones([2, 2])}}
+  state = step.init(params)
+  with pytest.raises(ValueError, match=f"{name} needs updates like.*updates{problem}"):
+    step.update(other, state, params)
+  if name in COPIES:
+    with pytest.raises(ValueError, match=f"{name} needs params like.*params{problem}"):
+      step.update(params, state, other)
+
+
+@each_step
+def test_states_from_elsewhere_are_refused(name):
+  """Of `MultiSteps`, restored without types, of a chain, of another step."""
+  step, params = STEPS[name](), {"w": jnp.ones([3])}
+  state = step.init(params)
+  multi = optax.MultiSteps(optax.sgd(0.1), 2).init(params)
+  for other in (multi, optax.EmptyState(), ranger.aggregate_by_mean().init(params)):
+    got = f"{name} needs a .*State as its state, got a {type(other).__name__}: that of"
+    with pytest.raises(TypeError, match=got + r".*tx.init\(params\)"):
+      step.update(params, other, params)
+  for other in (state._asdict(), list(state), tuple(state), dict(enumerate(state))):
+    got = f"{name} needs a .*State as its state, got a {type(other).__name__}: a check"
+    with pytest.raises(TypeError, match=got + r".*jax.eval_shape\(tx.init, params\)"):
+      step.update(params, other, params)
+
+
+@each_step
+def test_a_state_goes_through_msgpack(name):
+  """With the template that the refusal names; as it comes back it is refused."""
+  step, params = STEPS[name](), {"w": jnp.ones([3])}
+  _, state = step.update(params, step.init(params), params)
+  restored = serialization.msgpack_restore(serialization.to_bytes(state))
+  with pytest.raises(TypeError, match="got a dict: a checkpoint restored without"):
+    step.update(params, restored, params)
+  state = step.update(params, state, params)
+  restored = serialization.from_state_dict(step.init(params), restored)
+  again = step.update(params, restored, params)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
 def test_traced_numbers_pass():

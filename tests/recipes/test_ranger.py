@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_ranger as ranger
 from tests.laws import registry
@@ -25,6 +26,16 @@ def run(tx, calls=12):
   return params, state
 
 
+# Every option that is off by default.
+ALL = {
+  "ema_decay": 0.9,
+  "clip_norm": 1.0,
+  "skip_spikes": 6.0,
+  "weight_decay": 0.1,
+  "weight_decay_mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+}
+
+
 def test_plain_ranger_is_nesterov_sgd():
   params, _ = run(ranger.ranger(0.01, acceleration=1.0, hyper_rate=0.0))
   expected, _ = run(optax.sgd(0.01, momentum=0.9, nesterov=True))
@@ -36,11 +47,12 @@ def test_plain_ranger_is_nesterov_sgd():
 
 
 def test_ranger_reads_as_its_steps_in_order():
-  tx = ranger.ranger(0.1, ema_decay=0.9, num_examples=3, num_classes=2)
+  tx = ranger.ranger(0.1, num_examples=3, num_classes=2, **ALL)
   state = tx.init(registry.params())
   assert list(state) == ["predictions", "accumulate"]
   inner = state["accumulate"].inner_state
-  assert list(inner) == ["ngs", "weight_decay", "learning_rate", "ema"]
+  names = ["guard", "clip", "ngs", "weight_decay", "learning_rate", "ema"]
+  assert list(inner) == names
 
 
 def test_what_is_off_holds_no_memory():
@@ -86,6 +98,140 @@ def test_checkpoint_survives_the_insertion_of_a_step():
   updates, _ = tx.update(params, type(new)(state), params)
   expected, _ = ranger.ranger(0.01).update(params, old, params)
   jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("off", ALL)
+def test_names_do_not_depend_on_other_options(off, every):
+  """Without one option, the state is that of all but for the option's own part."""
+  own = {"ema_decay": "ema", "clip_norm": "clip", "skip_spikes": "guard"}
+  params = registry.params()
+  inner = lambda options: (
+    ranger.ranger(0.1, every=every, **options).init(params)["accumulate"].inner_state
+  )
+  whole = inner(ALL)
+  part = inner({name: value for name, value in ALL.items() if name != off})
+  whole.pop(own.get(off), None)
+  assert list(part) == list(whole)
+  jax.tree.map(np.testing.assert_array_equal, list(part.values()), list(whole.values()))
+
+
+def test_a_checkpoint_survives_a_guard():
+  """The state of a run without it goes on with it, by name."""
+  params = registry.params()
+  options = {"acceleration": 1.0, "every": 2}
+  _, old = run(ranger.ranger(0.01, **options), calls=6)
+  tx = ranger.ranger(0.01, skip_spikes=6.0, **options)
+  new = tx.init(params)
+  inner = new["accumulate"].inner_state
+  inner.update(old["accumulate"].inner_state)
+  new["accumulate"] = old["accumulate"]._replace(inner_state=inner)
+  for _ in range(2):
+    updates, new = tx.update(params, new, params)
+    expected, old = ranger.ranger(0.01, **options).update(params, old, params)
+  jax.tree.map(np.testing.assert_array_equal, updates, expected)
+  assert int(new["accumulate"].inner_state["guard"].count) == 1
+
+
+@pytest.mark.parametrize("mask", ["tree", "function", "prefix"])
+def test_weight_decay_may_be_masked(mask):
+  params = {"w": jnp.ones([2, 2]), "norm": {"scale": jnp.ones([2]), "b": jnp.ones([1])}}
+  trees = {
+    "tree": {"w": True, "norm": {"scale": False, "b": False}},
+    "prefix": {"w": True, "norm": False},
+    "function": lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
+  }
+  tx = ranger.ranger(
+    0.1, weight_decay=0.5, weight_decay_mask=trees[mask], momentum=0.0, every=2
+  )
+  state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+  for _ in range(2):
+    updates, state = tx.update(zeros, state, params)
+  np.testing.assert_allclose(updates["w"], -0.05, rtol=1e-6)
+  assert not any(leaf.any() for leaf in jax.tree.leaves(updates["norm"]))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("clip_norm", [0.5, 3.0, 100.0])
+def test_the_accumulated_gradient_is_clipped(every, clip_norm):
+  """Not the micro-batches: large ones that cancel out are not clipped at all."""
+  tx = ranger.ranger(
+    1.0,
+    momentum=0.0,
+    acceleration=1.0,
+    hyper_rate=0.0,
+    clip_norm=clip_norm,
+    every=every,
+  )
+  rng = np.random.default_rng(0)
+  draw = lambda: {"a": rng.standard_normal([3, 2]), "b": 9 * rng.standard_normal([4])}
+  gradients = [jax.tree.map(np.float32, draw()) for _ in range(every)]
+  params = jax.tree.map(jnp.zeros_like, gradients[0])
+  state = tx.init(params)
+  for gradient in gradients:
+    updates, state = tx.update(gradient, state, params)
+  mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *gradients)
+  norm = np.sqrt(sum((leaf**2).sum() for leaf in mean.values()))
+  for name, leaf in mean.items():
+    expected = -leaf * min(1, clip_norm / norm)
+    np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 300.0), ("bfloat16", 1e5)])
+def test_half_precision_is_clipped_by_its_norm(dtype, size):
+  """Whose square is infinite in float16, and has three digits in bfloat16."""
+  tx = ranger.ranger(1.0, momentum=0.0, acceleration=1.0, hyper_rate=0.0, clip_norm=2.0)
+  gradient = jnp.full([1000], size, dtype)
+  updates, _ = tx.update(gradient, tx.init(gradient), gradient)
+  found = np.asarray(updates, np.float64)
+  np.testing.assert_allclose(found, -2 / 1000**0.5, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("bad", [1e5, np.inf, 1e25])
+def test_spikes_are_skipped(every, bad):
+  """At once, in a window as well; what is not finite is left out of it."""
+  tx = ranger.ranger(0.1, skip_spikes=6.0, every=every)
+  rng, params = np.random.default_rng(0), jnp.ones([8])
+  state, update = tx.init(params), jax.jit(tx.update)
+  for call in range(30 * every):
+    gradient = rng.standard_normal([8], np.float32)
+    if call == 29 * every:
+      gradient = gradient * np.float32(bad)
+    updates, state = update(gradient, state, params)
+  assert bool(updates.any()) == (every > 1 and not np.isfinite(bad))
+  guard = state["accumulate"].inner_state["guard"]
+  left_out = int(state["accumulate"].num_left_out) + int(guard.num_skipped)
+  assert left_out == 1
+  assert np.isfinite(params + updates).all()
+
+
+@pytest.mark.parametrize("warmup", [None, 0, 3])
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_average_warms_up(every, warmup):
+  """After 100 steps it follows the parameters, which a plain one of .99 does not."""
+  given = {} if warmup is None else {"ema_warmup": warmup}
+  tx = ranger.ranger(
+    0.1, ema_decay=0.99, momentum=0.0, acceleration=1.0, hyper_rate=0.0,
+    every=every, **given,
+  )  # fmt: skip
+  params = jnp.ones([3])
+  state, update, ema = tx.init(params), jax.jit(tx.update), np.ones(3)
+  for n in range(100):
+    for _ in range(every):  # gradient flow to zero
+      updates, state = update(params, state, params)
+      params = optax.apply_updates(params, updates)
+    w = 10 if warmup is None else warmup
+    beta = min(0.99, (1 + n) / (w + n)) if w + n else 0.99
+    ema = beta * ema + (1 - beta) * np.asarray(params)
+  np.testing.assert_allclose(ranger.eval_params(state, params), ema, rtol=1e-5)
+  assert (ema[0] > 0.3) == (warmup == 0)
+
+
+def test_smooth_by_ema_alone_is_plain():
+  step, params = ranger.smooth_by_ema(0.99), jnp.ones([2])
+  _, state = step.update(params, step.init(params), params)
+  np.testing.assert_allclose(ranger.eval_params(state, 0 * params), 0.99, rtol=1e-6)
 
 
 def test_main_job_in_small(tmp_path):

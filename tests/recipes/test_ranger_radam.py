@@ -190,12 +190,68 @@ def test_squares_that_overflow_are_skipped():
   np.testing.assert_allclose(updates, -0.1, rtol=1e-5)
 
 
-@pytest.mark.xfail(raises=TypeError, reason="there is no stack_axes")
-def test_stacked_layers_are_centralized_apart():
+STACKS = {
+  "bias": (1, (3, 4)),
+  "kernel": (1, (3, 4, 5)),
+  "conv": (1, (2, 3, 3, 4, 6)),
+  "scale": (1, (3,)),
+  "twice": (2, (2, 3, 4, 5)),
+  "alone": (0, (4, 5)),
+}
+
+
+@pytest.mark.parametrize("output_axis", [-1, 0, None])
+@pytest.mark.parametrize("form", ["tree", "function", "number"])
+def test_stacked_layers_are_centralized_apart(form, output_axis):
+  """Ten steps of stacked leaves are those of each layer by itself."""
+  depths = {name: depth for name, (depth, _) in STACKS.items()}
+  shapes = {name: shape for name, (_, shape) in STACKS.items()}
+  given = {"tree": depths, "function": lambda updates: depths, "number": 1}[form]
+  if form == "number":
+    shapes = {name: shapes[name] for name in shapes if depths[name] == 1}
+  rng = np.random.default_rng(0)
+  draw = lambda: {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+  apart = lambda tree: {
+    name: list(leaf.reshape(-1, *leaf.shape[depths[name] :]))
+    for name, leaf in tree.items()
+  }
+  params, options = draw(), {"threshold": 4.0, "b2": 0.9, "output_axis": output_axis}
+  stacked = ranger.ranger_radam(0.1, stack_axes=given, **options)
+  single = ranger.ranger_radam(0.1, **options)
+  state, layers = stacked.init(params), single.init(apart(params))
+  update, update_layers = jax.jit(stacked.update), jax.jit(single.update)
+  for _ in range(10):
+    gradient = draw()
+    updates, state = update(gradient, state, params)
+    expected, layers = update_layers(apart(gradient), layers, apart(params))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      apart(updates),
+      expected,
+    )
+
+
+def test_a_stacked_bias_passes():
   step = ranger.ranger_radam(0.1, stack_axes=1)
   params = {"bias": jnp.zeros((3, 4))}
   updates, _ = step.update({"bias": jnp.ones((3, 4))}, step.init(params), params)
   np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-5)
+
+
+def test_stack_axes_may_begin_like_the_parameters():
+  """And may be masked: a node without leaves has no axes."""
+  depths = {"blocks": 1, "embed": 0}
+  params = {"blocks": {"a": jnp.zeros((3, 4)), "b": jnp.zeros((3, 2))}}
+  params["embed"] = jnp.zeros((3, 4))
+  step = ranger.ranger_radam(0.1, stack_axes=depths)
+  ones = jax.tree.map(jnp.ones_like, params)
+  updates, _ = step.update(ones, step.init(params), params)
+  np.testing.assert_allclose(updates["blocks"]["a"], -0.1, rtol=1e-5)
+  np.testing.assert_allclose(updates["embed"], 0, atol=1e-7)
+  masked = optax.masked(step, {"blocks": False, "embed": True})
+  updates, _ = masked.update(ones, masked.init(params), params)
+  np.testing.assert_array_equal(updates["blocks"]["b"], 1)
+  np.testing.assert_allclose(updates["embed"], 0, atol=1e-7)
 
 
 @pytest.mark.parametrize("b2", [0.9, 0.999])
