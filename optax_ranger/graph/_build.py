@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import host
 from optax_ranger._core import validate
 from optax_ranger._core.types import Neighbors
+from optax_ranger.graph import _duplicates
 from optax_ranger.graph import _exact
 from optax_ranger.graph import _faiss
+from optax_ranger.graph import _progress
 from optax_ranger.graph import _sharded
 from optax_ranger.graph import _sparse
+from optax_ranger.neighbors import _double
 from optax_ranger.neighbors import _nearest
 
 BACKENDS = ("auto", "faiss", "jax", "hnsw", "ivf")
@@ -30,8 +34,10 @@ class BuildReport(NamedTuple):
       sample; 1.0 without measuring where the search is exact.
     num_repaired: examples that an exact search had to search for again, since
       rounding could have hidden a neighbor; slow when they are many.
-    num_duplicates: examples that are equal to an earlier one.
-    num_dropped: examples whose features are not finite.
+    num_duplicates: examples that are equal to an earlier one; not counted, and 0,
+      for sparse rows and with a mesh.
+    num_dropped: examples whose features are not finite, in float32; they are no
+      duplicates.
     seconds: how long it took.
   """
 
@@ -64,8 +70,10 @@ def build(
   doubt is searched for again. Equal rows are searched once.
 
   Args:
-    features: ``[n, d]``, of any real type, computed in float32 or better; or
-      SciPy's sparse rows, for ``metric="cosine"``.
+    features: ``[n, d]``, of any real type; or SciPy's sparse rows, for
+      ``metric="cosine"``. 64-bit numbers of NumPy keep their digits: they are
+      shifted in their own type before they are rounded to float32, and where that
+      is not exact, neighbors are measured and ordered in float64 on the host.
     k: how many, in [1, n - 1]; a static Python integer.
     backend: ``"faiss"``: exact, by FAISS's flat index (extra ``graph``);
       ``"jax"``: exact, by tiles, on any accelerator; ``"auto"``: FAISS where it
@@ -93,18 +101,21 @@ def build(
       ``test_two_processes_give_the_graph_of_one``).
     * It is exact for clusters that lie thousands of radii apart, for any scale,
       and for duplicates (``test_exact_where_rounding_is_worst``).
+    * Where float32 does not hold the features, it is the graph of the features in
+      their own type (``test_wide_features_have_the_graph_of_a_full_sort``).
     * The recall is the one that a full search would tell
       (``test_recall_is_measured``).
 
   Edge cases, each of them tested (``test_edge_cases``):
-    =========================  ==========================================
+    =========================  ==================================================
     duplicates, constants      distance 0, the lowest indices first
     rows that are not finite   no neighbors (-1), and nobody's neighbor
     n = k + 1                  everybody else, nearest first
-    float16, integers          computed in float32
+    float16, small integers    computed in float32
+    64-bit numbers of NumPy    computed in float32, then in float64 where it matters
     a single cluster           as anywhere
     a zero row, cosine         at distance 1 from every other
-    =========================  ==========================================
+    =========================  ==================================================
 
   Raises:
     ValueError: for features that are not 2-D, k outside [1, n - 1], another
@@ -126,10 +137,19 @@ def build(
   started = time.perf_counter()
   if not hasattr(features, "shape"):
     features = np.asarray(features)
+  if isinstance(features, jax.Array) and features.is_fully_addressable:
+    # Integers beyond 24 bits are measured on the host.
+    is_integer = jnp.issubdtype(features.dtype, jnp.integer)
+    features = np.asarray(features) if is_integer else features
   _check(features, k, backend, metric, mesh, axis_name)
   validate.static_count("recall_sample", recall_sample, least=0)
   recall, repaired, duplicates = 1.0, 0, 0
-  if _sparse.is_sparse(features):
+  sparse = _sparse.is_sparse(features)
+  given = features
+  features, own = (features, None) if sparse else _double.narrow(features, metric)
+  # Where float32 does not hold the features, more candidates are measured again.
+  wanted, k = k, k if own is None else min(k + _double.SPARE, features.shape[0] - 1)
+  if sparse:
     backend = "sparse"
     distances, indices = _sparse.build(features, k, progress)
     found = _uniform(distances, indices)
@@ -149,15 +169,41 @@ def build(
     exact = _exact.build(features, k, metric, progress, engine)
     found = _uniform(exact.distances, exact.indices)
     repaired, duplicates = exact.num_repaired, exact.num_duplicates
-    if backend in ("hnsw", "ivf"):
-      recall = measure_recall(
-        found, features, sample=recall_sample, metric=metric, seed=seed
-      )
+  approximate = backend in ("hnsw", "ivf")
+  if own is not None:
+    found, again = _settled(found, own, wanted, metric, not approximate, progress)
+    repaired = max(repaired, again)
+    if mesh is None:
+      distinct = _duplicates.find(own.values[own.alive]).first
+      duplicates = int(own.alive.sum()) - len(distinct)
+  if approximate:
+    recall = measure_recall(
+      found, given, sample=recall_sample, metric=metric, seed=seed
+    )
   if not with_report:
     return found
   dropped = int((found.indices[:, 0] < 0).sum())
   seconds = time.perf_counter() - started
   return found, BuildReport(backend, recall, repaired, duplicates, dropped, seconds)
+
+
+def _settled(
+  found: Neighbors,
+  own: _double.Rows,
+  k: int,
+  metric: str,
+  exact: bool,
+  progress: bool,
+) -> tuple[Neighbors, int]:
+  """The k nearest by the features in their own type, split as before."""
+  distances, indices = np.asarray(found.distances), np.asarray(found.indices)
+  sure = np.ones([len(indices)], bool) if exact else None
+  bar = lambda parts: _progress.bar(parts, "repairs", progress)
+  distances, indices, again = _double.settle(
+    own, own, np.arange(len(indices)), (distances, indices, sure), k, metric, bar
+  )
+  settled = _uniform(distances, indices)
+  return jax.device_put(settled, found.indices.sharding), again
 
 
 def measure_recall(
@@ -170,11 +216,14 @@ def measure_recall(
 ) -> float:
   """Measures which share of the true k nearest neighbors a graph holds.
 
-  A neighbor counts when it is not farther than the true k-th one, so that equal
-  distances are not held against a graph.
+  Distances are computed here, in float64, those of the graph are not read. A
+  neighbor counts when it is not farther than the true k-th one, so that equal
+  distances are not held against a graph. Distances count as equal within 1e-6 of
+  their value, as float32 rounds them. An index out of range, a repeated one, and
+  the example itself never count.
 
   Args:
-    neighbors: ``[n, k]``; distances are taken as they are.
+    neighbors: ``[n, k]``, of any index; only ``indices`` are read.
     features: ``[n, d]``, those that the graph was built of.
     sample: on how many examples, drawn at random; 0 gives NaN.
     metric: as in ``build``.
@@ -184,7 +233,11 @@ def measure_recall(
     The recall, in [0, 1].
 
   Guarantees:
-    * It is the one that a full search would tell (``test_recall_is_measured``).
+    * It is the one that a full search would tell (``test_recall_is_measured``),
+      whatever the distances say (``test_recall_of_another_index_is_measured``).
+
+  Raises:
+    ValueError: for indices that are not ``[n, k]``.
 
   Examples:
     >>> import numpy as np
@@ -195,14 +248,32 @@ def measure_recall(
   """
   if sample == 0:
     return float("nan")
-  n, k = neighbors.indices.shape
+  rows = _double.own_rows(features, metric)
+  indices, n = np.asarray(neighbors.indices), len(rows.values)
+  if indices.ndim != 2 or len(indices) != n:
+    raise ValueError(
+      f"neighbors.indices must have shape [{n}, k], one row for each of the rows of"
+      f" features, got {list(indices.shape)}."
+    )
+  k = indices.shape[1]
   rng = np.random.default_rng(seed)
   chosen = np.sort(rng.choice(n, min(sample, n), replace=False))
-  truth = _exact.of_some(features, chosen, k, metric)
-  wanted = np.isfinite(truth).sum()
-  last = np.where(np.isfinite(truth), truth, -1).max(axis=1, keepdims=True)
-  distances = np.asarray(neighbors.distances)[chosen]
-  return float((distances <= last).sum() / max(1, wanted))
+  queries = rows.take(chosen)
+  truth, _ = _double.search(rows, queries, chosen, k, k, metric)
+  last = np.sqrt(np.where(np.isfinite(truth), truth, -np.inf).max(axis=1).clip(0))
+  found = indices[chosen]
+  counts = (found >= 0) & (found < n) & (found != chosen[:, None])
+  order = np.argsort(found, axis=1, kind="stable")
+  ordered = np.take_along_axis(found, order, axis=1)
+  repeated = np.zeros(found.shape, bool)
+  np.put_along_axis(repeated[:, :], order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+  found = np.where(counts, found, 0)
+  distances = np.sqrt(_double.squares_of(rows, found, queries, metric))
+  near = last * (1 + 1e-6)
+  if metric == "cosine" and not host.is_wide(features):
+    near = near + 2**-21  # Unit rows in float32 are no finer.
+  counts &= ~repeated & (distances <= near[:, None])
+  return float(counts.sum() / max(1, np.isfinite(truth).sum()))
 
 
 def _uniform(distances: np.ndarray, indices: np.ndarray) -> Neighbors:

@@ -23,7 +23,8 @@ class Groups(NamedTuple):
 
 def find(rows: np.ndarray) -> Groups:
   """Groups equal rows, by a hash that is then checked."""
-  bits = np.ascontiguousarray(rows + 0.0).view(np.uint32)  # minus zero is zero
+  zero = np.zeros([], rows.dtype)  # Minus zero is zero.
+  bits = np.ascontiguousarray(rows + zero).view(np.uint32)
   factors = np.random.default_rng(0).integers(0, 2**63, bits.shape[1], np.uint64) * 2
   hashes = np.zeros([len(rows)], np.uint64)
   for start in range(0, len(rows), 4096):

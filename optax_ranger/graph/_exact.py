@@ -14,6 +14,7 @@ import numpy as np
 
 from optax_ranger.graph import _duplicates
 from optax_ranger.graph import _progress
+from optax_ranger.neighbors import _double
 from optax_ranger.neighbors import _points
 from optax_ranger.neighbors import _search
 
@@ -75,7 +76,9 @@ def build(
       distances[lost], indices[lost] = _directionless(lost, alive, k)
     distances[~alive], indices[~alive] = np.inf, -1
     distances = distances.astype(dtype)
-  return Exact(distances, indices, repaired, n - u)
+  # The rows that are not finite make one group, and are copies of nobody.
+  copies = n - u - max(0, int((~alive).sum()) - 1)
+  return Exact(distances, indices, repaired, copies)
 
 
 def _marked(points: _points.Points, alive: np.ndarray) -> np.ndarray:
@@ -165,57 +168,18 @@ def _repair(
   progress: bool,
 ) -> None:
   """Searches again in float64, for those of which float32 is not sure."""
-  k = indices.shape[1]
-  rows, center = np.asarray(points.rows), np.asarray(points.center, np.float64)
+  k, n = indices.shape[1], points.term.shape[0]
   alive = np.isfinite(np.asarray(points.term))
-  n, d = rows.shape
-  keep = min(k + _search.SPARE, n - 1)
-  size = max(1, 2**24 // n)
-  chosen = np.full([len(bad), keep], -1, np.int32)
-  squares = _squares(rows, center)
-  slack = 4 * (d + 8) * np.finfo(np.float64).eps
-  for start in _progress.bar(range(0, len(bad), size), "repairs", progress):
-    own = bad[start : start + size]
-    queries = rows[own] - center
-    found = np.empty([len(own), n])
-    for first in range(0, n, 8192):
-      keys = rows[first : first + 8192] - center
-      found[:, first : first + 8192] = -2 * (queries @ keys.T)
-    found += squares[own][:, None] + squares[None]
-    found[:, ~alive] = np.inf
-    found[np.arange(len(own)), own] = np.inf
-    if metric == "cosine":
-      full = np.asarray(rows.any(axis=1))
-      apart = ~full[None] | ~full[own][:, None]
-      found = np.where(apart & np.isfinite(found), 2, found)
-    limit = np.partition(found, k - 1, axis=1)[:, k - 1]
-    limit += slack * (squares[own] + squares[alive].max(initial=0))
-    for row, i in enumerate(own):
-      near = np.flatnonzero(found[row] <= limit[row])
-      if len(near) > keep:
-        difference = rows[near].astype(np.float64) - rows[i]
-        exact = (difference**2).sum(axis=1)
-        if metric == "cosine":
-          exact = np.where(rows[near].any(axis=1) & rows[i].any(), exact, 2)
-        near = near[np.lexsort((near, exact.astype(rows.dtype)))[:keep]]
-      chosen[start + row, : len(near)] = near
+  center = np.asarray(points.center[0], np.float64)
+  rows = _double.Rows(np.asarray(points.rows), center, alive, np.zeros([n]))
+  _, chosen = _double.search(
+    rows,
+    rows.take(bad),
+    bad,
+    k,
+    min(k + _search.SPARE, n - 1),
+    metric,
+    dtype=rows.values.dtype,
+    bar=lambda parts: _progress.bar(parts, "repairs", progress),
+  )
   distances[bad], indices[bad], _ = _measured(points, bad, chosen, k, metric)
-
-
-def _squares(rows: np.ndarray, center: np.ndarray) -> np.ndarray:
-  squares = np.empty(len(rows))
-  for first in range(0, len(rows), 8192):
-    squares[first : first + 8192] = ((rows[first : first + 8192] - center) ** 2).sum(1)
-  return squares
-
-
-def of_some(features: Any, chosen: np.ndarray, k: int, metric: str) -> np.ndarray:
-  """Distances of the true k nearest neighbors of some examples, [chosen, k]."""
-  n = len(features)
-  points = _points.prepare(jnp.asarray(features), metric, n, n)
-  distances = np.full([n, k], np.inf, np.asarray(points.rows[:0]).dtype)
-  indices = np.full([n, k], -1, np.int32)
-  _repair(points, chosen, distances, indices, metric, False)
-  dead = ~np.isfinite(np.asarray(points.term))
-  distances[dead] = np.inf
-  return distances[chosen]

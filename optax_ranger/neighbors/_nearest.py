@@ -1,13 +1,17 @@
 """The k nearest neighbors of each example, and a random choice among neighbors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_ranger._core import labels as _labels
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import ArrayLike
 from optax_ranger._core.types import Neighbors
+from optax_ranger.neighbors import _double
 from optax_ranger.neighbors import _search
 
 METRICS = ("euclidean", "cosine")
@@ -27,7 +31,12 @@ def nearest(
   against all others, which is slow where clusters lie thousands of radii apart
   (``optax_ranger.graph.build`` does that faster, and equal rows once). Differences
   below 1e-19 of the largest feature count as none. An example whose features are
-  not finite has no neighbors and is nobody's neighbor.
+  not finite in float32 has no neighbors and is nobody's neighbor.
+
+  64-bit numbers of NumPy are shifted in their own type before they are rounded to
+  float32. Where that loses digits, the neighbors that it finds are measured again
+  on the host in float64, and examples that it cannot tell are compared with all
+  others there. Under ``jax.jit`` there is no host: they are shifted and rounded.
 
   .. math::
     d_{ij} = \lVert x_i - x_j \rVert_2 \quad (\text{"euclidean"}), \qquad
@@ -35,7 +44,8 @@ def nearest(
     \quad (\text{"cosine"})
 
   Args:
-    features: ``[n, d]``, of any real type; computed in float32 or better.
+    features: ``[n, d]``, of any real type. Arrays of JAX are computed in float32, or
+      in float64 where they are that.
     k: how many, in [1, n - 1]; a static Python integer.
     metric: ``"euclidean"``: distances, not their squares. ``"cosine"``: an
       all-zero row is at distance 1 from every other.
@@ -52,6 +62,8 @@ def nearest(
       clusters far apart and at any scale too
       (``test_exact_where_rounding_is_worst``).
     * Ties go to the lower index (``test_ties_go_to_the_lower_index``).
+    * 64-bit numbers of NumPy keep their digits
+      (``test_wide_features_have_the_graph_of_a_full_sort``).
     * Memory does not grow with n squared
       (``test_neighbor_memory_grows_linearly``).
 
@@ -72,7 +84,8 @@ def nearest(
       "features must have shape [n, d], d at least 1, got"
       f" {list(jnp.shape(features))}; flatten each example first."
     )
-  features = jnp.asarray(features)
+  if not isinstance(features, jax.Array):
+    features = np.asarray(features)
   if jnp.issubdtype(features.dtype, jnp.complexfloating):
     raise TypeError(f"features must be real, got {features.dtype}.")
   n = features.shape[0]
@@ -84,12 +97,19 @@ def nearest(
     )
   validate.choice("metric", metric, METRICS)
   validate.static_count("block_size", block_size)
-  distances, indices, _ = _search.search(
-    features, k=k, metric=metric, block_size=block_size
+  features, own = _double.narrow(features, metric)
+  # Where float32 does not hold the features, more candidates are measured again.
+  more = k if own is None else min(k + _double.SPARE, n - 1)
+  distances, indices, sure = _search.search(
+    jnp.asarray(features), k=more, metric=metric, block_size=block_size
   )
-  return uniform(indices, distances)
+  if own is not None and validate.is_known(indices):
+    found = np.asarray(distances), np.asarray(indices), np.asarray(sure)
+    distances, indices, _ = _double.settle(own, own, np.arange(n), found, k, metric)
+  return uniform(jnp.asarray(indices[:, :k]), jnp.asarray(distances[:, :k]))
 
 
+@functools.partial(jax.jit, inline=True)
 def uniform(indices: Array, distances: Array) -> Neighbors:
   """Neighbors that weigh alike, one over k each; empty places weigh nothing."""
   weights = jnp.full_like(distances, 1 / indices.shape[1])

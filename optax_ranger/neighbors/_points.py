@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import host
 from optax_ranger._core import numerics
 from optax_ranger._core.types import Array
 
@@ -55,11 +56,18 @@ def prepare(
     add: sums over devices.
     most: the maximum over devices.
   """
-  dtype = np.dtype(np.float32)
-  if jnp.issubdtype(features.dtype, jnp.floating):
-    dtype = numerics.wide(features.dtype)
   more = padded - features.shape[0]
-  rows = jnp.pad(features.astype(dtype), ((0, more), (0, 0)))
+  if jnp.issubdtype(features.dtype, jnp.floating):
+    rows = features.astype(numerics.wide(features.dtype))
+  elif metric == "euclidean" and features.dtype.itemsize >= 4:
+    # Integers are shifted before they are rounded. The complement turns the order.
+    low, high = ~most((~features).max(axis=0)), most(features.max(axis=0))
+    origin = jnp.clip(jnp.zeros_like(low), low, high)
+    rows = host.difference(features, origin[None])
+  else:
+    rows = features.astype(np.float32)
+  rows = jnp.pad(rows, ((0, more), (0, 0)))
+  dtype = rows.dtype
   finite = jnp.isfinite(rows).all(axis=1)
   rows = jnp.where(finite[:, None], rows, jnp.zeros_like(rows))
   largest = jnp.abs(rows).max(axis=1, initial=0)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import host
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import ArrayLike
@@ -31,7 +33,8 @@ def by_kmeans(features: ArrayLike, num_regions: int, *, seed: int = 0) -> Cluste
   scikit-learn does it, on the host. Features should be on comparable scales.
 
   Args:
-    features: ``[n, d]``, real.
+    features: ``[n, d]``, real. Arrays of NumPy are shifted in their own type before
+      they are rounded to float32; the centers are rounded as they are.
     num_regions: how many, at most the number of examples with finite features;
       a static Python integer.
     seed: of the choice of the first centers; the same seed, the same regions.
@@ -62,7 +65,13 @@ def by_kmeans(features: ArrayLike, num_regions: int, *, seed: int = 0) -> Cluste
     raise ImportError(
       "regions.by_kmeans needs scikit-learn: pip install 'optax-ranger[regions]'."
     ) from error
-  rows = np.asarray(features, np.float32)
+  values = np.asarray(features)
+  # Around a point of the data in their own type, so that float32 loses no digits.
+  wide = host.is_wide(values)
+  origin = host.nearest_zero(values) if wide else np.zeros(values.shape[1])
+  with np.errstate(over="ignore"):
+    rows = host.difference(values, origin) if wide else values
+    rows = rows.astype(np.float32)
   finite = np.isfinite(rows).all(axis=1)
   if num_regions > finite.sum():
     raise ValueError(
@@ -72,9 +81,8 @@ def by_kmeans(features: ArrayLike, num_regions: int, *, seed: int = 0) -> Cluste
   found = cluster.KMeans(num_regions, n_init=4, random_state=seed).fit(rows[finite])
   regions = np.full([len(rows)], -1, np.int32)
   regions[finite] = found.labels_
-  return Clusters(
-    jnp.asarray(regions), jnp.asarray(found.cluster_centers_.astype(np.float32))
-  )
+  centers = found.cluster_centers_.astype(np.float64) + origin.astype(np.float64)
+  return Clusters(jnp.asarray(regions), jnp.asarray(centers.astype(np.float32)))
 
 
 def by_grid(
@@ -89,7 +97,8 @@ def by_grid(
   .. math:: \mathrm{cell}_d = \lfloor p_d \, (x_d - l_d) / (h_d - l_d) \rfloor
 
   Args:
-    positions: ``[n, d]``, where each example lies.
+    positions: ``[n, d]``, where each example lies. 64-bit numbers of NumPy, such as
+      map coordinates, are compared in their own type, on the host.
     parts: d Python integers, into how many parts each direction is cut.
     low: the grid's lower corner, a number or ``[d]``; None for the least
       position. Positions outside of the grid count to the nearest cell.
@@ -116,27 +125,44 @@ def by_grid(
     )
   for i, count in enumerate(parts):
     validate.static_count(f"parts[{i}]", count)
-  places = jnp.asarray(positions).astype(jnp.float32)
-  finite = jnp.isfinite(places).all(axis=1)
+  # On the host in their own type, where float32 would lose digits.
+  xp: Any = np if host.is_wide(positions) and _are_known(low, high) else jnp
+  places = xp.asarray(positions)
   if not places.shape[0]:
     return jnp.zeros([0], jnp.int32)
-  inside = finite[:, None]
-  least = jnp.where(inside, places, jnp.inf).min(axis=0) if low is None else low
-  largest = jnp.where(inside, places, -jnp.inf).max(axis=0) if high is None else high
-  shape = places.shape[1:]
-  least, largest = (
-    jnp.broadcast_to(jnp.asarray(edge).astype(jnp.float32), shape)
-    for edge in (least, largest)
-  )
-  width = largest - least
-  safe = jnp.where(width > 0, width, jnp.ones_like(width))
-  share = jnp.where(inside, (places - least[None]) / safe[None], 0)
-  counts = jnp.asarray(parts, jnp.float32)
-  cells = jnp.clip(jnp.floor(share * counts[None]), 0, counts[None] - 1)
-  region = jnp.zeros([places.shape[0]], jnp.int32)
+  finite = xp.isfinite(places).all(axis=1)
+  least, largest = places, places
+  if not jnp.issubdtype(places.dtype, jnp.integer):
+    infinite = xp.asarray(np.inf, places.dtype)
+    least = xp.where(finite[:, None], places, infinite)
+    largest = xp.where(finite[:, None], places, -infinite)
+  least = least.min(axis=0) if low is None else _edge(low, places, xp)
+  largest = largest.max(axis=0) if high is None else _edge(high, places, xp)
+  width = host.difference(largest, least)
+  safe = xp.where(width > 0, width, xp.ones_like(width))
+  away = host.difference(places, least[None])
+  share = xp.where(finite[:, None], away, xp.zeros_like(away)) / safe[None]
+  counts = xp.asarray(parts, share.dtype)[None]
+  cells = xp.clip(xp.floor(share * counts), 0, counts - 1)
+  region = xp.zeros([places.shape[0]], np.int32)
   for i, count in enumerate(parts):
-    region = region * count + cells[:, i].astype(jnp.int32)
-  return jnp.where(finite, region, -1)
+    region = region * count + cells[:, i].astype(np.int32)
+  return jnp.asarray(xp.where(finite, region, -1))
+
+
+def _are_known(*edges: Any) -> bool:
+  return all(edge is None or validate.is_known(edge) for edge in edges)
+
+
+def _edge(edge: Any, places: Any, xp: Any) -> Any:
+  """A corner of the grid, [d]: an integer among integers, where it is one."""
+  edge = xp.broadcast_to(xp.asarray(edge), places.shape[1:])
+  if all(jnp.issubdtype(x.dtype, jnp.integer) for x in (edge, places)):
+    range_ = np.iinfo(places.dtype)
+    if validate.is_known(edge) and (edge.min() < range_.min or edge.max() > range_.max):
+      return edge.astype(np.float64 if xp is np else np.float32)
+    return edge.astype(places.dtype)
+  return edge if xp is np else edge.astype(jnp.float32)
 
 
 def by_time(
@@ -145,7 +171,8 @@ def by_time(
   """Splits moments in time into windows of equal length.
 
   Args:
-    times: ``[n]``, in any unit and order.
+    times: ``[n]``, in any unit and order. 64-bit numbers of NumPy, such as Unix
+      times, are compared in their own type, on the host.
     num_regions: how many windows; a static Python integer.
     low: where the first window begins; None for the earliest moment.
     high: where the last window ends; None for the latest.
@@ -165,7 +192,7 @@ def by_time(
   if jnp.ndim(times) != 1:
     raise ValueError(f"times must have shape [n], got {list(jnp.shape(times))}.")
   validate.static_count("num_regions", num_regions)
-  column = jnp.asarray(times)[:, None]
+  column = (times if isinstance(times, jax.Array) else np.asarray(times))[:, None]
   return by_grid(column, (num_regions,), low=low, high=high)
 
 
