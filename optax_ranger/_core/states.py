@@ -8,6 +8,8 @@ A state is a NamedTuple; beside its fields it may have
   items of ``aux`` that ``update`` needs from all devices, beside ``example_ids=``;
 * ``open_window = "accumulated"``: the field with the sum of a window that is still
   open, a tree like the parameters, and ``inside = "inner_state"``, the state within;
+* ``idles = True``: with ``update(..., present=False)`` it leaves everything as it is,
+  so that no copy is needed to go back to;
 * a method ``smoothed_copy() -> (share, copy)``: a smoothed copy of the parameters, and
   the share of the newest parameters to mix into it, in [0, 1].
 """
@@ -17,6 +19,7 @@ from typing import Any
 
 import jax
 from jax import export
+import jax.numpy as jnp
 
 from optax_ranger._core.tree import find_states
 from optax_ranger._core.types import PyTree
@@ -49,6 +52,28 @@ def windows(state: PyTree) -> list[PyTree]:
   """The sums of the windows that are open, each like the parameters."""
   found = find_states(state, declares("open_window"))
   return [getattr(node, node.open_window) for node in found]
+
+
+def idles(state: PyTree) -> bool:
+  """Whether a state with an open window can be kept by ``present=`` alone.
+
+  Besides states that idle, it may hold scalars, which cost nothing to choose between.
+  """
+  is_idle = declares("idles")
+  others = [
+    leaf for leaf in jax.tree.leaves(state, is_leaf=is_idle) if not is_idle(leaf)
+  ]
+  return bool(windows(state)) and all(jnp.ndim(leaf) == 0 for leaf in others)
+
+
+def choose(present: Any, new: PyTree, old: PyTree) -> PyTree:
+  """The new state or the old one, where states that idle have chosen already."""
+  is_idle = declares("idles")
+
+  def one(new, old):
+    return new if is_idle(new) else jnp.where(present, new, old)
+
+  return jax.tree.map(one, new, old, is_leaf=is_idle)
 
 
 def map_windows(

@@ -20,6 +20,9 @@ from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
+# What `update` takes for itself; other extra args go to the inner step.
+_KNOWN = ("weight", "last", "value", "present")
+
 
 @states.exportable
 class AccumulateState(NamedTuple):
@@ -52,6 +55,7 @@ class AccumulateState(NamedTuple):
 
   open_window = "accumulated"
   inside = "inner_state"
+  idles = True
 
 
 def accumulate(
@@ -87,6 +91,8 @@ def accumulate(
     weight: the micro-batch's weight (tokens, examples, a mask's sum), not
       negative; 1 when missing. A negative or non-finite one skips the
       micro-batch.
+    present: False (it may be traced) where there is no micro-batch at all: nothing
+      changes, and no window closes.
     last: True (it may be traced) closes the window now, at full magnitude.
     value: the micro-batch's loss, one number. `inner` gets the window's weighted
       mean, so that a guard in it sees a spike anywhere in the window. Without a
@@ -185,10 +191,11 @@ def accumulate(
     weight: Any = None,
     last: Any = False,
     value: Any = None,
+    present: Any = True,
     **extra_args: Any,
   ) -> tuple[PyTree, AccumulateState]:
     validate.state(state, AccumulateState, "accumulate")
-    validate.spelling(extra_args, ("weight", "last", "value"), "accumulate")
+    validate.spelling(extra_args, _KNOWN, "accumulate")
     _check_window(state, updates, keeps)
     weight = 1 if weight is None else weight
     validate.one_number("weight", weight, "single examples have member_weights=")
@@ -197,6 +204,7 @@ def accumulate(
     validate.same_tree("updates", updates, totals, "accumulate")
     validate.reduced("updates", updates, totals, "accumulate")
     given, updates = updates, like_tree(updates, totals)
+    present = jnp.asarray(present).astype(bool)
     weight = numerics.scalar(weight, state.weight_sum.dtype)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
     good = jnp.logical_and(good, all_finite(updates))
@@ -204,11 +212,14 @@ def accumulate(
     if apart:  # All devices decide alike.
       bad = vary(jnp.logical_not(good).astype(jnp.int32), apart)
       good = jax.lax.psum(bad, apart) == 0
+    left_out = jnp.logical_and(present, jnp.logical_not(good))
+    good = jnp.logical_and(good, present)
     weight = jnp.where(good, weight, jnp.zeros_like(weight))
     weight_sum = state.weight_sum + weight
     window = every(state.gradient_step) if callable(every) else every
     full = state.mini_step + 1 >= numerics.scalar(window, jnp.int32)
     emit = jnp.logical_or(full, jnp.asarray(last).astype(bool))
+    emit = jnp.logical_and(emit, present)
     step_now = jnp.logical_and(emit, weight_sum > 0)
     value_sum, value_weight = state.value_sum, state.value_weight
     if value is not None and keeps:
@@ -254,10 +265,10 @@ def accumulate(
     unless_emitted = lambda leaf: jnp.where(emit, jnp.zeros_like(leaf), leaf)
     overflowed = jnp.logical_and(step_now, jnp.logical_not(stepped))
     return like_tree(emitted, given), AccumulateState(
-      mini_step=unless_emitted(state.mini_step + 1),
+      mini_step=unless_emitted(state.mini_step + present.astype(jnp.int32)),
       gradient_step=numerics.increment(state.gradient_step, stepped),
       weight_sum=unless_emitted(weight_sum),
-      num_left_out=numerics.increment(state.num_left_out, jnp.logical_not(good)),
+      num_left_out=numerics.increment(state.num_left_out, left_out),
       num_overflowed=numerics.increment(state.num_overflowed, overflowed),
       value_sum=unless_emitted(value_sum),
       value_weight=unless_emitted(value_weight),

@@ -43,6 +43,7 @@ class PredictionState(NamedTuple):
   smoothed: Array
 
   split_by_rows = ("smoothed",)
+  idles = True
   gathered = ("predictions",)
 
   def readers(self) -> dict[str, Callable[[Array], Array]]:
@@ -172,6 +173,7 @@ def smooth_predictions(
     *,
     predictions: Any = None,
     example_ids: Any = None,
+    present: Any = True,
     **extra_args: Any,
   ) -> tuple[PyTree, PredictionState]:
     del params, extra_args
@@ -185,6 +187,8 @@ def smooth_predictions(
     good = jnp.logical_and(ids >= 0, ids < num_examples)
     good = jnp.logical_and(good, _is_probable(new))
     dropped = jnp.logical_and(ids != -1, jnp.logical_not(good)).sum(dtype=jnp.int32)
+    present = jnp.asarray(present).astype(bool)
+    good = jnp.logical_and(good, present)
     split_over = axis_name or axes_of(state.smoothed)
     rate = 1 - numerics.scalar(decay)
     visit = functools.partial(_visit, axis_name=split_over)
@@ -192,7 +196,7 @@ def smooth_predictions(
       state.smoothed, state.count, ids, new, good, rate
     )
     return updates, PredictionState(
-      count=numerics.increment(state.count),
+      count=numerics.increment(state.count, present),
       num_dropped=numerics.increment(state.num_dropped, dropped),
       smoothed=smoothed,
     )

@@ -128,7 +128,15 @@ class Update(NamedTuple):
       return optax.apply_updates(params, updates), new_state
 
     alive = forwarded.metrics["weight"] > 0
-    params, optimizer_state = _cond(alive, move, (params, state.optimizer))
+    if states.idles(state.optimizer):
+      # One conditional inside another would copy the sum of the window.
+      extra_args["present"] = alive
+      moved, optimizer_state = move()
+      optimizer_state = states.choose(alive, optimizer_state, state.optimizer)
+      choose = lambda new, old: jnp.where(alive, new, old)
+      params = jax.tree.map(choose, moved, params)
+    else:
+      params, optimizer_state = _cond(alive, move, (params, state.optimizer))
     return params, TrainStepState(forwarded.step_state, optimizer_state)
 
   def forward(

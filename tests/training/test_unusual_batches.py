@@ -285,7 +285,7 @@ def test_smoothed_parameters_of_many_models():
 @functools.cache
 def register_optax():
   """Optax leaves that to its users; our states are registered."""
-  for kind in (optax.EmptyState, optax.TraceState, optax.ScaleByScheduleState):
+  for kind in (optax.EmptyState, optax.TraceState, optax.MaskedState):
     name = f"optax.{kind.__name__}"
     export.register_namedtuple_serialization(kind, serialized_name=name)
 
