@@ -1,6 +1,10 @@
 """`eval_params`: the smoothed parameters of any state, or a sentence."""
 
+import flax
+from flax import nnx
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -21,3 +25,82 @@ def test_a_checkpoint_without_a_template_is_refused(tmp_path):
     found = saver.restore(tmp_path / "checkpoint")
   with pytest.raises(ValueError, match="template"):
     ranger.eval_params(found["state"], found["params"])
+
+
+SMOOTHED = {
+  "ema": lambda: optax.chain(optax.sgd(1.0), ranger.smooth_by_ema(0.5)),
+  "lookahead": lambda: optax.chain(optax.sgd(1.0), ranger.smooth_by_lookahead(4)),
+  "recipe": lambda: ranger.ranger(0.1, acceleration=1.0, ema_decay=0.5),
+}
+
+
+def trained(tx, steps=3):
+  params = {"w": jnp.zeros(2)}
+  state = tx.init(params)
+  for _ in range(steps):
+    updates, state = tx.update({"w": -jnp.ones(2)}, state, params)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_plain_containers_are_refused_in_a_sentence(name):
+  params, state = trained(SMOOTHED[name]())
+  plain = flax.serialization.to_state_dict(state)
+  bare = jax.tree.map(
+    lambda leaf: leaf,
+    flax.serialization.msgpack_restore(flax.serialization.msgpack_serialize(plain)),
+  )
+  for given in (plain, bare, [plain]):
+    with pytest.raises(ValueError, match=r"jax.eval_shape\(optimizer.init, params\)"):
+      ranger.eval_params(given, params)
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_msgpack_into_a_template_works(name):
+  tx = SMOOTHED[name]()
+  params, state = trained(tx)
+  blob = flax.serialization.to_bytes(state)
+  restored = flax.serialization.from_bytes(tx.init(params), blob)
+  expected = ranger.eval_params(state, params)
+  np.testing.assert_array_equal(
+    ranger.eval_params(restored, params)["w"], expected["w"]
+  )
+  assert not np.array_equal(expected["w"], params["w"])
+
+
+def test_states_without_smoothing_give_the_parameters():
+  params = {"w": jnp.ones(2)}
+  for tx in (
+    optax.adam(0.1),
+    optax.named_chain(("a", optax.sgd(0.1, momentum=0.9)), ("b", optax.identity())),
+    optax.partition({"x": optax.adam(0.1)}, {"w": "x"}),
+    optax.identity(),
+  ):
+    assert ranger.eval_params(tx.init(params), params) is params
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_an_nnx_optimizer_and_its_model(name):
+  """Two lines: the model to evaluate, and the one in training as it was."""
+  model = nnx.Sequential(
+    nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+  )
+  optimizer = nnx.Optimizer(model, SMOOTHED[name](), wrt=nnx.Param)
+  x = jnp.ones([5, 3]) * jnp.arange(5.0)[:, None]
+  for _ in range(3):
+    grads = nnx.grad(lambda model: (model(x) ** 2).mean() + model.layers[0](x).sum())(
+      model
+    )
+    optimizer.update(model, grads)
+  before = nnx.state(model)
+  evaluated = ranger.eval_params(optimizer, model)
+  assert isinstance(evaluated, nnx.Sequential)
+  expected = ranger.eval_params(optimizer, nnx.state(model, nnx.Param))
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(evaluated, nnx.Param), expected)
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+  kernel = lambda model: np.asarray(model.layers[0].kernel[...])
+  assert not np.array_equal(kernel(evaluated), kernel(model))
+  # Batch statistics are those in training; their arrays are its own.
+  evaluated.layers[1].mean[...] = evaluated.layers[1].mean[...] + 1
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)

@@ -1,0 +1,18 @@
+"""The code blocks of the docs run as they stand, page by page."""
+
+import pathlib
+import re
+
+import pytest
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+PAGES = ("your_own_step.md",)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_the_page_runs(page):
+  blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+  assert len(blocks) > 3
+  names = {"__name__": page}
+  for block in blocks:
+    exec(compile(block, page, "exec"), names)

@@ -1,0 +1,77 @@
+"""The Linen train state against a loop by hand."""
+
+from flax import linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from optax_ranger import layers
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal([8, 3]), jnp.float32)
+
+
+def start(tx):
+  model = linen.Dense(2)
+  params = model.init(jax.random.key(0), X)
+  return layers.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+
+def gradient(state):
+  return jax.grad(lambda params: (state.apply_fn(params, X) ** 2).mean())(state.params)
+
+
+def predictions(call):
+  drawn = jax.random.uniform(jax.random.key(call), [3, 4])
+  return {
+    "predictions": drawn / drawn.sum(axis=1, keepdims=True),
+    "example_ids": jnp.arange(3),
+  }
+
+
+CASES = {
+  "weight": (
+    lambda: ranger.accumulate(optax.sgd(0.1), 2),
+    lambda call: {"weight": jnp.float32(1 + call)},
+  ),
+  "value": (
+    lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    lambda call: {"value": jnp.float32(1.0)},
+  ),
+  "predictions": (
+    lambda: optax.chain(ranger.smooth_predictions(3, 4), optax.sgd(0.1)),
+    predictions,
+  ),
+  "none": (lambda: optax.sgd(0.1), lambda call: {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_extra_args_reach_the_optimizer(name):
+  make, extra = CASES[name]
+  tx = make()
+  with jax.numpy_dtype_promotion("standard"):
+    state = start(tx)
+    params, opt_state = state.params, state.opt_state
+    step = jax.jit(
+      lambda state, extra: state.apply_gradients(grads=gradient(state), **extra)
+    )
+    for call in range(4):
+      updates, opt_state = tx.update(
+        gradient(state.replace(params=params)), opt_state, params, **extra(call)
+      )
+      params = optax.apply_updates(params, updates)
+      state = step(state, extra(call))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+  jax.tree.map(close, (state.params, state.opt_state), (params, opt_state))
+  assert int(state.step) == 4
+  assert state.tx is tx
+
+
+def test_fields_are_replaced_as_flax_does():
+  state = start(optax.sgd(0.1))
+  after = state.apply_gradients(grads=gradient(state), apply_fn=None)
+  assert after.apply_fn is None
+  assert after.tx is state.tx
