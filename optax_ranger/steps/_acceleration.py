@@ -108,7 +108,8 @@ def scale_by_ngs(
   Raises:
     ValueError: for arguments out of range, and for gradients that differ from
       device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers.
+    TypeError: for parameters that hold integers, Python numbers or functions, and
+      for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -279,7 +280,8 @@ def accelerate(
   Raises:
     ValueError: for arguments out of range, and for gradients that differ from
       device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers.
+    TypeError: for parameters that hold integers, Python numbers or functions, and
+      for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
