@@ -127,7 +127,8 @@ def ranger_radam(
   Raises:
     ValueError: for arguments out of range, a call without ``params``, and
       gradients that differ from device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers.
+    TypeError: for parameters that hold integers, Python numbers or functions, and
+      for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger

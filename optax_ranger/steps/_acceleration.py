@@ -110,7 +110,8 @@ def scale_by_ngs(
   Raises:
     ValueError: for arguments out of range, and for gradients that differ from
       device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers.
+    TypeError: for parameters that hold integers, Python numbers or functions, and
+      for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -282,7 +283,8 @@ def accelerate(
   Raises:
     ValueError: for arguments out of range, and for gradients that differ from
       device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers.
+    TypeError: for parameters that hold integers, Python numbers or functions, and
+      for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger

@@ -121,6 +121,8 @@ def accumulate(
       (``test_a_sum_that_overflows_is_skipped``).
     * The mean of ``value=`` is over the micro-batches that count, and non-finite
       if one of theirs is (``test_inner_gets_the_mean_value_of_the_window``).
+    * With float64 gradients the mean keeps 1e-14
+      (``test_float64_keeps_its_digits``).
     * A state may go on with another ``every`` in mid-window
       (``test_another_every_keeps_the_open_window``), but for one of 1.
     * `inner` runs on emission only (``test_inner_runs_on_emission_only``).
@@ -136,8 +138,8 @@ def accumulate(
       device under ``jax.shard_map`` where the accumulator does not: each device
       would decide alone. Reduce them first, or use ``micro_batched``, or
       ``train_step(..., reduce="on_emission")``.
-    TypeError: for parameters that hold integers, the state of another step, and
-      misspelled extra args.
+    TypeError: for parameters that hold integers, Python numbers or functions, for
+      the state of another step, and for misspelled extra args.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger

@@ -363,6 +363,7 @@ def aggregate_by_worst_regions(
     # In units of the heaviest region at hand: none of them underflows alone.
     there = jnp.where(share.sum(axis=1) > 0, log_weights, -jnp.inf).max()
     total = jnp.exp(log_weights - jnp.where(there > -jnp.inf, there, 0))
+    total = total.astype(members.weights.dtype)
     if region_weights is not None:
       total = total * jnp.asarray(region_weights).astype(total.dtype)
     reduced, _ = by_regions.update(

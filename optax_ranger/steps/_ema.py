@@ -119,10 +119,17 @@ def smooth_by_ema(
       (``test_ema_leaves_bad_entries_alone``).
     * The average shares no buffer with the parameters
       (``test_donation_of_state_and_params``).
+    * One minus the decay is exact, and with float64 parameters the average keeps
+      1e-14 (``test_the_rest_of_a_slow_decay_is_exact``,
+      ``test_ema_of_float64_keeps_its_digits``).
+    * The state may be split over an explicit mesh otherwise than the parameters
+      (``test_state_and_params_may_be_split_unlike``).
 
   Raises:
-    ValueError: for arguments out of range, and for a call without ``params``.
-    TypeError: for parameters that hold integers.
+    ValueError: for arguments out of range, for a call without ``params``, and for
+      updates or parameters unlike those that ``init`` was given.
+    TypeError: for parameters that hold integers, Python numbers or functions, for
+      abstract ones, and for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger

@@ -83,7 +83,8 @@ def skip_nonfinite(
   Raises:
     ValueError: for gradients that differ from device to device under
       ``jax.shard_map``: each would decide alone.
-    TypeError: for parameters that hold integers.
+    TypeError: for parameters that hold integers, Python numbers or functions, and
+      for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -180,7 +181,8 @@ def skip_anomalies(
   Raises:
     ValueError: for arguments out of range, for a missing ``value=``, and for
       gradients that differ from device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers.
+    TypeError: for parameters that hold integers, Python numbers or functions, and
+      for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger

@@ -74,8 +74,10 @@ def smooth_by_lookahead(
       (``test_lookahead_leaves_bad_entries_alone``).
 
   Raises:
-    ValueError: for arguments out of range, and for a call without ``params``.
-    TypeError: for parameters that hold integers.
+    ValueError: for arguments out of range, for a call without ``params``, and for
+      updates or parameters unlike those that ``init`` was given.
+    TypeError: for parameters that hold integers, Python numbers or functions, for
+      abstract ones, and for the state of another step.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger

@@ -173,3 +173,36 @@ def test_complex_max_is_by_magnitude():
   rows = jnp.array([[1 + 1j], [3j], [-2 + 0j]])
   result, _ = aggregate(ranger.aggregate_by_max(), rows)
   assert complex(result[0]) == 3j
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
+def test_float64_keeps_its_digits(shape):
+  """Weights, region weights and divisors that float32 would round, to 1e-14."""
+  rng = np.random.default_rng(0)
+  rows, weights = rng.standard_normal((7, *shape)), rng.uniform(0.1, 1, 7) / 3
+  regions, region_weights = np.array([0, 0, 0, 1, 1, 2, 2]), np.array([0.3, 0.2, 0.7])
+  mean = lambda at: np.average(rows[at], axis=0, weights=weights[at])
+  each = np.stack([mean(regions == r) for r in range(3)])
+  balanced = np.average(each, axis=0, weights=region_weights)
+  everyone = np.arange(7)
+  expected = {
+    ranger.aggregate_by_mean(): mean(everyone),
+    ranger.aggregate_by_sum(): np.tensordot(weights, rows, 1),
+    ranger.aggregate_by_regions(3): balanced,
+    ranger.aggregate_by_worst_regions(3, rate=0.0): balanced,
+    ranger.aggregate_by_krum(0, 7): mean(everyone),
+    ranger.aggregate_by_trimmed_mean(0.0): mean(everyone),
+  }
+  with jax.enable_x64(True):
+    given = jax.tree.map(
+      jnp.asarray,
+      {
+        "member_weights": weights,
+        "regions": regions,
+        "region_weights": region_weights,
+        "losses": weights,
+      },
+    )
+    for step, right in expected.items():
+      found, _ = step.update(jnp.asarray(rows), step.init(rows[0]), **given)
+      np.testing.assert_allclose(found, right, rtol=1e-14, atol=1e-15)
