@@ -11,7 +11,7 @@ import math
 from typing import Any
 from typing import NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_ranger._core import host
@@ -75,7 +75,7 @@ def narrow(features: Any, metric: str) -> tuple[Any, Rows | None]:
   Wide numbers of the host are shifted in their own type, column by column, before
   they are rounded. Arrays of JAX, traced ones too, are taken as they are.
   """
-  double = jax.config.read("jax_enable_x64")
+  double = jnp.result_type(float) == np.float64
   if not host.is_wide(features) or (double and np.asarray(features).dtype.kind == "f"):
     return features, None
   values = np.asarray(features)
