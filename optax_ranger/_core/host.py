@@ -29,8 +29,10 @@ def difference(values: Any, origin: Any) -> Any:
     if jnp.issubdtype(values.dtype, jnp.floating):
       dtype = numerics.wide(values.dtype)
   if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (values, origin)):
-    with np.errstate(invalid="ignore", over="ignore"):
+    if isinstance(values, jax.Array):
       return values.astype(dtype) - origin.astype(dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+      return values.astype(dtype, copy=False) - origin.astype(dtype, copy=False)
   # Modulo 2**64 (2**32) the smaller is subtracted from the larger exactly.
   unsigned = np.uint64 if values.dtype.itemsize > 4 else np.uint32
   larger = values >= origin

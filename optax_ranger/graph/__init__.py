@@ -18,5 +18,6 @@ from optax_ranger.graph._paying import pay as pay
 from optax_ranger.graph._paying import plan as plan
 from optax_ranger.graph._pipeline import NeighborBatches as NeighborBatches
 from optax_ranger.graph._pipeline import add_neighbors as add_neighbors
+from optax_ranger.graph._query import query as query
 from optax_ranger.graph._refresh import embed as embed
 from optax_ranger.graph._refresh import refresh as refresh

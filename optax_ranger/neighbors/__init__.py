@@ -1,8 +1,10 @@
-"""Nearest neighbors as arrays, and what they weigh.
+"""Nearest neighbors as arrays, found here or elsewhere, and what they weigh.
 
 Imports `_core`.
 """
 
+from optax_ranger.neighbors._convert import from_distances as from_distances
+from optax_ranger.neighbors._convert import from_graph as from_graph
 from optax_ranger.neighbors._nearest import nearest as nearest
 from optax_ranger.neighbors._nearest import sample as sample
 from optax_ranger.neighbors._weights import WeightReport as WeightReport

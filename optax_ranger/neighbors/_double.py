@@ -11,7 +11,7 @@ import math
 from typing import Any
 from typing import NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_ranger._core import host
@@ -20,6 +20,7 @@ from optax_ranger._core import host
 SPARE = 8
 _ROWS = 8192  # at a time
 _CELLS = 2**24  # of a block of distances
+_MEASURED = 2**18  # numbers of the candidates that are measured at a time
 
 Bar = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -51,6 +52,7 @@ def own_rows(features: Any, metric: str) -> Rows:
   if values.dtype.kind not in "iuf" or values.dtype.itemsize < 4:
     values = values.astype(np.float32)
   alive = np.asarray(np.isfinite(values).all(axis=1))
+  error = np.zeros([len(values)])
   if metric == "cosine":
     values = values.astype(np.float64)
     values = np.where(alive[:, None], values, 0)
@@ -60,9 +62,11 @@ def own_rows(features: Any, metric: str) -> Rows:
     norms = np.sqrt((values**2).sum(axis=1, keepdims=True))
     values /= np.where(norms > 0, norms, 1)
     origin = np.zeros(values.shape[1])
+    # The device makes unit rows in float32.
+    error += (math.log2(values.shape[1]) + 8) * float(np.finfo(np.float32).eps)
   else:
     origin = host.nearest_zero(values)
-  return Rows(values, origin, alive, np.zeros([len(values)]))
+  return Rows(values, origin, alive, error)
 
 
 def narrow(features: Any, metric: str) -> tuple[Any, Rows | None]:
@@ -71,7 +75,7 @@ def narrow(features: Any, metric: str) -> tuple[Any, Rows | None]:
   Wide numbers of the host are shifted in their own type, column by column, before
   they are rounded. Arrays of JAX, traced ones too, are taken as they are.
   """
-  double = jax.config.read("jax_enable_x64")
+  double = jnp.result_type(float) == np.float64
   if not host.is_wide(features) or (double and np.asarray(features).dtype.kind == "f"):
     return features, None
   values = np.asarray(features)
@@ -79,9 +83,6 @@ def narrow(features: Any, metric: str) -> tuple[Any, Rows | None]:
     return values, None
   rows = own_rows(values, metric)
   narrowed = np.empty(values.shape, np.float64 if double else np.float32)
-  eps = float(np.finfo(narrowed.dtype).eps)
-  # The device makes unit rows of them once more.
-  again = (math.log2(values.shape[1]) + 8) * eps if metric == "cosine" else 0.0
   for part in _parts(len(values)):
     shifted = _centered(rows, rows.origin, part)
     with np.errstate(over="ignore"):
@@ -89,7 +90,7 @@ def narrow(features: Any, metric: str) -> tuple[Any, Rows | None]:
     rows.alive[part] &= np.isfinite(narrowed[part]).all(axis=1)
     lost = np.where(rows.alive[part, None], shifted, 0)
     lost -= np.where(rows.alive[part, None], narrowed[part], 0)
-    rows.error[part] = np.sqrt((lost**2).sum(axis=1)) + again
+    rows.error[part] += np.sqrt((lost**2).sum(axis=1))
   narrowed[~rows.alive] = np.nan
   return narrowed, rows if rows.error.any() else None
 
@@ -123,7 +124,7 @@ def settle(
   m, width = indices.shape
   squares = np.empty([m, k])
   nearest = np.empty([m, k], np.int32)
-  for part in _parts(m, max(1, _CELLS // max(1, width * keys.values.shape[1]))):
+  for part in _parts(m, max(1, _MEASURED // max(1, width * keys.values.shape[1]))):
     candidates = indices[part]
     far = _squares(keys, candidates, queries.values[part], metric)
     far = np.where(candidates >= 0, far, np.inf)
@@ -232,7 +233,8 @@ def _squares(
   """By differences in their own type, so that nothing cancels."""
   others = keys.values[indices]
   with np.errstate(invalid="ignore", over="ignore"):
-    squares = (host.difference(others, queries[:, None]) ** 2).sum(axis=2)
+    away = host.difference(others, queries[:, None])
+    squares = np.square(away, out=away).sum(axis=2)
   if metric == "cosine":
     empty = ~_has_direction(others) | ~_has_direction(queries)[:, None]
     squares = np.where(empty, 2, squares)

@@ -90,6 +90,25 @@ def search_some(
   return *finish(found, points.scale, metric, n), is_sure(found, some, n)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "metric", "n", "keys"))
+def search_others(
+  points: _points.Points,
+  others: _points.Points,
+  *,
+  k: int,
+  metric: str,
+  n: int,
+  keys: int,
+) -> tuple[Array, Array, Array]:
+  """As `search_some`, of rows that are not among the points."""
+  fetch = lambda block: (_points.cut(points, block * keys, keys), block * keys)
+  over = Sweep(fetch, points.term.shape[0] // keys, metric, n)
+  count = others.term.shape[0]
+  nowhere = jnp.full([count], -1, jnp.int32)
+  found = look_everywhere(others, nowhere, over, k, count)
+  return *finish(found, points.scale, metric, n), is_sure(found, others, n)
+
+
 @functools.partial(jax.jit, static_argnames=("k", "metric", "n"))
 def rank(
   points: _points.Points,

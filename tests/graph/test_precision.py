@@ -30,6 +30,7 @@ def draw(*shape):
   return np.random.default_rng(0).standard_normal(shape)
 
 
+SQUARES = np.arange(50) ** 2
 WIDE = {
   "unix nanoseconds": 1_700_000_000_000_000_000 + np.arange(50)[:, None] ** 2,
   "unix seconds": 1_700_000_000 + np.cumsum(np.abs(draw(50, 1)), axis=0),
@@ -37,9 +38,10 @@ WIDE = {
   "far from each other": np.r_[draw(25, 3), 1e9 + draw(25, 3)],
   "negative": -(2**40) - np.arange(50)[:, None] ** 3,
   "near the end": 2**64 - 1 - (np.arange(50, dtype=np.uint64) ** 2)[:, None],
-  "both ends": np.r_[-(2**62) + np.arange(25) ** 2, 2**62 - np.arange(25) ** 2][
-    :, None
-  ],
+  "both ends": np.r_[-(2**63) + SQUARES[:25], 2**63 - 1 - SQUARES[:25]][:, None],
+  "random bits": np.random.default_rng(0).integers(0, 2**64, [50, 2], np.uint64),
+  # Steps of 0.3 in float64, of 2 in float32: near ones are rounded away.
+  "rounded apart": np.r_[0, 2**24 + 0.3 * (np.arange(49) * 11 % 49)][:, None],
   "wide int32": (2**30 + np.arange(50) ** 2).astype(np.int32)[:, None],
   "near copies": np.repeat(draw(5, 3), 10, axis=0) * (1 + 1e-13 * draw(50, 1)),
   "ordinary": draw(50, 4),
