@@ -200,7 +200,7 @@ def _settled(
   sure = np.ones([len(indices)], bool) if exact else None
   bar = lambda parts: _progress.bar(parts, "repairs", progress)
   distances, indices, again = _double.settle(
-    own, own, np.arange(len(indices)), (distances, indices, sure), k, metric, bar
+    own, own, np.arange(len(indices)), (distances, indices, sure), k, metric, bar=bar
   )
   settled = _uniform(distances, indices)
   return jax.device_put(settled, found.indices.sharding), again

@@ -106,7 +106,7 @@ def query(
     (distances, indices, sure),
     k,
     metric,
-    lambda parts: bar(parts, "repairs"),
+    bar=lambda parts: bar(parts, "repairs"),
   )
   return _nearest.uniform(jnp.asarray(indices), jnp.asarray(distances))
 

@@ -102,6 +102,7 @@ def settle(
   found: tuple[np.ndarray, np.ndarray, np.ndarray | None],
   k: int,
   metric: str,
+  *,
   bar: Bar = iter,
 ) -> tuple[np.ndarray, np.ndarray, int]:
   """The k nearest in their own type, of those that the device found and of others.

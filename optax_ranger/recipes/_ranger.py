@@ -53,7 +53,7 @@ def ranger_head(
     >>> print(weights)  # nobody backs the third label
     [0.5 0.5 0. ]
   """
-  return optax.named_chain(
+  return _named_chain(
     (
       "average_neighbors",
       _averaging.average_neighbors(include_self=include_self, normalize=normalize),
@@ -182,7 +182,7 @@ def ranger(
   ]
   if ema_decay is not None:
     inner.append(("ema", _ema.smooth_by_ema(ema_decay, warmup=ema_warmup)))
-  window = optax.named_chain(*inner)
+  window = _named_chain(*inner)
   if skip_spikes is not None:
     window = _guarded(window, skip_spikes)
   steps = []
@@ -190,7 +190,7 @@ def ranger(
     table = _predictions.smooth_predictions(num_examples, num_classes, prediction_decay)
     steps.append(("predictions", table))
   steps.append(("accumulate", _accumulation.accumulate(window, every)))
-  return optax.named_chain(*steps)
+  return _named_chain(*steps)
 
 
 def _clip_by_norm(largest: Any) -> optax.GradientTransformation:
@@ -235,3 +235,21 @@ def _guarded(
     return updates, beside(new)
 
   return transformation(init, update)
+
+
+def _named_chain(
+  *steps: tuple[str, optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+  """``optax.named_chain`` with a plain dictionary as its state.
+
+  Flax serializes that one, not Optax's ``OrderedDict``.
+  """
+  chain: Any = optax.named_chain(*steps)
+
+  def update(
+    updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
+  ) -> tuple[PyTree, PyTree]:
+    updates, new_state = chain.update(updates, state, params, **extra_args)
+    return updates, dict(new_state)
+
+  return transformation(lambda params: dict(chain.init(params)), update)

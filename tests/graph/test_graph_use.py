@@ -193,7 +193,7 @@ def test_plan_equals_example_weights():
       step, 80, neighbors=neighbors, graph_weight=mean
     )
   )(neighbors, mean)
-  table = graph.plan(neighbors).table
+  table = graph.graph_weights(neighbors).table
   np.testing.assert_allclose(table / 80, weights, rtol=1e-5)
   assert float(table.mean()) == pytest.approx(1, rel=1e-5)
 
@@ -213,15 +213,15 @@ def test_expectations_agree(way, k):
     values, step.init(values), neighbors=neighbors, graph_weight=mean
   )
   expected = float(rows.mean())
-  plan = graph.plan(neighbors)
+  whole = graph.graph_weights(neighbors)
 
   @jax.jit
   @jax.vmap
   def one(key):
     order, draw = jax.random.split(key)
     ids = jax.random.choice(order, n, [size], replace=False)
-    paid = graph.pay(plan, ids, way, key=draw, k=k)
-    return (paid.weights * values[paid.ids]).sum(), paid.weights.sum()
+    found = graph.batch_weights(whole, ids, way, key=draw, k=k)
+    return (found.weights * values[found.ids]).sum(), found.weights.sum()
 
   sums, totals = map(np.asarray, one(jax.random.split(jax.random.key(0), count)))
   error = sums.std() / np.sqrt(count)
@@ -235,26 +235,26 @@ def test_expectations_agree(way, k):
 
 
 def test_pay_refuses():
-  plan = graph.plan(small())
+  whole = graph.graph_weights(small())
   with pytest.raises(ValueError, match="way must be one of"):
-    graph.pay(plan, np.arange(4), "borrowed")
+    graph.batch_weights(whole, np.arange(4), "borrowed")
   with pytest.raises(ValueError, match="needs key="):
-    graph.pay(plan, np.arange(4), "fetched", k=2)
+    graph.batch_weights(whole, np.arange(4), "fetched", k=2)
   with pytest.raises(ValueError, match="at least 2 examples"):
-    graph.pay(plan, np.arange(1), "in_batch")
+    graph.batch_weights(whole, np.arange(1), "in_batch")
 
 
 def test_empty_places_cost_nothing():
   neighbors = small()
   indices = np.asarray(neighbors.indices).copy()
   indices[4] = -1
-  plan = graph.plan(neighbors._replace(indices=indices))
-  fetched = graph.pay(plan, np.array([4, 9]), "fetched")
+  whole = graph.graph_weights(neighbors._replace(indices=indices))
+  fetched = graph.batch_weights(whole, np.array([4, 9]), "fetched")
   assert fetched.weights[0] == 0
   assert not fetched.weights[2:6].any()
   np.testing.assert_allclose(fetched.weights[6:].sum(), fetched.weights[1], rtol=1e-5)
   assert fetched.weights[1] > 0
-  assert float(plan.table.sum()) == pytest.approx(60, rel=1e-5)
+  assert float(whole.table.sum()) == pytest.approx(60, rel=1e-5)
 
 
 def test_refresh_compiles_nothing_again():
@@ -274,7 +274,7 @@ def test_refresh_compiles_nothing_again():
   @jax.jit
   def step(params, batch, neighbors):
     traces["step"] += 1
-    weights = graph.plan(neighbors).table
+    weights = graph.graph_weights(neighbors).table
     loss = lambda params: (weights * losses(params, batch)).mean()
     return params - 0.5 * jax.grad(loss)(params)
 
@@ -473,9 +473,9 @@ def test_gaps_are_refused(labels):
 
 @pytest.mark.parametrize("way", ["fetched", "in_batch", "amortized"])
 def test_wide_ids_pay_for_nobody(way):
-  plan = graph.plan(small())
-  paid = graph.pay(plan, np.array([2**32 + 5, 4, -3, 60]), way)
-  assert float(paid.weights[0]) == float(paid.weights[2]) == 0
-  alone = graph.pay(plan, np.array([4]), "amortized")
+  whole = graph.graph_weights(small())
+  found = graph.batch_weights(whole, np.array([2**32 + 5, 4, -3, 60]), way)
+  assert float(found.weights[0]) == float(found.weights[2]) == 0
+  alone = graph.batch_weights(whole, np.array([4]), "amortized")
   if way == "amortized":
-    np.testing.assert_allclose(paid.weights, [0, float(alone.weights[0]) / 4, 0, 0])
+    np.testing.assert_allclose(found.weights, [0, float(alone.weights[0]) / 4, 0, 0])

@@ -1,4 +1,4 @@
-"""Three ways to pay for neighbor averaging over a whole graph, behind one call."""
+"""The weights of a batch in neighbor averaging over a whole graph, in three ways."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from optax_ranger.neighbors import _nearest
 WAYS = ("fetched", "in_batch", "amortized")
 
 
-class Plan(NamedTuple):
+class GraphWeights(NamedTuple):
   """A graph that is ready to be paid for; only arrays, so it may be an argument.
 
   Attributes:
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
   table: Array
 
 
-class Paid(NamedTuple):
+class BatchWeights(NamedTuple):
   """Examples of a step and their weights: ``(weights * losses).sum()`` is the loss.
 
   Attributes:
@@ -44,8 +44,8 @@ class Paid(NamedTuple):
   weights: Array
 
 
-def plan(neighbors: Neighbors) -> Plan:
-  r"""Prepares a graph for ``pay``; after each change of its weights, once.
+def graph_weights(neighbors: Neighbors) -> GraphWeights:
+  r"""Prepares a graph for ``batch_weights``; after each change of its weights, once.
 
   .. math::
     \gamma = \frac{n}{2 \sum_{ij} w_{ij}}, \qquad
@@ -55,7 +55,7 @@ def plan(neighbors: Neighbors) -> Plan:
     neighbors: ``[n, k]``, weighed; see ``neighbors.weigh``.
 
   Returns:
-    ``Plan(neighbors, scale, table)``.
+    ``GraphWeights(neighbors, scale, table)``.
 
   Guarantees:
     * The table is what ``example_weights`` gives for the whole graph with
@@ -65,7 +65,7 @@ def plan(neighbors: Neighbors) -> Plan:
     >>> import jax.numpy as jnp
     >>> from optax_ranger import graph
     >>> points = jnp.array([[0.0], [1.0], [3.0]])
-    >>> print(graph.plan(graph.build(points, 1, backend="jax")).table)
+    >>> print(graph.graph_weights(graph.build(points, 1, backend="jax")).table)
     [1.  1.5 0.5]
   """
   indices, weights = _usable(neighbors)
@@ -73,17 +73,17 @@ def plan(neighbors: Neighbors) -> Plan:
   scale = numerics.divide(jnp.ones_like(own[0]), 2 * own.mean())
   received = jnp.zeros_like(own).at[indices].add(weights)
   clean = Neighbors(indices, jnp.asarray(neighbors.distances), weights)
-  return Plan(clean, scale, scale * (own + received))
+  return GraphWeights(clean, scale, scale * (own + received))
 
 
-def pay(
-  plan: Plan,
+def batch_weights(
+  whole: GraphWeights,
   ids: ArrayLike,
   way: str,
   *,
   key: Array | None = None,
   k: int | None = None,
-) -> Paid:
+) -> BatchWeights:
   r"""Tells what to compute for a batch, so that neighbors are averaged in the mean.
 
   ======================  =================  ==================  ================
@@ -102,7 +102,7 @@ def pay(
   step serves them all, and every graph of the same shape.
 
   Args:
-    plan: of ``plan``.
+    whole: of ``graph_weights``.
     ids: ``int [B]``, the batch. An id outside [0, n) stands for no example: example
       0 takes its place, with weight zero.
     way: ``"fetched"``: each example brings k neighbors along, drawn at random;
@@ -112,7 +112,7 @@ def pay(
     k: how many are fetched; None for all, which needs no key.
 
   Returns:
-    ``Paid(ids [m], weights [m])``.
+    ``BatchWeights(ids [m], weights [m])``.
 
   Guarantees:
     * The three have the same expectation, and another scaling is told apart
@@ -126,21 +126,21 @@ def pay(
     >>> import jax.numpy as jnp
     >>> from optax_ranger import graph
     >>> points = jnp.array([[0.0], [1.0], [3.0]])
-    >>> plan = graph.plan(graph.build(points, 1, backend="jax"))
-    >>> ids, weights = graph.pay(plan, jnp.array([0, 2]), "fetched")
+    >>> whole = graph.graph_weights(graph.build(points, 1, backend="jax"))
+    >>> ids, weights = graph.batch_weights(whole, jnp.array([0, 2]), "fetched")
     >>> print(ids, weights)
     [0 2 1 1] [0.25 0.25 0.25 0.25]
   """
   validate.choice("way", way, WAYS)
   ids = _labels.read_ids("ids", ids)
-  n, size = plan.table.shape[0], ids.shape[0]
-  share = plan.scale / size
+  n, size = whole.table.shape[0], ids.shape[0]
+  share = whole.scale / size
   inside = jnp.logical_and(ids >= 0, ids < n)
   ids = jnp.where(inside, ids, jnp.zeros_like(ids))
   keep = lambda rows, inside: jnp.where(inside, rows, jnp.zeros_like(rows))
   if way == "amortized":
-    return Paid(ids, keep(plan.table[ids], inside) / size)
-  own = jax.tree.map(lambda leaf: leaf[ids], plan.neighbors)
+    return BatchWeights(ids, keep(whole.table[ids], inside) / size)
+  own = jax.tree.map(lambda leaf: leaf[ids], whole.neighbors)
   own = own._replace(weights=keep(own.weights, inside[:, None]))
   if way == "fetched":
     if k is not None:
@@ -148,7 +148,9 @@ def pay(
         raise ValueError("way='fetched' with k= needs key=, a key of jax.random.")
       own = _nearest.sample(key, own, k)
     weights = jnp.concatenate([own.weights.sum(axis=1), own.weights.reshape(-1)])
-    return Paid(jnp.concatenate([ids, own.indices.reshape(-1)]), share * weights)
+    return BatchWeights(
+      jnp.concatenate([ids, own.indices.reshape(-1)]), share * weights
+    )
   if size < 2:
     raise ValueError(f"way='in_batch' needs at least 2 examples, got {size}.")
   order = jnp.argsort(ids)
@@ -158,7 +160,7 @@ def pay(
   weights = jnp.where(inside, own.weights, jnp.zeros_like(own.weights))
   weights = weights * ((n - 1) / (size - 1))
   received = jnp.zeros_like(weights[:, 0]).at[place].add(weights)
-  return Paid(ids, share * (weights.sum(axis=1) + received))
+  return BatchWeights(ids, share * (weights.sum(axis=1) + received))
 
 
 def _usable(neighbors: Neighbors) -> tuple[Array, Array]:
