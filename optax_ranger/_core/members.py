@@ -73,6 +73,7 @@ def present_members(
   Returns:
     The members, or None where the tree has no leaves.
   """
+  validate.state(state, MemberState, "a step over members")
   n = validate.leading_axis("updates", updates)
   if n is None:
     return None

@@ -92,6 +92,14 @@ def leaves_like(tree: PyTree, copy: PyTree) -> list[Any]:
   return found
 
 
+def is_nnx_module(tree: Any) -> bool:
+  """Whether this is a model of Flax NNX, by name: Flax need not be installed."""
+  return any(
+    kind.__module__.startswith("flax.nnx") and kind.__name__ == "Module"
+    for kind in type(tree).__mro__
+  )
+
+
 def unboxed(tree: PyTree) -> PyTree:
   """The arrays of a tree whose leaves Flax NNX wraps in variables."""
   # By what they can do: this package does not import Flax.

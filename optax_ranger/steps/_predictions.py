@@ -177,6 +177,7 @@ def smooth_predictions(
     **extra_args: Any,
   ) -> tuple[PyTree, PredictionState]:
     del params, extra_args
+    validate.state(state, PredictionState, "smooth_predictions")
     validate.given("predictions", predictions, "smooth_predictions")
     validate.given("example_ids", example_ids, "smooth_predictions")
     new = jnp.asarray(predictions).astype(jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
+from optax_ranger._core.tree import is_nnx_module
 from optax_ranger._core.tree import leaves_like
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -40,7 +41,7 @@ def eval_params(state: PyTree, params: PyTree) -> PyTree:
     >>> ranger.eval_params(optax.adam(0.1).init(params), params) is params
     True
   """
-  if _is_module(params):
+  if is_nnx_module(params):
     return _eval_module(state, params)
   copies = states.smoothed_copies(state)
   if not copies:
@@ -74,14 +75,6 @@ def _refuse_dictionaries(state: PyTree) -> None:
       " so a smoothed copy could not be told from the rest: restore it into a"
       " template, jax.eval_shape(optimizer.init, params)."
     )
-
-
-def _is_module(model: Any) -> bool:
-  # By name: this package does not import Flax before somebody passes a module.
-  return any(
-    kind.__module__.startswith("flax.nnx") and kind.__name__ == "Module"
-    for kind in type(model).__mro__
-  )
 
 
 def _eval_module(state: PyTree, model: Any) -> Any:

@@ -15,6 +15,7 @@ from optax_ranger._core import validate
 from optax_ranger._core.members import init_members
 from optax_ranger._core.sharding import place
 from optax_ranger._core.shards import ROWS
+from optax_ranger._core.tree import is_nnx_module
 from optax_ranger._core.types import Neighbors
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import arguments
@@ -259,6 +260,7 @@ class TrainStep:
     **extra_args: Any,
   ) -> tuple[PyTree, _update.TrainStepState, dict[str, Any]]:
     """``(params, state, batch, **extra) -> (params, state, metrics)``."""
+    validate.state(state, _update.TrainStepState, "train_step")
     if self._partition is None:
       rows, shared = self._split_extra(extra_args)
       given = _update.Given(batch, rows, shared)
@@ -454,6 +456,11 @@ class TrainStep:
 
 def _check_params(params: PyTree) -> None:
   """Refuses leaves that cannot be trained, with what to do about each."""
+  if is_nnx_module(params):
+    raise TypeError(
+      "params must hold arrays, got an NNX model: pass nnx.state(model, nnx.Param), and"
+      " build the model from it in the losses, nnx.merge(nnx.graphdef(model), params)."
+    )
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = f"params{jax.tree_util.keystr(path)}"
     if callable(leaf) and not hasattr(leaf, "dtype"):

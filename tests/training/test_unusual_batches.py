@@ -360,6 +360,88 @@ def test_refusals_name_what_to_do():
   update(W, update.init(W), X, something_of_the_optimizer=1.0)
 
 
+def test_models_and_states_from_elsewhere_are_refused():
+  update = ranger.train_step(losses, optax.sgd(0.1, momentum=0.9))
+  with pytest.raises(TypeError, match=r"an NNX model: pass nnx.state\("):
+    update.init(nnx.Linear(3, 1, rngs=nnx.Rngs(0)))
+  state = update.init(W)
+  for other in (state._asdict(), list(state), state.optimizer):
+    with pytest.raises(TypeError, match="train_step needs a TrainStepState"):
+      update(W, other, X)
+
+
+# Complex parameters and double precision
+
+
+@pytest.mark.parametrize("way", ["one device", "micro-batches", "mesh", "split state"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 8)])
+def test_complex_parameters_descend_as_their_parts_do(way, shape):
+  """As real and imaginary parts of their own would, whatever the optimizer."""
+  rng = np.random.default_rng(0)
+  goal = rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
+  goal = jnp.asarray(goal, jnp.complex64)
+  batch = np.linspace(0.5, 1.5, 16).astype(np.float32)
+  square = lambda z: (jnp.real(z) ** 2 + jnp.imag(z) ** 2).sum()
+  loss = lambda params, batch: square(params["z"] - goal) * batch
+  join = lambda params: {"z": jax.lax.complex(params["x"], params["y"])}
+  parts = lambda params, batch: loss(join(params), batch)
+  tx = optax.sgd(0.1, momentum=0.5)
+  params = {"z": jnp.zeros(shape, jnp.complex64)}
+  split = {"x": jnp.zeros(shape), "y": jnp.zeros(shape)}
+  update, by_parts = build(way, tx, loss), build(way, tx, parts)
+  state, split_state = update.init(params), by_parts.init(split)
+  for _ in range(10):
+    params, state, metrics = update(params, state, batch)
+    split, split_state, _ = by_parts(split, split_state, batch)
+  expected = join(split)["z"]
+  np.testing.assert_allclose(params["z"], expected, rtol=1e-4, atol=1e-5)
+  assert metrics["loss"] < square(goal) / 10
+
+
+@pytest.mark.parametrize("step", [ranger.aggregate_by_mean(), ranger.ranger_head()])
+def test_value_and_grad_of_complex_parameters_is_that_of_jax(step):
+  loss = lambda params, batch: jnp.abs(params * batch - 1) ** 2
+  batch = jnp.asarray([1.0, 2.0, 3.0], jnp.complex64)
+  extra = {"neighbors": ranger.neighbors.nearest(jnp.arange(3.0)[:, None], 2)}
+  params = jnp.asarray([0.3 + 0.4j], jnp.complex64)
+  _, found = ranger.value_and_grad(loss, step)(params, batch, **extra)
+  weights = ranger.example_weights(step, 3, **extra)
+  total = lambda params: (weights * loss(params, batch)).sum()
+  np.testing.assert_allclose(found, jax.grad(total)(params), rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["one device", "micro-batches", "mesh", "split state"])
+@pytest.mark.parametrize("head", [None, "mean", "neighbors", "regions"])
+def test_float64_keeps_its_digits(way, head):
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(16, 3)), rng.normal(size=3)
+  extra, step, weights = {}, None, np.full(16, 1 / 16)
+  with jax.enable_x64(True):
+    if head == "mean":
+      given = rng.uniform(size=16)
+      extra, step = {"member_weights": given}, ranger.aggregate_by_mean()
+      weights = given / given.sum()
+    if head == "regions":
+      regions = np.arange(16) % 3
+      extra, step = {"regions": regions}, ranger.aggregate_by_regions(3)
+      weights = 1 / (3 * np.bincount(regions)[regions])
+    if head == "neighbors":
+      indices = (np.arange(16)[:, None] + np.arange(1, 4)) % 16
+      own = rng.uniform(size=(16, 3))
+      extra = {"neighbors": ranger.Neighbors(indices, np.ones([16, 3]), own)}
+      step = ranger.ranger_head()
+      weights = own.sum(axis=1)
+      np.add.at(weights, indices, own)
+      weights /= weights.sum()
+    tx = optax.sgd(1.0)
+    update = build(way, tx, lambda w, batch: (batch @ w - 1) ** 2, step=step)
+    params = jnp.asarray(w)
+    found, _, metrics = update(params, update.init(params), x, **extra)
+  gradient = 2 * x.T @ (weights * (x @ w - 1))
+  np.testing.assert_allclose(w - np.asarray(found), gradient, rtol=2e-14, atol=1e-15)
+  assert metrics["loss"].dtype == np.float64
+
+
 @pytest.mark.parametrize("item", ["loss", "weight", "num_dropped"])
 def test_items_of_aux_must_not_be_named_like_metrics(item):
   loss = lambda params, batch: (losses(params, batch), {item: losses(params, batch)})
