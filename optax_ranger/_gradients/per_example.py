@@ -26,6 +26,7 @@ from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import linear
 from optax_ranger._gradients.evaluated import Problem
+from optax_ranger._gradients.evaluated import refuse_other_than_a_loss_each
 from optax_ranger._gradients.options import Options
 
 # Maps a function over the gradients of all examples, and stacks what it returns.
@@ -106,7 +107,13 @@ def _sweep(problem: Problem, micro_batch_size: int) -> Sweep:
     def one_example(rows):
       batch, by_row = jax.tree.map(lambda row: jnp.asarray(row)[None], rows)
       seen = {**problem.shared, **by_row}
-      return visit(jax.grad(lambda p: problem.losses(p, batch, seen)[0][0])(params))
+
+      def loss(params):
+        losses, _ = problem.losses(params, batch, seen)
+        refuse_other_than_a_loss_each(losses, 1)
+        return losses[0]
+
+      return visit(jax.grad(loss)(params))
 
     rows = (problem.batch, problem.rows)
     return jax.lax.map(one_example, rows, batch_size=micro_batch_size)

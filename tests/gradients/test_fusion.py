@@ -398,3 +398,17 @@ def test_float64_keeps_its_digits():
     grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
     _, found = grad_fn(jnp.asarray(w), jnp.asarray(x))
   np.testing.assert_allclose(found, 2 * x.T @ (x @ w - 1) / 7, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+  "step", ["aggregate_by_median", "aggregate_by_geometric_median"]
+)
+def test_rows_that_are_not_declared_are_refused_per_example(step):
+  losses = lambda w, batch, scale: scale * (batch @ w - 1) ** 2
+  step = getattr(ranger, step)()
+  batch, scale = jnp.ones([5, 3]), jnp.arange(5.0)
+  with pytest.raises(ValueError, match=r"shape \[1\].*got \[5\].*row_args="):
+    ranger.value_and_grad(losses, step)(jnp.ones(3), batch, scale=scale)
+  grad_fn = ranger.value_and_grad(losses, step, row_args=("scale",))
+  _, found = grad_fn(jnp.ones(3), batch, scale=scale)
+  np.testing.assert_allclose(found, np.full(3, 8.0), rtol=1e-4)  # that of the middle

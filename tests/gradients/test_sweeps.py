@@ -62,9 +62,14 @@ def test_sweeps_change_nothing(name, num_sweeps, micro_batch_size):
   params, batch, extra = inputs()
   step = STEPS[name]
   state = step.init(params)
-  expected = ranger.value_and_grad(losses, step)(params, batch, state=state, **extra)
+  at_once = ranger.value_and_grad(losses, step, row_args=("scale",))
+  expected = at_once(params, batch, state=state, **extra)
   in_sweeps = ranger.value_and_grad(
-    losses, step, num_sweeps=num_sweeps, micro_batch_size=micro_batch_size
+    losses,
+    step,
+    num_sweeps=num_sweeps,
+    micro_batch_size=micro_batch_size,
+    row_args=("scale",),
   )
   close(jax.jit(in_sweeps)(params, batch, state=state, **extra), expected)
 
