@@ -57,6 +57,7 @@ def optimizer(settings: methods.Settings, num_examples: int, every: int = 1):
     weight_decay=settings["decay"],
     every=every,
     ema_decay=settings["ema"],
+    ema_warmup=0,  # as the committed figures were made
     num_examples=num_examples,
     num_classes=10,
     prediction_decay=settings["prediction_decay"],
