@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
+from optax_ranger._core import labels
 from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.members import init_members
@@ -299,6 +301,7 @@ class TrainStep:
       raise ValueError("batch must hold at least one array, got none.")
     if n == 0 and self._batch_size is None:
       raise ValueError("batch must hold at least one example, got none.")
+    rows = {name: _narrowed(name, arg) for name, arg in rows.items()}
     for name, arg in rows.items():
       validate.same_rows(name, arg, n)
     to = self._rows_to_pad_to(n, batch)
@@ -474,6 +477,18 @@ def _check_params(params: PyTree) -> None:
         f"{name} must be an array, got {leaf!r}: make it one with jnp.asarray, so"
         " that its type does not change from step to step."
       )
+
+
+def _narrowed(name: str, arg: PyTree) -> PyTree:
+  """Reads ids and labels on the host, before JAX cuts 64-bit integers to 32."""
+  if name == "example_ids" and not hasattr(arg, "dtype"):
+    return labels.read_ids(name, arg)
+  if name == "labels" and not isinstance(arg, jax.Array | jax.ShapeDtypeStruct):
+    return labels.read(name, arg, len(arg)).ids
+  is_wide = lambda leaf: isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iu"
+  return jax.tree.map(
+    lambda leaf: labels.fit(name, leaf) if is_wide(leaf) else leaf, arg
+  )
 
 
 def _refuse_one_buffer_twice(trees: dict[str, PyTree]) -> None:

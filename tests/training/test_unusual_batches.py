@@ -442,6 +442,25 @@ def test_float64_keeps_its_digits(way, head):
   assert metrics["loss"].dtype == np.float64
 
 
+@pytest.mark.parametrize("way", ["one device", "mesh", "compiler"])
+def test_wide_ids_and_labels_never_wrap(way):
+  loss = lambda params, batch: (
+    losses(params, batch),
+    {"predictions": jnp.full([batch.shape[0], 2], 0.5)},
+  )
+  tx = optax.chain(ranger.smooth_predictions(16, 2), optax.sgd(0.1))
+  update = build(way, tx, loss, has_aux=True)
+  ids = np.arange(16) + np.where(np.arange(16) % 2, 2**32, 0)
+  for given in (ids, ids.tolist()):
+    _, state, _ = update(W, update.init(W), X, example_ids=given)
+    table = state.optimizer[0]
+    np.testing.assert_array_equal(np.asarray(table.smoothed)[1::2], 0)
+    assert (np.asarray(table.smoothed)[::2] > 0).all()
+    assert int(table.num_dropped) == 8
+  with pytest.raises(ValueError, match="labels must fit 32 bits"):
+    update(W, update.init(W), X, example_ids=np.arange(16), labels=ids)
+
+
 @pytest.mark.parametrize("item", ["loss", "weight", "num_dropped"])
 def test_items_of_aux_must_not_be_named_like_metrics(item):
   loss = lambda params, batch: (losses(params, batch), {item: losses(params, batch)})
