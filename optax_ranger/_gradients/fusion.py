@@ -205,7 +205,7 @@ def value_and_grad(
     params: PyTree, batch: PyTree, *, state: PyTree = None, **extra_args: Any
   ) -> Any:
     try:
-      found, new_state, _ = gradient(params, batch, state, extra_args)
+      found, new_state, _, _ = gradient(params, batch, state, extra_args)
     except validate.MissingError as error:
       raise error.when_calling("grad_fn(params, batch") from None
     value = (found.losses, found.aux) if has_aux else found.losses
@@ -224,11 +224,14 @@ class Differentiated(NamedTuple):
     evaluated: losses, aux and gradient; the gradient is that of all devices.
     state: of the step over examples.
     along: items of aux of all devices, those that were wanted and came along.
+    divisor: what the gradient is still to be divided by, where it is first used: by
+      itself, that would be one more pass over it. None for nothing.
   """
 
   evaluated: Evaluated
   state: PyTree
   along: dict[str, Any]
+  divisor: Array | None = None
 
 
 def gradient_of(
@@ -323,7 +326,7 @@ def _by_mean(
   member_weights: Any,
   options: Options,
 ) -> Differentiated:
-  """The weighted mean over the examples of all devices, divided at the end."""
+  """The weighted sum over the examples of all devices, with its divisor."""
   dtype = _weight_dtype(problem.params)
   asked, _, _ = clean_weights(member_weights, shards.n, dtype)
   among = lambda finite: jnp.where(finite, asked, jnp.zeros_like(asked)) / shards.total
@@ -335,10 +338,9 @@ def _by_mean(
     grads, weight, dropped = shards.sum((grads, weight, dropped))
   else:
     grads, (weight, dropped) = options.reduce(grads), shards.sum((weight, dropped))
-  scale = lambda leaf: numerics.divide(leaf, weight.astype(numerics.real(leaf.dtype)))
-  found = found._replace(grads=jax.tree.map(scale, grads))
   count = numerics.increment(state.num_dropped, dropped.astype(jnp.int32))
-  return Differentiated(found, MemberState(count), {})
+  found = found._replace(grads=grads)
+  return Differentiated(found, MemberState(count), {}, divisor=weight)
 
 
 def _by_step(

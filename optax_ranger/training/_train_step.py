@@ -234,6 +234,7 @@ class TrainStep:
     self._compiled: dict[Any, Any] = {}
     self._window_shapes: list[Any] | None = None
     self._met_a_model = False
+    self._spelled: set[frozenset[str]] = set()
 
   def init(self, params: PyTree) -> _update.TrainStepState:
     """The state at the start, placed on the mesh as ``update`` keeps it."""
@@ -312,7 +313,6 @@ class TrainStep:
       name: placement.place_rows(_placement.padded(arg, name, to))
       for name, arg in rows.items()
     }
-    _check_params(params)
     params = placement.place_params(params)
     in_parts = self._reduce_on_emission
     return (
@@ -361,6 +361,7 @@ class TrainStep:
       leaves, structure = jax.tree.flatten((params, state))
       key = (structure, tuple(leaf.sharding for leaf in leaves))
     if key not in self._compiled:
+      _check_params(params)
       if self._donate:
         _refuse_one_buffer_twice({"params": params, "state": state})
       if key is None:
@@ -409,7 +410,7 @@ class TrainStep:
     forward = map_(
       functools.partial(body.forward, reduction),
       in_specs=(_WHOLE, _WHOLE, states.tables(specs), given),
-      out_specs=_update.Forwarded(scattered, _WHOLE, rows, _WHOLE, _WHOLE),
+      out_specs=_update.Forwarded(scattered, _WHOLE, _WHOLE, rows, _WHOLE, _WHOLE),
     )
     return self._with_split_state(params, forward)
 
@@ -448,6 +449,10 @@ class TrainStep:
 
   def _refuse_misspelled(self, extra_args: dict[str, Any]) -> None:
     """Other names may be the optimizer's, and pass."""
+    names = frozenset(extra_args)
+    if names in self._spelled:
+      return
+    self._spelled.add(names)
     options = self._body.options
     known = {*ROWS, *options.row_args, *(options.statistics or ()), "weight", "value"}
     for function in (self._body.losses, options.find_neighbors):

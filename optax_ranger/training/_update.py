@@ -72,6 +72,7 @@ class Forwarded(NamedTuple):
 
   Attributes:
     grads: like the parameters.
+    divisor: what they are still to be divided by; None for nothing.
     step_state: the new state of the step over examples.
     by_row: extra args of the optimizer with one row an example.
     others: the other ones.
@@ -79,10 +80,18 @@ class Forwarded(NamedTuple):
   """
 
   grads: PyTree
+  divisor: PyTree
   step_state: PyTree
   by_row: PyTree
   others: PyTree
   metrics: PyTree
+
+  def ready(self, grad: Array) -> Array:
+    """A gradient as the optimizer wants it; inside its branch, this costs no pass."""
+    if self.divisor is not None:
+      grad = numerics.divide(grad, self.divisor.astype(numerics.real(grad.dtype)))
+    # Of a complex parameter, JAX's gradient is the conjugate of what descends.
+    return jnp.conj(grad)
 
 
 class Update(NamedTuple):
@@ -117,11 +126,10 @@ class Update(NamedTuple):
     self, params: PyTree, state: TrainStepState, forwarded: Forwarded
   ) -> tuple[PyTree, TrainStepState]:
     """The optimizer's step; without a usable example nothing moves."""
-    # Of a complex parameter, JAX's gradient is the conjugate of what descends.
-    grads = jax.tree.map(jnp.conj, forwarded.grads)
     extra_args = {**forwarded.by_row, **forwarded.others}
 
     def move():
+      grads = jax.tree.map(forwarded.ready, forwarded.grads)
       updates, new_state = self.optimizer.update(
         grads, state.optimizer, params, **extra_args
       )
@@ -163,7 +171,7 @@ class Update(NamedTuple):
     )
     self._refuse_missing({**shared, **rows, **remembered})
     gradient = fusion.gradient_of(self.losses, self.step, options)
-    found, step_state, everywhere = gradient(
+    found, step_state, everywhere, divisor = gradient(
       params,
       batch,
       step_state,
@@ -181,7 +189,7 @@ class Update(NamedTuple):
       missing = {name: item for name, item in here.items() if name not in everywhere}
       by_row.update({**everywhere, **(shards.gather(missing) if missing else {})})
       by_row["example_ids"] = ids
-    return Forwarded(found.grads, step_state, by_row, others, metrics)
+    return Forwarded(found.grads, divisor, step_state, by_row, others, metrics)
 
   def _remembered(
     self, tables: list[Any], ids: Array, shards: Shards
