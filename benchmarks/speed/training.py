@@ -197,7 +197,7 @@ def _sent(step: Any) -> tuple[dict[tuple[str, bool], float], int]:
   rest = 0
   for one in ranger.training.collectives(step):
     if one.num_bytes > gradient // 16:
-      key = one.kind, one.conditional > 1
+      key = one.kind, one.conditional > 0
       counted[key] = counted.get(key, 0) + one.num_bytes * one.count / gradient
     else:
       rest += one.num_bytes * one.count

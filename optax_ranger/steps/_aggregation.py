@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_ranger._core import labels
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
@@ -212,7 +213,8 @@ def aggregate_by_regions(
     validate.shape("regions", regions, (n,))
     validate.integers("regions", regions)
     # One row a region: a member's share of it. Ids out of range have no row.
-    one_hot = jnp.arange(num_regions)[:, None] == jnp.asarray(regions)[None]
+    ids = labels.fit("regions", regions)
+    one_hot = jnp.arange(num_regions, dtype=jnp.int32)[:, None] == ids[None]
     member = jnp.where(one_hot, members.weights, jnp.zeros([], dtype))
     totals = member.sum(axis=1)
     if region_weights is None:
@@ -354,7 +356,8 @@ def aggregate_by_worst_regions(
     losses = replicate(jnp.asarray(losses).astype(jnp.float32))
     weights = members.weights.astype(jnp.float32)
     usable = jnp.logical_and(weights > 0, jnp.isfinite(losses))
-    one_hot = jnp.arange(num_regions)[:, None] == jnp.asarray(regions)[None]
+    ids = labels.fit("regions", regions)
+    one_hot = jnp.arange(num_regions, dtype=jnp.int32)[:, None] == ids[None]
     share = jnp.where(jnp.logical_and(one_hot, usable[None]), weights[None], 0)
     known = jnp.where(usable, losses, jnp.zeros_like(losses))
     means = numerics.divide((share * known[None]).sum(axis=1), share.sum(axis=1))

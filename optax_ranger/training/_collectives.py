@@ -36,8 +36,8 @@ class Collective(NamedTuple):
     count: how often a call of the program runs it; a loop whose number of rounds
       the compiler does not know counts once.
     conditional: in how many branches it stands that need not be taken; 0 where it
-      always runs. The optimizer of ``train_step`` stands in one, which is left out
-      when a batch has no usable example.
+      always runs. An optimizer without an open window stands in one in
+      ``train_step``, which is left out when a batch has no usable example.
   """
 
   kind: str

@@ -101,7 +101,7 @@ def test_steps_that_mix_entries_are_refused_in_sweeps():
   params, batch, extra = inputs()
   for rest in (optax.clip_by_global_norm(0.1), optax.centralize()):
     step = optax.chain(ranger.aggregate_by_median(), rest)
-    grad_fn = ranger.value_and_grad(losses, step, num_sweeps=2)
+    grad_fn = ranger.value_and_grad(losses, step, num_sweeps=2, row_args=("scale",))
     with pytest.raises(ValueError, match="treats every entry of the gradients alike"):
       jax.jit(grad_fn)(params, batch, **extra)
 

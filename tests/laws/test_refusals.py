@@ -650,7 +650,7 @@ REFUSALS = {
       jnp.float32(1), jnp.ones([3])
     ),
     ValueError,
-    r"the value of per_example_losses must have shape \[3\], got \[\]",
+    r"per_example_losses must return losses of shape \[3\].*got \[\]",
   ),
 }
 
