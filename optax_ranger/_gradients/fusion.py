@@ -398,6 +398,7 @@ def _by_examples(
 
   stepped = per_example.Stepped(step, state, args_for, problem.params)
   problem = problem._replace(finite=finite)
-  grads, state, _ = per_example.run(problem, stepped, plan.options)
+  # Here gradients are still apart, and one that is not finite makes its example bad.
+  grads, state, finite = per_example.run(problem, stepped, plan.options)
   found = Evaluated(losses, aux, statistics, grads, finite)
   return Differentiated(found, state, {})

@@ -107,6 +107,20 @@ def test_a_step_that_is_not_linear_moves_nothing_either():
   assert np.isnan(metrics["loss"])
 
 
+def test_examples_with_bad_gradients_are_not_usable_where_they_are_apart():
+  """Finite losses whose gradients are not: a root at zero."""
+  loss = lambda params, batch: jnp.sqrt(jnp.abs(batch @ params["w"]))
+  update = ranger.train_step(
+    loss, optax.sgd(0.1, momentum=0.9), step=ranger.aggregate_by_median(), donate=False
+  )
+  params, state, _ = update(W, update.init(W), X)
+  after, new_state, metrics = update(params, state, 0 * X)
+  same((after, new_state.optimizer), (params, state.optimizer))
+  assert np.isnan(metrics["loss"])
+  assert metrics["weight"] == 0
+  assert metrics["num_dropped"] == 16
+
+
 @pytest.mark.parametrize(
   "step",
   [
