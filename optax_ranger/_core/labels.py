@@ -27,7 +27,7 @@ class Labels(NamedTuple):
   """Labels as integers.
 
   Attributes:
-    ids: ``int32 [n]``, the class of each example, -1 where it has no label; of
+    ids: ``int32``, the class of each example, -1 where it has no label; of
       JAX where the labels are, else of NumPy.
     classes: the names of classes 0, 1, ... in order, None where labels are
       integers already.
@@ -40,12 +40,12 @@ class Labels(NamedTuple):
 def read(
   name: str,
   labels: Column,
-  n: int,
+  n: int | tuple[int, ...],
   *,
   num_classes: int | None = None,
   compared: bool = False,
 ) -> Labels:
-  """Reads labels of n examples.
+  """Reads labels of n examples, or of another shape.
 
   Integers stay as they are. Missing values (None, NaN, pandas' NA, Arrow's null,
   masked entries) become -1. Other values are names: their ids count the sorted
@@ -53,8 +53,8 @@ def read(
 
   Args:
     name: of the argument, for errors.
-    labels: ``[n]``.
-    n: how many there must be.
+    labels: ``[n]``, or of the shape given.
+    n: how many there must be, or in which shape.
     num_classes: refuses a class that is not less, where values are known.
     compared: whether labels are only compared with each other. Then integers
       that do not fit int32, such as hashes, are names; else they are refused.
@@ -63,16 +63,17 @@ def read(
     ValueError: for another shape, integers below -1, or that do not fit.
     TypeError: for values that are neither integers nor names.
   """
+  shape = n if isinstance(n, tuple) else (n,)
   if isinstance(labels, jax.Array):
-    validate.shape(name, labels, (n,))
+    validate.shape(name, labels, shape)
     if not jnp.issubdtype(labels.dtype, jnp.bool_):
       validate.integers(name, labels)
     if validate.is_known(labels) and labels.is_fully_addressable:
       _check(name, np.asarray(labels), num_classes)
     return Labels(_narrowed(labels, -1, -1), None)
   column = _column(labels)
-  validate.shape(name, column, (n,))
-  values, missing = _present(name, column)
+  validate.shape(name, column, shape)
+  values, missing = _present(name, column.reshape(-1))
   classes = None
   names = values.dtype.kind in "US"
   if names or (compared and _too_wide(values).any()):
@@ -81,9 +82,9 @@ def read(
     values = np.full([len(values)], -1)
     values[named] = inverse
   _check(name, values, num_classes)
-  ids = np.full([n], -1, np.int32)
+  ids = np.full(missing.shape, -1, np.int32)
   ids[~missing] = values
-  return Labels(ids, classes)
+  return Labels(ids.reshape(shape), classes)
 
 
 def read_ids(name: str, ids: Column) -> Array:

@@ -14,12 +14,15 @@ from optax_ranger._core.types import PyTree
 
 
 def per_row(vector: Array, leaf: Array) -> Array:
-  """Gives a vector [n] the rank of a leaf [n, ...], to broadcast against it."""
-  split = first_sharded(leaf, vector)
+  """Gives a vector [n] the rank of a leaf [n, ...], to broadcast against it.
+
+  Or an array of more axes that the leaf starts with, such as [n, T].
+  """
+  split, axes = first_sharded(leaf, vector), jnp.ndim(vector)
   if is_sharded(split):
-    rows = PartitionSpec(*jax.typeof(leaf).sharding.spec[:1])
+    rows = PartitionSpec(*jax.typeof(leaf).sharding.spec[:axes])
     vector = reshard(vector, rows, jax.typeof(split).sharding.mesh)
-  return jnp.expand_dims(vector, tuple(range(1, jnp.ndim(leaf))))
+  return jnp.expand_dims(vector, tuple(range(axes, jnp.ndim(leaf))))
 
 
 def take_rows(rows: Array, places: Array) -> Array:

@@ -10,9 +10,10 @@ from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import automatic
 from optax_ranger._core.sharding import first_sharded
+from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import Neighbors
-from optax_ranger.labels import _targets
+from optax_ranger.labels import _rows
 from optax_ranger.neighbors import _weights
 
 
@@ -72,7 +73,7 @@ def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
     https://arxiv.org/abs/2004.12289, for votes of neighbors; here they vote with
     beliefs instead of labels.
   """
-  rows = _targets.distributions("beliefs", beliefs)
+  rows = _rows.distributions("beliefs", beliefs)
   n = rows.shape[0]
   places, weights = _weights.usable(neighbors, n, rows.dtype)
   others = places != jnp.arange(n, dtype=places.dtype)[:, None]
@@ -84,7 +85,7 @@ def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
   add = automatic(_weights.add_neighbors, on, on)
   total = add(jnp.zeros_like(rows), rows, places, weights)
   # Each neighbor's belief sums to one or to zero, so the sum is the denominator.
-  return jax.lax.stop_gradient(_targets.normalized(total))
+  return jax.lax.stop_gradient(_rows.normalized(total))
 
 
 def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array:
@@ -111,7 +112,8 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array
   Args:
     labels: ``[n]``, integers in [0, C) or names, which count in sorted order. An
       example with -1, a missing value or a class beyond C has no label, and is
-      left out.
+      left out. Or soft labels, ``float [n, C]``, as in ``forward_corrected_loss``:
+      they are counted by their shares.
     beliefs: ``float [n, C]``, not negative, of any scale: rows are normalized. An
       example with a row of zeros, or one that is not finite, is left out.
     sharpness: s, positive. A smaller one makes T flatter, 4 already; a larger one
@@ -133,6 +135,8 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array
     * Anchors that are certain of their class tell it, whatever the others between
       look-alikes bear, as s grows (``test_anchors_tell_the_rows``).
     * The order of examples does not matter (``test_order_does_not_matter``).
+    * Votes of several raters count as that many examples with a share of the weight
+      (``test_votes_are_counted``).
     * No usable example makes the identity (``test_nothing_known_is_the_identity``).
     * Split over devices by rows, the same (``test_split_over_devices_the_same``).
 
@@ -160,8 +164,8 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array
     examples.
   """
   validate.in_range("sharpness", sharpness, 0, float("inf"), open_low=True)
-  rows = _targets.distributions("beliefs", beliefs)
-  label = _targets.one_hot(labels, rows)
+  rows = _rows.distributions("beliefs", beliefs)
+  label = _rows.label_rows(labels, rows)
   rows = jnp.where(label.any(axis=1, keepdims=True), rows, jnp.zeros_like(rows))
   rows = numerics.to_peak(rows, axis=0)  # The peak's power is one, whatever s.
   power = rows ** numerics.scalar(sharpness, rows.dtype)
@@ -218,7 +222,7 @@ def confusion_spread(confusion: Any) -> Array:
     loss tolerates. The measure is ours.
   """
   confusion = jax.lax.stop_gradient(jnp.asarray(confusion))
-  rows = _targets.distributions("confusion", confusion)
+  rows = _rows.distributions("confusion", confusion)
   validate.shape("confusion", rows, (rows.shape[1],) * 2)
   matrix = _stochastic(rows)
   classes, dtype = matrix.shape[1], matrix.dtype
@@ -226,14 +230,20 @@ def confusion_spread(confusion: Any) -> Array:
   total = wrong.sum()
   if classes <= 2:
     return (total > 0).astype(dtype)
-  entropy = jax.scipy.special.entr(_targets.normalized(wrong)).sum(axis=1)
+  entropy = jax.scipy.special.entr(_rows.normalized(wrong)).sum(axis=1)
   spread = (wrong.sum(axis=1) * entropy).sum() / math.log(classes - 1)
   spread = spread / jnp.where(total > 0, total, jnp.ones_like(total))
   return jnp.clip(spread, 0, 1)
 
 
 def forward_corrected_loss(
-  logits: Any, labels: Any, confusion: Any, *, exponent: Any = 0.0, smoothing: Any = 0.0
+  logits: Any,
+  labels: Any,
+  confusion: Any,
+  *,
+  exponent: Any = 0.0,
+  smoothing: Any = 0.0,
+  mask: Any = None,
 ) -> Array:
   r"""Returns the loss of each label under what the network says of it.
 
@@ -252,11 +262,21 @@ def forward_corrected_loss(
   inverted, the minimizer is the distribution of the *classes*, for q = 0 and
   :math:`\lambda = 0`.
 
+  A soft label r, such as the shares of the votes of several raters, has the mean of
+  the losses of its labels, :math:`\sum_y r_i(y) \, \ell_i(y)`. So the theorem holds
+  for it too. It would not hold for :math:`-\log \sum_y r_i(y) u_i(y)`, which is
+  least where the prediction is certain of the most frequent label.
+
   Args:
-    logits: ``float [n, C]``.
+    logits: ``float [n, C]``; of tokens ``[n, T, C]``, of pixels ``[n, H, W, C]``.
     labels: ``[n]``, integers in [0, C) or names, which count in sorted order. An
       example with -1, a missing value or a class beyond C has no label, and loss
-      and gradient zero.
+      and gradient zero. ``[n, T]`` or ``[n, H, W]`` for tokens and pixels. Or soft
+      labels, real numbers in the shape of the logits: distributions of the *given*
+      labels, votes over their number. A row of zeros, or with a number that is
+      negative or not finite, is no label. Rows with other sums, such as those of
+      several labels at once (multi-label), are refused, but normalized where they
+      are traced.
     confusion: ``float [C, C]``, T[c, y], such as ``label_confusion(...)``. Its
       rows are normalized, and one that is blank, negative or not finite becomes
       that of the identity. No gradient flows into it.
@@ -268,6 +288,14 @@ def forward_corrected_loss(
       that is confused most. ``confusion_spread`` tells how large it may be.
     smoothing: :math:`\lambda` in [0, 1], the pull of the prediction to the uniform
       distribution, the term that label smoothing adds: nothing saturates.
+    mask: ``[n, T]`` or ``[n, H, W]`` (``[n]`` for logits ``[n, C]``), booleans or
+      integers: zero where a token or pixel does not count, such as padding. None
+      if all do.
+
+  Shapes:
+    Tokens are averaged: the loss of an example is the mean over its tokens that are
+    labeled and not masked, zero without one, so that examples can be weighed.
+    Memory is O(n T C). Soft labels take C times the time of integers.
 
   Returns:
     ``float32 [n]`` (float64 for such logits). A label that cannot be, as T is zero
@@ -290,13 +318,19 @@ def forward_corrected_loss(
     * Finite logits have a finite loss and gradient, zeros in T or not
       (``test_forward_loss_stays_finite``).
     * An example without a label has none (``test_no_label_no_loss``).
-    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+    * One-hot rows are integers (``test_one_hot_rows_are_integers``); the minimizer
+      over votes is the clean posterior
+      (``test_soft_loss_finds_the_clean_posterior``).
+    * Tokens are averaged over those that count, whatever stands in the others
+      (``test_tokens_equal_a_loop``).
+    * Split over devices by rows, the same (``test_split_over_devices_the_same``,
+      ``test_soft_labels_and_tokens_split_over_devices``).
 
   Raises:
     ValueError: for shapes that do not fit, an exponent or a smoothing out of
-      range, and labels below -1 or beyond int32. Traced, they may be any, of one
-      compiled program.
-    TypeError: for labels that are neither integers nor names.
+      range, labels below -1 or beyond int32, and soft labels that don't sum to 1.
+      Traced, they may be any, of one compiled program.
+    TypeError: for labels that are neither integers nor names, and a mask of floats.
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
@@ -310,6 +344,12 @@ def forward_corrected_loss(
     >>> print(loss.round(4))  # 2 (1 - 1/2); 2 (1 - 0.866)
     [1.     0.2679]
 
+    Three votes of four for class 1: the mean of 3/4 log 4/3 and 1/4 log 4.
+
+    >>> votes = jnp.array([[0.25, 0.75]])
+    >>> print(f"{corrected(logits[:1], votes, confusion)[0]:.4f}")
+    0.5623
+
   References:
     Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
     https://arxiv.org/abs/1609.03683, theorem 2; Zhang and Sabuncu, Generalized
@@ -319,31 +359,59 @@ def forward_corrected_loss(
   validate.in_range("exponent", exponent, 0, 1)
   validate.in_range("smoothing", smoothing, 0, 1)
   logits, confusion = jnp.asarray(logits), jnp.asarray(confusion)
-  if logits.ndim != 2 or not logits.shape[1]:
+  if logits.ndim < 2 or not logits.shape[-1]:
     raise ValueError(
-      f"logits must have shape [n, C], C at least 1, got {list(logits.shape)}."
+      "logits must have shape [n, C], or [n, ..., C] for tokens and pixels, C at least"
+      f" 1, got {list(logits.shape)}."
     )
-  validate.shape("confusion", confusion, (logits.shape[1],) * 2)
+  classes = logits.shape[-1]
+  validate.shape("confusion", confusion, (classes, classes))
   logits = logits.astype(numerics.wide(logits.dtype))
-  label, dtype = _targets.one_hot(labels, logits), logits.dtype
+  label, dtype = _rows.label_rows(labels, logits), logits.dtype
   confusion = _stochastic(jax.lax.stop_gradient(confusion.astype(dtype)))
-  chances = _targets.chances(label, confusion)
-  labeled = label.any(axis=1)
+  there = _rows.read_mask(mask, label.any(axis=-1))
   # Selected before the logarithms too: a gradient of zero times infinity is none.
-  logits = jnp.where(labeled[:, None], logits, jnp.zeros_like(logits))
-  said = jax.nn.log_softmax(logits)
-  nowhere = jnp.asarray(-jnp.inf, dtype)
+  logits = jnp.where(per_row(there, logits), logits, jnp.zeros_like(logits))
+  said, power = jax.nn.log_softmax(logits), numerics.scalar(exponent, dtype)
+  if _rows.is_soft(labels, logits.ndim - 1):
+    loss = _expected_loss(said, label, confusion, power)
+  else:
+    loss = _label_loss(said, _rows.chances(label, confusion), power)
+  said = jnp.where(jnp.isneginf(said), jnp.zeros_like(said), said)
+  pull = -(said / classes).sum(axis=-1)  # A sum of the whole could overflow.
+  loss = loss + numerics.scalar(smoothing, dtype) * pull
+  return _rows.mean_over_places(loss, there)
+
+
+def _label_loss(said: Array, chances: Array, exponent: Array) -> Array:
+  """The loss of labels [...] that have these chances, given each class [..., C]."""
+  nowhere = jnp.asarray(-jnp.inf, said.dtype)
   known = jnp.log(jnp.where(chances > 0, chances, jnp.ones_like(chances)))
   scores = jnp.where(chances > 0, said + known, nowhere)
-  impossible = (scores == nowhere).all(axis=1)
-  scores = jnp.where(impossible[:, None], jnp.zeros_like(scores), scores)
-  floor = jnp.log(jnp.asarray(jnp.finfo(dtype).tiny, dtype))
-  log_chance = jnp.where(impossible, floor, jax.nn.logsumexp(scores, axis=1))
-  loss = _generalized(log_chance, numerics.scalar(exponent, dtype))
-  said = jnp.where(said == nowhere, jnp.zeros_like(said), said)
-  pull = -(said / said.shape[1]).sum(axis=1)  # A sum of the whole could overflow.
-  loss = loss + numerics.scalar(smoothing, dtype) * pull
-  return jnp.where(labeled, loss, jnp.zeros_like(loss))
+  impossible = (scores == nowhere).all(axis=-1)
+  scores = jnp.where(impossible[..., None], jnp.zeros_like(scores), scores)
+  floor = jnp.log(jnp.asarray(jnp.finfo(said.dtype).tiny, said.dtype))
+  log_chance = jnp.where(impossible, floor, jax.nn.logsumexp(scores, axis=-1))
+  return _generalized(log_chance, exponent)
+
+
+def _expected_loss(
+  said: Array, label: Array, confusion: Array, exponent: Array
+) -> Array:
+  """The mean of the losses of all labels, weighed by the shares of a soft one.
+
+  One label at a time, computed again for the gradient: all would be [n, C, C].
+  """
+
+  @jax.checkpoint
+  def one_label(column):
+    share, chances = column
+    chances = jnp.expand_dims(chances, tuple(range(said.ndim - 1)))
+    loss = _label_loss(said, chances, exponent)
+    return jnp.where(share > 0, share * loss, jnp.zeros_like(loss))
+
+  columns = jnp.moveaxis(label, -1, 0), confusion.T
+  return jax.lax.map(one_label, columns).sum(axis=0)
 
 
 def _generalized(log_chance: Array, exponent: Array) -> Array:
@@ -356,6 +424,6 @@ def _generalized(log_chance: Array, exponent: Array) -> Array:
 
 def _stochastic(matrix: Array) -> Array:
   """Rows that sum to one: those of the identity where there is nothing to scale."""
-  rows = _targets.normalized(matrix)
+  rows = _rows.normalized(matrix)
   known = rows.any(axis=1, keepdims=True)
   return jnp.where(known, rows, jnp.eye(rows.shape[0], dtype=rows.dtype))

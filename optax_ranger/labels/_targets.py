@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_ranger._core import labels as _labels
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
+from optax_ranger.labels import _rows
 
 # The logarithm of what is left of one must stay finite, and its slope useful.
 _LEAST = 1e-4
@@ -75,7 +75,9 @@ def refine_targets(
   Args:
     labels: ``[n]``, integers in [0, C) or names, which count in sorted order. An
       example with -1, a missing value or a class beyond C has no label, and its
-      belief is its target.
+      belief is its target. Or soft labels, ``float [n, C]``, as in
+      ``forward_corrected_loss``: the target is the mean of the targets of the
+      labels, weighed by their shares.
     beliefs: ``float [n, C]``, not negative, such as the rows of
       ``smoothed_predictions`` or of ``neighbor_beliefs``, or a mixture of both;
       of any scale. A row of zeros, or one that is not finite, is no belief: the
@@ -97,6 +99,8 @@ def refine_targets(
     * ``support=1`` is the label (``test_full_support_keeps_the_label``).
     * With the true confusion and belief it is Bayes' posterior
       (``test_refined_target_is_the_posterior``).
+    * One-hot rows are integers, and others their mean
+      (``test_soft_targets_are_means``).
 
   Raises:
     ValueError: for shapes that do not fit, and labels below -1 or beyond int32
@@ -118,65 +122,41 @@ def refine_targets(
     al., Making Deep Neural Networks Robust to Label Noise, 2017,
     https://arxiv.org/abs/1609.03683.
   """
-  belief = distributions("beliefs", beliefs)
+  belief = _rows.distributions("beliefs", beliefs)
   (n, classes), dtype = belief.shape, belief.dtype
-  label = one_hot(labels, belief)
-  posterior = belief
+  label = _rows.label_rows(labels, belief)
   if confusion is None:
-    trust = (belief * label).sum(axis=1)
+    posterior, kept = belief, label * belief
   else:
     confusion = jnp.asarray(confusion)
     validate.shape("confusion", confusion, (classes, classes))
-    columns = chances(label, confusion.astype(dtype))
-    posterior = normalized(belief * columns)
-    trust = jnp.zeros_like(belief[:, 0])
+    posterior = _posterior(label, belief, confusion.astype(dtype))
+    kept = jnp.zeros_like(label)
   if support is not None:
     support = jnp.asarray(support)
     validate.shape("support", support, (n,))
-    support = per_row(support.astype(dtype), belief)
-    trust = jnp.clip(support[:, 0], 0, 1)
-    trust = jnp.where(jnp.isnan(trust), jnp.zeros_like(trust), trust)
-  labeled = label.any(axis=1)
+    trust = jnp.clip(per_row(support.astype(dtype), belief), 0, 1)
+    kept = jnp.where(jnp.isnan(trust), jnp.zeros_like(label), trust * label)
   # A posterior of zeros: the label contradicts the belief, which is left then.
-  usable = jnp.logical_and(labeled, posterior.any(axis=1))
-  posterior = jnp.where(usable[:, None], posterior, belief)
-  trust = jnp.where(belief.any(axis=1), trust, jnp.ones_like(trust))
-  trust = jnp.where(labeled, trust, jnp.zeros_like(trust))[:, None]
-  target = trust * label + (1 - trust) * posterior
+  usable = posterior.any(axis=1, keepdims=True)
+  posterior = jnp.where(usable, posterior, belief)
+  kept = jnp.where(belief.any(axis=1, keepdims=True), kept, label)
+  target = kept + (1 - kept.sum(axis=1, keepdims=True)) * posterior
   blank = jnp.logical_not(target.any(axis=1, keepdims=True))
   target = jnp.where(blank, jnp.full_like(target, 1 / classes), target)
   return jax.lax.stop_gradient(target)
 
 
-def distributions(name: str, rows: Any) -> Array:
-  """Rows [n, C] of any scale as probabilities, in float32 or better.
+def _posterior(label: Array, belief: Array, confusion: Array) -> Array:
+  """The class given belief and label, the mean over what a soft label may be.
 
-  One that is blank, negative or not finite is no distribution: zeros.
+  Zeros without a label, and where it contradicts the belief.
   """
-  rows = jnp.asarray(rows)
-  if rows.ndim != 2 or not rows.shape[1]:
-    raise ValueError(
-      f"{name} must have shape [n, C], C at least 1, got {list(rows.shape)}."
-    )
-  if jnp.issubdtype(rows.dtype, jnp.inexact):
-    return normalized(rows.astype(numerics.wide(rows.dtype)))
-  return normalized(rows.astype(jnp.float32))
-
-
-def normalized(rows: Array) -> Array:
-  """Rows scaled to sum to one; zeros where there is nothing to scale."""
-  usable = jnp.logical_and(jnp.isfinite(rows), rows >= 0).all(axis=1, keepdims=True)
-  rows = jnp.where(usable, rows, jnp.zeros_like(rows))
-  rows = numerics.to_peak(rows)  # The sum stays in range then.
-  return numerics.divide(rows, rows.sum(axis=1, keepdims=True))
-
-
-def one_hot(labels: Any, like: Array) -> Array:
-  """Labels [n] as rows like those of [n, C]; zeros where there is none."""
-  ids = jnp.asarray(_labels.read("labels", labels, like.shape[0]).ids)
-  return jax.nn.one_hot(per_row(ids, like)[:, 0], like.shape[1], dtype=like.dtype)
-
-
-def chances(label: Array, confusion: Array) -> Array:
-  """The chance of each example's label, given each class: columns of a confusion."""
-  return jnp.matmul(label, confusion.T, precision="highest")
+  usable = jnp.logical_and(jnp.isfinite(confusion), confusion >= 0)
+  confusion = jnp.where(usable, confusion, jnp.zeros_like(confusion))
+  confusion = numerics.to_peak(confusion, axis=0)  # Chances stay in range then.
+  chance = jnp.matmul(belief, confusion, precision="highest")
+  least = jnp.asarray(jnp.finfo(chance.dtype).tiny, chance.dtype)
+  chance = jnp.where(chance < least, jnp.zeros_like(chance), chance)
+  shares = _rows.chances(numerics.divide(label, chance), confusion)
+  return _rows.normalized(belief * shares)

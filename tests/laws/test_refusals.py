@@ -572,7 +572,7 @@ REFUSALS = {
       jnp.ones([3]), jnp.zeros([3], jnp.int32), jnp.eye(2)
     ),
     ValueError,
-    r"logits must have shape \[n, C\], C at least 1, got \[3\]",
+    r"logits must have shape .n, C., or .*, C at least 1, got .3.",
   ),
   "exponent": (
     lambda: ranger.labels.forward_corrected_loss(
