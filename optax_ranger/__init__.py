@@ -25,6 +25,7 @@ from optax_ranger.recipes import (
 from optax_ranger.recipes import ranger as ranger
 from optax_ranger.recipes import ranger_head as ranger_head
 from optax_ranger.recipes import ranger_radam as ranger_radam
+from optax_ranger.recipes import robust_labels as robust_labels
 from optax_ranger.steps import accelerate as accelerate
 from optax_ranger.steps import accumulate as accumulate
 from optax_ranger.steps import across_devices as across_devices

@@ -9,6 +9,9 @@ from optax_ranger.labels._confusion import (
 )
 from optax_ranger.labels._confusion import label_confusion as label_confusion
 from optax_ranger.labels._confusion import neighbor_beliefs as neighbor_beliefs
+from optax_ranger.labels._held_out import clean_beliefs as clean_beliefs
+from optax_ranger.labels._held_out import held_out_beliefs as held_out_beliefs
+from optax_ranger.labels._held_out import mix_beliefs as mix_beliefs
 from optax_ranger.labels._support import label_support as label_support
 from optax_ranger.labels._targets import (
   early_learning_regularizer as early_learning_regularizer,

@@ -67,6 +67,14 @@ def soft(labels: Any) -> Array:
   return normalized(rows.astype(jnp.float32))
 
 
+def read(labels: Any, n: int, num_classes: int) -> Array:
+  """Labels of n examples, ``int32 [n]``, or soft ones, ``float [n, C]``."""
+  if not is_soft(labels, 1):
+    return jnp.asarray(_labels.read("labels", labels, n, num_classes=num_classes).ids)
+  validate.shape("labels", jnp.asarray(labels), (n, num_classes))
+  return soft(labels).astype(jnp.float32)
+
+
 def label_rows(labels: Any, like: Array) -> Array:
   """Labels as rows like those of `like`, [n, ..., C]; zeros where there is none."""
   if not is_soft(labels, like.ndim - 1):

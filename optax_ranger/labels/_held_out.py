@@ -1,0 +1,507 @@
+"""Beliefs about labels from witnesses that have not seen them, and their mixture."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.sharding import replicate
+from optax_ranger._core.types import Array
+from optax_ranger.labels import _rows
+
+# Of the kernel, in distances to the fifth neighbor among so many examples.
+_WIDTH, _NEIGHBOR, _AMONG = 3.0, 5, 2048
+# Multiples of the mean eigenvalue, and how sharp the predictions may be.
+_RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
+_SHARPNESSES = tuple(float(s) for s in np.geomspace(1, 45, 16))
+_NEIGHBORS = (5, 10, 20, 50)
+# Examples that choose among these, and rows of a block.
+_JUDGES, _BLOCK = 4096, 2048
+_ROUNDS = 50  # of the mixture, which has converged then
+
+
+def held_out_beliefs(
+  features: Any,
+  labels: Any,
+  *,
+  num_classes: int,
+  num_random: int = 512,
+  num_keys: int = 2048,
+  seed: int = 0,
+) -> Array:
+  r"""Predicts the label of each example from all other examples.
+
+  Two witnesses look at the features. A ridge regression on random Fourier features
+  of a Gaussian kernel has a closed form for the prediction that it would make of an
+  example without that example. The nearest of ``num_keys`` examples vote. Neither
+  sees the example's own label, so neither can memorize it. The kernel is better
+  where features are many, and neighbors are better where classes are small or
+  confused in pairs. The mixture is the one under which the given labels are
+  likeliest (``mix_beliefs``), so no clean label is needed. The kernel's ridge and
+  sharpness and the number of neighbors, 5 to 50, are chosen in the same way.
+
+  .. math::
+    \hat f_{-i}(x_i) = \frac{\hat f(x_i) - h_i \, e_{y_i}}{1 - h_i}, \qquad
+    h_i = \phi_i^\top (\Phi^\top \Phi + \lambda I)^{-1} \phi_i, \qquad
+    p_i = \mathrm{softmax}(s \hat f_{-i}(x_i))
+
+  It fails where copies of an example bear the same wrong label, and where distances
+  between features mean nothing: scale the columns of a table first.
+
+  Args:
+    features: ``[n, d]``, of any real type. Rows with a non-finite value are left out.
+    labels: ``[n]``, integers in [0, C) or names, or ``float [n, C]`` for soft labels.
+      An example without a label is predicted and has no say.
+    num_classes: C, a static Python integer.
+    num_random: number of random Fourier features, D, a static Python integer.
+    num_keys: number of examples that can be neighbors, drawn at random, a static
+      Python integer. Fewer are faster, and farther away.
+    seed: of both draws, a static Python integer.
+
+  Shapes:
+    Time is O(n (D^2 + D C + num_keys d)), memory is O(n (d + C) + D^2) and a block of
+    2,048 rows.
+
+  Returns:
+    ``float32 [n, C]``, P(label | the other examples): rows that sum to one, or zeros
+    for a row of features that is not finite. No gradient flows through it.
+
+  Guarantees:
+    * The kernel's part equals refitting without the example
+      (``test_the_kernel_equals_refitting``).
+    * An example's row does not depend on its own label, but for the settings
+      (``test_own_label_is_not_seen``).
+    * Bad rows and examples without a label change no other row
+      (``test_bad_rows_change_nothing``).
+
+  Raises:
+    ValueError: for features that are not 2-D, labels that do not fit.
+    TypeError: for complex features, counts that are not Python integers.
+
+  Examples:
+    The third of eight points has a wrong label; the others disagree with it.
+
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> points = jnp.linspace(-1, 1, 8)[:, None]
+    >>> labels = jnp.array([0, 0, 1, 0, 1, 1, 1, 1])
+    >>> beliefs = ranger.labels.held_out_beliefs(points, labels, num_classes=2)
+    >>> print(beliefs[2].argmax())
+    0
+
+  References:
+    Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007; Allen,
+    The Relationship between Variable Selection and Data Augmentation and a Method
+    for Prediction, 1974, for the leave-one-out form; Bahri et al., Deep k-NN for
+    Noisy Labels, 2020, https://arxiv.org/abs/2004.12289, for votes of neighbors.
+  """
+  for name, value in (
+    ("num_classes", num_classes),
+    ("num_random", num_random),
+    ("num_keys", num_keys),
+  ):
+    validate.static_count(name, value)
+  validate.integer("seed", seed)
+  if jnp.ndim(features) != 2 or not jnp.shape(features)[1]:
+    raise ValueError(
+      "features must have shape [n, d], d at least 1, got"
+      f" {list(jnp.shape(features))}; flatten each example first."
+    )
+  rows = jnp.asarray(features)
+  if jnp.issubdtype(rows.dtype, jnp.complexfloating):
+    raise TypeError(f"features must be real, got {rows.dtype}.")
+  n = rows.shape[0]
+  given = replicate(_rows.read(labels, n, num_classes))
+  if not n:
+    return jnp.zeros([n, num_classes], jnp.float32)
+  rows, key = replicate(rows).astype(jnp.float32), jax.random.key(seed)
+  found = _beliefs(rows, given, key, num_classes, num_random, min(num_keys, n))
+  return jax.lax.stop_gradient(found)
+
+
+def mix_beliefs(beliefs: Sequence[Any], labels: Any) -> Array:
+  r"""Mixes beliefs of several witnesses, so that the given labels are likeliest.
+
+  .. math::
+    p_i = \sum_j w_j \, p_{ij}, \qquad
+    w = \arg\max_{w \geq 0, \sum_j w_j = 1} \sum_i \sum_y y_i(y) \log p_i(y)
+
+  Noisy labels can judge witnesses as long as none has seen the label it predicts. A
+  witness that has memorized labels gets all the weight.
+
+  Args:
+    beliefs: arrays ``float [n, C]``, not negative, of any scale. A row of zeros, or
+      one that is not finite, is no belief: the others take its place.
+    labels: ``[n]``, integers in [0, C) or names, or ``float [n, C]`` for soft labels.
+
+  Returns:
+    ``float32 [n, C]`` (float64 for such beliefs): rows that sum to one, or zeros
+    where no witness has a belief. No gradient flows through it.
+
+  Guarantees:
+    * The weights are those of the greatest likelihood
+      (``test_the_mixture_is_the_likeliest``).
+
+  Raises:
+    ValueError: for no beliefs, or shapes that do not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> good = jnp.array([[0.75, 0.25], [0.25, 0.75]])
+    >>> bad = jnp.array([[0.5, 0.5], [0.5, 0.5]])
+    >>> print(ranger.labels.mix_beliefs([good, bad], jnp.array([0, 1])).round(2))
+    [[0.75 0.25]
+     [0.25 0.75]]
+  """
+  if not len(beliefs):
+    raise ValueError("beliefs must hold at least one array [n, C], got none.")
+  tables = [_rows.distributions("beliefs", table) for table in beliefs]
+  for table in tables[1:]:
+    validate.shape("beliefs", table, tables[0].shape)
+  label = _rows.label_rows(labels, tables[0])
+  return jax.lax.stop_gradient(_mixture(tables, label))
+
+
+def clean_beliefs(beliefs: Any, confusion: Any, *, steps: int = 30) -> Array:
+  r"""Turns chances of the *label* into chances of the *class*.
+
+  Beliefs that were learned from noisy labels predict noisy labels. The chances of
+  the classes are those that explain them under the confusion matrix, by expectation
+  maximization from the beliefs themselves:
+
+  .. math::
+    p_i(y) \approx \sum_c b_i(c) \, T[c, y], \qquad
+    b_i(c) \leftarrow b_i(c) \sum_y \frac{p_i(y) \, T[c, y]}{\sum_j b_i(j) \, T[j, y]}
+
+  Args:
+    beliefs: ``float [n, C]``, chances of the labels, such as ``held_out_beliefs``.
+    confusion: ``float [C, C]``, T[c, y], the chance of each label given the class.
+    steps: number of rounds, a static Python integer. Few rounds keep what is certain
+      and leave the rest smooth.
+
+  Returns:
+    ``float32 [n, C]`` (float64 for such beliefs): rows that sum to one, or zeros
+    where there is no belief. No gradient flows through it.
+
+  Guarantees:
+    * With the identity they are the beliefs (``test_no_confusion_no_change``).
+    * They explain the beliefs, where anything does
+      (``test_clean_beliefs_explain_the_beliefs``).
+
+  Raises:
+    ValueError: for shapes that do not fit.
+    TypeError: for steps that are not a Python integer.
+
+  Examples:
+    A third of class 0 is called 1. A label that is 0 in two of three cases is of
+    class 0.
+
+    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> confusion = jnp.array([[2 / 3, 1 / 3], [0.0, 1.0]])
+    >>> beliefs = jnp.array([[2 / 3, 1 / 3], [0.0, 1.0]])
+    >>> print(ranger.labels.clean_beliefs(beliefs, confusion).round(1) + 0.0)
+    [[1. 0.]
+     [0. 1.]]
+
+  References:
+    Richardson, Bayesian-Based Iterative Method of Image Restoration, 1972.
+  """
+  validate.static_count("steps", steps)
+  rows, confusion = _rows.distributions("beliefs", beliefs), jnp.asarray(confusion)
+  validate.shape("confusion", confusion, (rows.shape[1],) * 2)
+  confusion = _rows.normalized(confusion.astype(rows.dtype))
+  return jax.lax.stop_gradient(_explained(rows, confusion, steps))
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _explained(rows: Array, confusion: Array, steps: int) -> Array:
+  def explain(clean, _):
+    chances = jnp.matmul(clean, confusion, precision="highest")
+    ratio = numerics.divide(rows, chances)
+    clean = clean * jnp.matmul(ratio, confusion.T, precision="highest")
+    return _rows.normalized(clean), None
+
+  return jax.lax.scan(explain, rows, length=steps)[0]
+
+
+@functools.partial(jax.jit, inline=True)
+def _mixture(tables: list[Array], label: Array) -> Array:
+  tables, label = [replicate(table) for table in tables], replicate(label)
+  return _mix(tables, _weights(tables, label))
+
+
+def _weights(tables: list[Array], label: Array) -> Array:
+  """Weights of witnesses under which the labels are likeliest, [J]."""
+  said = jnp.stack([(table * label).sum(axis=1) for table in tables])
+  there = jnp.stack([table.any(axis=1) for table in tables])
+  # Judged where all have a belief.
+  usable = jnp.logical_and(label.any(axis=1), there.all(axis=0))
+  votes = usable.astype(said.dtype)[None]
+
+  def climb(weights, _):
+    shares = weights[:, None] * said
+    shares = numerics.divide(shares, shares.sum(axis=0, keepdims=True)) * votes
+    total = shares.sum(axis=1)
+    climbed = numerics.divide(total, total.sum(keepdims=True))
+    return jnp.where(total.any(keepdims=True), climbed, weights), None
+
+  start = jnp.full([len(tables)], 1 / len(tables), said.dtype)
+  return jax.lax.scan(climb, start, length=_ROUNDS)[0]
+
+
+def _mix(tables: list[Array], weights: Array) -> Array:
+  """The weighted mean; where a witness has no belief, that of the others."""
+  mixed = [weight * table for weight, table in zip(weights, tables, strict=True)]
+  mixed = _rows.normalized(functools.reduce(jnp.add, mixed))
+  plain = _rows.normalized(functools.reduce(jnp.add, tables))
+  return jnp.where(mixed.any(axis=1, keepdims=True), mixed, plain)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _beliefs(
+  rows: Array,
+  labels: Array,
+  key: Array,
+  num_classes: int,
+  num_random: int,
+  num_keys: int,
+) -> Array:
+  alive = jnp.isfinite(rows).all(axis=1)
+  rows = jnp.where(alive[:, None], rows, jnp.zeros_like(rows))
+  count = jnp.maximum(alive.sum(dtype=jnp.int32), 1).astype(rows.dtype)
+  rows = rows - (rows / count).sum(axis=0, keepdims=True)
+  rows = rows / jnp.maximum(jnp.abs(rows).max(), jnp.finfo(rows.dtype).tiny)
+  rows = jnp.where(alive[:, None], rows, jnp.zeros_like(rows))
+  taught = jnp.logical_and(alive, _has_label(labels, num_classes))
+  as_rows = functools.partial(_label_rows, num_classes=num_classes)
+  drawn, waves, phases = jax.random.split(key, 3)
+  # Examples that can't teach come last, and are keys only if there are no others.
+  order = jax.random.uniform(drawn, [rows.shape[0]])
+  some = jax.lax.top_k(-jnp.where(taught, order, order + 1), num_keys)[1]
+  width = _width(rows[some[:_AMONG]], taught[some[:_AMONG]])
+  normals = jax.random.normal(waves, [rows.shape[1], num_random]) / width
+  shifts = jax.random.uniform(phases, [num_random], maxval=2 * np.pi)
+  near = _Near.of(rows, labels, taught, some, as_rows)
+  kernel = _Kernel.of(rows, labels, taught, (normals, shifts), as_rows)
+  judges = jax.lax.top_k(taught.astype(jnp.int32), min(len(alive), _JUDGES))[1]
+  judged = _Block(rows[judges], labels[judges], taught[judges], judges)
+  label = as_rows(judged)
+  place = _best([_likelihood(one, label) for one in near.ask(judged)])
+  ridges = jnp.asarray(_RIDGES, rows.dtype)
+  sharpnesses = jnp.asarray(_SHARPNESSES, rows.dtype)
+
+  def judge(ridge):
+    said = kernel.predict(judged, ridge)
+    sharp = lambda s: _likelihood(jax.nn.softmax(s * said), label)
+    return jax.lax.map(sharp, sharpnesses)
+
+  best = jax.lax.map(judge, ridges).argmax()
+  ridge = ridges[best // len(sharpnesses)]
+  sharpness = sharpnesses[best % len(sharpnesses)]
+
+  def witnesses(block):
+    said = jax.nn.softmax(sharpness * kernel.predict(block, ridge))
+    return [said, jnp.stack(near.ask(block))[place]]
+
+  weights = _weights(witnesses(judged), label)
+  blocks = _blocks(rows, labels, taught)
+  mixed = jax.lax.map(lambda block: _mix(witnesses(block), weights), blocks)
+  mixed = mixed.reshape(-1, num_classes)[: rows.shape[0]]
+  return jnp.where(alive[:, None], mixed, jnp.zeros_like(mixed))
+
+
+class _Block(NamedTuple):
+  """Some examples: rows [b, d], labels, whether they teach, and which they are."""
+
+  rows: Array
+  labels: Array
+  taught: Array
+  ids: Array
+
+
+def _blocks(rows: Array, labels: Array, taught: Array) -> _Block:
+  """All examples as blocks [count, size, ...], the last one filled up."""
+  n = rows.shape[0]
+  size = min(_BLOCK, n)
+  all_of_them = _Block(rows, labels, taught, jnp.arange(n, dtype=jnp.int32))
+
+  def cut(array):
+    array = jnp.pad(array, ((0, -n % size), *((0, 0),) * (array.ndim - 1)))
+    return array.reshape(-1, size, *array.shape[1:])
+
+  return jax.tree.map(cut, all_of_them)
+
+
+def _has_label(labels: Array, num_classes: int) -> Array:
+  if labels.ndim == 1:
+    return jnp.logical_and(labels >= 0, labels < num_classes)
+  return labels.any(axis=1)
+
+
+def _label_rows(block: Any, num_classes: int) -> Array:
+  """Labels of a block as rows, zeros for examples that don't teach."""
+  rows = block.labels
+  if rows.ndim == 1:
+    rows = jax.nn.one_hot(rows, num_classes, dtype=block.rows.dtype)
+  return jnp.where(block.taught[:, None], rows, jnp.zeros_like(rows))
+
+
+def _best(likelihoods: list[Array]) -> Array:
+  return jnp.stack(likelihoods).argmax()
+
+
+def _width(rows: Array, there: Array) -> Array:
+  """The kernel's, from the median distance to the fifth neighbor among some rows."""
+  squares = (rows * rows).sum(axis=1)
+  distances = squares[:, None] + squares[None] - 2 * _product(rows, rows.T)
+  themselves = jnp.eye(rows.shape[0], dtype=bool)
+  left_out = jnp.logical_or(themselves, jnp.logical_not(there)[None])
+  distances = jnp.where(left_out, jnp.inf, jnp.maximum(distances, 0))
+  place = min(_NEIGHBOR, rows.shape[0]) - 1
+  nearest = -jax.lax.top_k(-distances, place + 1)[0][:, place]
+  usable = jnp.logical_and(there, jnp.isfinite(nearest))
+  width = jnp.sqrt(jnp.nanmedian(jnp.where(usable, nearest, jnp.nan)))
+  # Without neighbors at a distance, such as one point, any width does.
+  return jnp.where(width > 0, _WIDTH * width, jnp.ones_like(width))
+
+
+def _product(a: Array, b: Array) -> Array:
+  """A product in full float32, where an accelerator would round its inputs."""
+  return jnp.matmul(a, b, precision="highest")
+
+
+class _Near(NamedTuple):
+  """Votes of the nearest of some examples.
+
+  Attributes:
+    keys: ``[m, d]``, those examples.
+    votes: ``[m, C]``, their labels; zeros for those that have none.
+    ids: ``[m]``, which they are.
+    shares: ``[1, C]``, of each class, one vote that all examples get.
+    counts: how many neighbors may be asked.
+  """
+
+  keys: Array
+  votes: Array
+  ids: Array
+  shares: Array
+  counts: tuple[int, ...]
+
+  @classmethod
+  def of(
+    cls, rows: Array, labels: Array, taught: Array, some: Array, as_rows: Any
+  ) -> "_Near":
+    keys = _Block(rows[some], labels[some], taught[some], some)
+    votes = as_rows(keys)
+    shares = votes.sum(axis=0, keepdims=True) + 1 / votes.shape[1]
+    # An example is no neighbor of its own.
+    most = max(len(some) - 1, 1)
+    counts = tuple(sorted({min(k, most) for k in _NEIGHBORS}))
+    return cls(keys.rows, votes, some, shares / shares.sum(), counts)
+
+  def ask(self, block: _Block) -> list[Array]:
+    """The votes by each number of neighbors, [b, C] each."""
+    squares = (self.keys * self.keys).sum(axis=1)
+    nearness = 2 * _product(block.rows, self.keys.T) - squares[None]
+    themselves = self.ids[None] == block.ids[:, None]
+    silent = jnp.logical_not(self.votes.any(axis=1))[None]
+    nearness = jnp.where(jnp.logical_or(themselves, silent), -jnp.inf, nearness)
+    top, places = jax.lax.top_k(nearness, self.counts[-1])
+    heard = jnp.isfinite(top)[..., None]
+    found = jnp.where(heard, self.votes[places], 0)
+    sums = jnp.cumsum(found, axis=1)
+    return [_rows.normalized(sums[:, k - 1] + self.shares) for k in self.counts]
+
+
+class _Kernel(NamedTuple):
+  """A ridge regression on random Fourier features, by its eigenvectors.
+
+  Attributes:
+    waves: normals ``[d, D]`` and shifts ``[D]`` of the features.
+    center: ``[D]``, their mean.
+    means: ``[1, C]``, of the labels.
+    count: number of examples that teach.
+    values: ``[D]``, eigenvalues of the Gram matrix.
+    vectors: ``[D, D]``.
+    turned: ``[D, C]``, the moments of features and labels, in these vectors.
+    as_rows: reads the labels of a block.
+  """
+
+  waves: tuple[Array, Array]
+  center: Array
+  means: Array
+  count: Array
+  values: Array
+  vectors: Array
+  turned: Array
+  as_rows: Any
+
+  @classmethod
+  def of(
+    cls,
+    rows: Array,
+    labels: Array,
+    taught: Array,
+    waves: tuple[Array, Array],
+    as_rows: Any,
+  ) -> "_Kernel":
+    blocks = _blocks(rows, labels, taught)
+
+    def add(sums, block):
+      table, label = _seen(block.rows, waves), as_rows(block)
+      table = jnp.where(block.taught[:, None], table, jnp.zeros_like(table))
+      center, means = sums
+      return (center + table.sum(axis=0), means + label.sum(axis=0)), None
+
+    count = jnp.maximum(taught.sum(dtype=jnp.int32), 1).astype(rows.dtype)
+    num_classes = as_rows(jax.tree.map(lambda array: array[0], blocks)).shape[1]
+    start = jnp.zeros_like(waves[1]), jnp.zeros([num_classes], rows.dtype)
+    # Centered before the products, which lose no digits then.
+    (center, means), _ = jax.lax.scan(add, start, blocks)
+    center, means = center / count, means[None] / count
+
+    def learn(sums, block):
+      there = block.taught[:, None]
+      table = _seen(block.rows, waves) - center
+      table = jnp.where(there, table, jnp.zeros_like(table))
+      left = as_rows(block) - means
+      left = jnp.where(there, left, jnp.zeros_like(left))
+      gram, moments = sums
+      return (gram + _product(table.T, table), moments + _product(table.T, left)), None
+
+    zeros = lambda width: jnp.zeros([len(center), width], rows.dtype)
+    start = zeros(len(center)), zeros(num_classes)
+    (gram, moments), _ = jax.lax.scan(learn, start, blocks)
+    values, vectors = jnp.linalg.eigh(gram)
+    turned = _product(vectors.T, moments)
+    values = jnp.maximum(values, 0)
+    return cls(waves, center, means, count, values, vectors, turned, as_rows)
+
+  def predict(self, block: _Block, ridge: Array) -> Array:
+    """What a fit without each example says of it, [b, C]."""
+    mean = jnp.maximum(self.values.mean(), jnp.finfo(self.values.dtype).tiny)
+    inverse = 1 / (self.values + ridge * mean)
+    table = _product(_seen(block.rows, self.waves) - self.center, self.vectors)
+    fitted = _product(table, inverse[:, None] * self.turned)
+    # The mean of the labels has seen each example too.
+    leverage = _product(table * table, inverse[:, None]) + 1 / self.count
+    leverage = jnp.where(block.taught[:, None], leverage, jnp.zeros_like(leverage))
+    left = self.as_rows(block) - self.means
+    return (fitted - leverage * left) / jnp.maximum(1 - leverage, 1e-3) + self.means
+
+
+def _seen(rows: Array, waves: tuple[Array, Array]) -> Array:
+  return jnp.cos(_product(rows, waves[0]) + waves[1])
+
+
+def _likelihood(beliefs: Array, label: Array) -> Array:
+  """The logarithm of the chance of all labels."""
+  said = (beliefs * label).sum(axis=1)
+  tiny = jnp.finfo(said.dtype).tiny
+  logs = jnp.log(jnp.maximum(said, tiny))
+  return jnp.where(label.any(axis=1), logs, jnp.zeros_like(logs)).sum()

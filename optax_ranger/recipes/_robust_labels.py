@@ -1,0 +1,333 @@
+"""`robust_labels`: the recipe against wrong labels."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_ranger import labels as labels_lib
+from optax_ranger._core import numerics
+from optax_ranger._core import validate
+from optax_ranger._core.types import Array
+from optax_ranger.labels import _rows
+
+# Shares of noise: learned features that see less than this part of what the given
+# features see have memorized labels, and are not believed.
+_LEAKED = 0.6
+_BLOCK = 8192
+
+
+class KnownLabels(NamedTuple):
+  """What is known of the labels of a training set of n examples and C classes.
+
+  Attributes:
+    beliefs: ``float32 [n, C]``, the chance of each class, from other examples; a row
+      of zeros where nothing is known.
+    trust: ``float32 [n]``, the chance that the label is right, by the features that
+      were given to ``init``, which can't memorize.
+    weights: ``float32 [n]``, of the losses; their mean over labeled examples is one.
+    confusion: ``float32 [C, C]``, the chance of each label given the class.
+    spread: how evenly wrong labels fall on the other classes, in [0, 1].
+    noise: the share of wrong labels, an estimate by the given features.
+    learned_noise: the same by the features of the last ``ask``; NaN before. Where it
+      is much smaller than ``noise``, the network has memorized labels: it was asked
+      too late.
+    believed: how many times ``ask`` believed the features it was given.
+    asked: how many times it was called.
+  """
+
+  beliefs: Array
+  trust: Array
+  weights: Array
+  confusion: Array
+  spread: Array
+  noise: Array
+  learned_noise: Array
+  believed: Array
+  asked: Array
+
+
+class RobustLabels(NamedTuple):
+  """Pure functions, made by ``robust_labels``.
+
+  Attributes:
+    init: ``(features, labels) -> KnownLabels``.
+    losses: ``(known, logits, labels, ids) -> losses [n]`` of a batch.
+    ask: ``(known, features, labels) -> KnownLabels``, with features that the network
+      has learned.
+    metrics: ``(known, predictions, labels) -> dict`` of scalars.
+  """
+
+  init: Callable[..., KnownLabels]
+  losses: Callable[..., Array]
+  ask: Callable[..., KnownLabels]
+  metrics: Callable[..., dict[str, Array]]
+
+
+def robust_labels(
+  num_classes: int,
+  *,
+  exponent: Any = 0.45,
+  smoothing: Any = 0.05,
+  belief: Any = 0.15,
+  sharpness: Any = 2.0,
+) -> RobustLabels:
+  r"""Makes losses that withstand wrong labels, without clean labels or tuning.
+
+  Before training, each label is predicted from all *other* examples, by the features
+  that you have (``labels.held_out_beliefs``): pixels, columns of a table, embeddings
+  of a pretrained network. Nothing can be memorized there, so the predictions reveal
+  which classes are confused and how far each label can be trusted, however fast
+  the network memorizes. During training the loss is corrected for the confusion,
+  weighted by the trust, and pulled a little to the beliefs. ``ask`` repeats this in the
+  features that the network has learned, which are sharper. It compares both
+  estimates of the noise and refuses features that have memorized labels.
+
+  .. math::
+    \ell_i = w_i \Big( \frac{1 - u_i^q}{q} - s \, \overline{\log p_i} \Big)
+      - \beta \sum_c b_i(c) \log p_i(c), \qquad
+    u_i = \sum_c p_i(c) \, T[c, y_i], \qquad q = q_0 \sigma, \qquad
+    w_i \propto P(y_i \text{ is right})^{2 \sigma}
+
+  :math:`\sigma` is the spread of the wrong labels over classes
+  (``labels.confusion_spread``): where each class is mistaken for one other, T says
+  everything, and weights and exponent would only hurt.
+
+  It helps under random flips, under confusion of certain classes and under labels
+  that people got wrong. It costs up to half a point of accuracy where labels are
+  clean. It hurts where distances between the features mean nothing, and where copies
+  of an example bear the same wrong label. Labels of which several are right at once
+  (multi-label) are refused. For numbers as targets see
+  ``labels.robust_regression_loss``.
+
+  Args:
+    num_classes: C, a static Python integer, at least 2.
+    exponent: :math:`q_0` in [0, 1]. 0 is the cross-entropy under T; larger ones
+      ignore more of what contradicts the network.
+    smoothing: s, not negative, the pull to the uniform distribution.
+    belief: :math:`\beta`, not negative, the pull to the beliefs.
+    sharpness: not negative, the 2 in the weights. 0 weighs all examples alike.
+
+  Returns:
+    ``RobustLabels(init, losses, ask, metrics)``:
+
+    * ``init(features, labels)``: features ``[n, d]`` of the whole training set;
+      labels ``[n]``, integers in [0, C) or names, -1 for none, or ``float [n, C]``
+      for soft labels. See ``labels.held_out_beliefs`` for time and memory: on two
+      CPU cores about a second for 10,000 examples, and a minute or two for a million.
+    * ``losses(known, logits, labels, ids)``: logits ``[b, C]``, the labels of the
+      batch, and the positions of its examples in the training set. An example with
+      the id -1 has the weight one and no belief. Ids may be shuffled, dropped and
+      repeated. Take their mean. An example without a label follows its belief.
+    * ``ask(known, features, labels)``: the same features of all examples, such as
+      those before the last layer, and all labels. Once, after a third of
+      training, is enough; any other time is safe. It compiles once under ``jax.jit``.
+    * ``metrics(known, predictions, labels)``: predictions or logits ``[n, C]`` of all
+      examples; see there.
+
+    ``KnownLabels`` is a pytree of arrays: pass it to compiled functions as an
+    argument. Its memory is O(n C).
+
+  Guarantees:
+    * With trust in every label the loss is the cross-entropy
+      (``test_without_noise_it_is_the_cross_entropy``).
+    * Only examples in the batch count, in any order
+      (``test_ids_shuffled_repeated_or_absent``).
+    * Memorized features are refused (``test_memorized_features_are_refused``).
+    * Nothing is compiled anew when it is asked again
+      (``test_asking_again_compiles_nothing``).
+
+  Raises:
+    ValueError: for arguments out of range, and shapes that do not fit.
+
+  Examples:
+    Two clusters of 20 points; the first label is wrong.
+
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> labels = jnp.repeat(jnp.arange(2), 20)
+    >>> noise = 0.3 * jax.random.normal(jax.random.key(0), [40, 2])
+    >>> points = jnp.eye(2)[labels] * 3 + noise
+    >>> labels = labels.at[0].set(1)
+    >>> robust = ranger.robust_labels(num_classes=2)
+    >>> known = robust.init(points, labels)
+    >>> print(known.trust.argmin(), known.trust[0] < 0.2, known.trust[1] > 0.8)
+    0 True True
+    >>> ids = jnp.array([0, 1])
+    >>> losses = robust.losses(known, jnp.zeros([2, 2]), labels[ids], ids)
+    >>> print(losses[0] < losses[1])
+    True
+
+  References:
+    Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
+    https://arxiv.org/abs/1609.03683, theorem 2, for the correction; Zhang and
+    Sabuncu, Generalized Cross Entropy Loss, 2018, https://arxiv.org/abs/1805.07836,
+    equation 6, for the exponent; Northcutt et al., Confident Learning, 2021,
+    https://arxiv.org/abs/1911.00068, for labels judged by held-out predictions. The
+    recipe is ours.
+  """
+  validate.static_count("num_classes", num_classes, least=2)
+  validate.in_range("exponent", exponent, 0, 1)
+  for name, value in (
+    ("smoothing", smoothing),
+    ("belief", belief),
+    ("sharpness", sharpness),
+  ):
+    validate.in_range(name, value, 0, float("inf"), open_high=True)
+
+  def init(features: Any, labels: Any) -> KnownLabels:
+    held_out = labels_lib.held_out_beliefs(features, labels, num_classes=num_classes)
+    given = _given(labels, len(held_out), num_classes)
+    return _judge(held_out, given, None, sharpness)
+
+  def losses(known: KnownLabels, logits: Any, labels: Any, ids: Any) -> Array:
+    logits, ids = jnp.asarray(logits), jnp.asarray(ids)
+    if logits.ndim != 2 or logits.shape[1] != num_classes:
+      raise ValueError(
+        f"logits must have shape [n, {num_classes}], got {list(logits.shape)}."
+      )
+    validate.integers("ids", ids)
+    validate.shape("ids", ids, logits.shape[:1])
+    corrected = labels_lib.forward_corrected_loss(
+      logits,
+      labels,
+      known.confusion,
+      exponent=numerics.scalar(exponent) * known.spread,
+      smoothing=smoothing,
+    )
+    weights, beliefs = _rows_of(known, ids)
+    said = jax.nn.log_softmax(logits.astype(corrected.dtype))
+    pull = -(beliefs.astype(said.dtype) * said).sum(axis=1)
+    pull = numerics.scalar(belief, pull.dtype) * pull
+    return weights.astype(corrected.dtype) * corrected + pull
+
+  def ask(known: KnownLabels, features: Any, labels: Any) -> KnownLabels:
+    features = _unit(features)
+    learned = labels_lib.held_out_beliefs(features, labels, num_classes=num_classes)
+    given = _given(labels, len(learned), num_classes)
+    validate.shape("features", learned, known.beliefs.shape)
+    return _judge(learned, given, known, sharpness)
+
+  def metrics(known: KnownLabels, predictions: Any, labels: Any) -> dict[str, Array]:
+    predictions = jnp.asarray(predictions)
+    validate.shape("predictions", predictions, known.beliefs.shape)
+    given = _given(labels, len(predictions), num_classes)
+    return _metrics(known, predictions, given)
+
+  return RobustLabels(init, losses, ask, metrics)
+
+
+def _given(labels: Any, n: int, num_classes: int) -> Array:
+  return _rows.read(labels, n, num_classes)
+
+
+def _unit(features: Any) -> Array:
+  """Features of length one: their directions are what the last layer sees."""
+  features = jnp.asarray(features)
+  if features.ndim != 2:
+    raise ValueError(
+      f"features must have shape [n, d], got {list(features.shape)}; flatten each"
+      " example first."
+    )
+  features = numerics.to_peak(features.astype(jnp.float32))
+  return numerics.divide(features, jnp.linalg.norm(features, axis=1, keepdims=True))
+
+
+@functools.partial(jax.jit, inline=True)
+def _rows_of(known: KnownLabels, ids: Array) -> tuple[Array, Array]:
+  n = known.weights.shape[0]
+  there = jnp.logical_and(ids >= 0, ids < n)
+  places = jnp.where(there, ids, jnp.zeros_like(ids))
+  weights = jnp.where(there, known.weights[places], jnp.ones_like(places, jnp.float32))
+  beliefs = known.beliefs[places]
+  return weights, jnp.where(there[:, None], beliefs, jnp.zeros_like(beliefs))
+
+
+@jax.jit
+def _judge(
+  held_out: Array, given: Array, before: KnownLabels | None, sharpness: Any
+) -> KnownLabels:
+  """What new chances of the labels say, beside what was known before."""
+  if before is not None:
+    former = jnp.matmul(before.beliefs, before.confusion, precision="highest")
+    held_out = labels_lib.mix_beliefs([held_out, former], given)
+  confusion = labels_lib.label_confusion(given, held_out)
+  spread = labels_lib.confusion_spread(confusion)
+  beliefs, right = _by_blocks(
+    lambda rows, labels: _posterior(rows, labels, confusion), held_out, given
+  )
+  labeled = given >= 0 if given.ndim == 1 else given.any(axis=1)
+  noise = 1 - _mean(right, labeled)
+  trust = right
+  if before is not None:
+    # Learned features may have memorized a label: the given ones have half the say.
+    trust = jnp.sqrt(right * before.trust)
+  weights = trust ** (numerics.scalar(sharpness) * spread)
+  weights = numerics.divide(weights, _mean(weights, labeled))
+  weights = jnp.where(labeled, weights, jnp.ones_like(weights))
+  count = jnp.zeros([], jnp.int32)
+  if before is None:
+    nan = jnp.full([], jnp.nan, jnp.float32)
+    return KnownLabels(
+      beliefs, trust, weights, confusion, spread, noise, nan, count, count
+    )
+  after = KnownLabels(
+    beliefs,
+    before.trust,
+    weights,
+    confusion,
+    spread,
+    before.noise,
+    noise,
+    before.believed + 1,
+    before.asked + 1,
+  )
+  refused = before._replace(learned_noise=noise, asked=before.asked + 1)
+  memorized = noise < _LEAKED * before.noise
+  return jax.tree.map(lambda new, old: jnp.where(memorized, old, new), after, refused)
+
+
+def _posterior(rows: Array, labels: Array, confusion: Array) -> tuple[Array, Array]:
+  """Beliefs in the classes, and the chance that the label is right."""
+  beliefs = labels_lib.clean_beliefs(rows, confusion)
+  label = _rows.label_rows(labels, beliefs)
+  targets = labels_lib.refine_targets(labels, beliefs, confusion=confusion)
+  return beliefs, (targets * label).sum(axis=1)
+
+
+def _by_blocks(function: Any, rows: Array, labels: Array) -> Any:
+  """Applies a function of rows to blocks of them, for the memory's sake."""
+  n = rows.shape[0]
+  size = max(1, min(_BLOCK, n))
+
+  def cut(array):
+    array = jnp.pad(array, ((0, -n % size), *((0, 0),) * (array.ndim - 1)))
+    return array.reshape(-1, size, *array.shape[1:])
+
+  found = jax.lax.map(lambda part: function(*part), (cut(rows), cut(labels)))
+  return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], found)
+
+
+def _mean(values: Array, there: Array) -> Array:
+  total = jnp.where(there, values, jnp.zeros_like(values)).sum()
+  return numerics.divide(total, there.sum(dtype=jnp.int32).astype(values.dtype))
+
+
+@jax.jit
+def _metrics(known: KnownLabels, predictions: Array, given: Array) -> dict[str, Array]:
+  like = jnp.zeros(known.beliefs.shape, jnp.float32)
+  label = _rows.label_rows(given, like)
+  agrees = jnp.take_along_axis(label, predictions.argmax(axis=1)[:, None], 1)[:, 0]
+  contradicted = jnp.logical_and(label.any(axis=1), known.trust < 0.5)
+  expected = _mean(known.trust, contradicted)
+  agreement = _mean(agrees, contradicted)
+  return {
+    "noise": known.noise,
+    "learned_noise": known.learned_noise,
+    "contradicted": contradicted.mean(dtype=jnp.float32),
+    "expected_agreement": expected,
+    "agreement": agreement,
+    "memorized": numerics.divide(jnp.maximum(agreement - expected, 0), 1 - expected),
+  }
