@@ -188,12 +188,11 @@ def draw(
     log_chances=_noise.log_chances(x[0], y[0]) if noise == "boundary labels" else None,
   )
   rng = np.random.default_rng([seed, 1, round(100 * rate)])
-  noisy = [
-    _noise.KINDS[noise](
-      rng, a, b, rate, facts._replace(given=None if given is None else given[part])
-    )
-    for a, b, part in zip(x[:3], y[:3], parts, strict=False)
-  ]
+  noisy = []
+  for a, b, part in zip(x[:3], y[:3], parts, strict=False):
+    own = facts._replace(given=None if given is None else given[part])
+    spoil = _noise.KINDS[noise] if len(part) else _noise.none
+    noisy.append(spoil(rng, a, b, rate, own))
   confusion, wrong = None, 0.0
   if source.classes:
     confusion = _noise.confusion_of(noise, rate, source.classes, facts.next_class)

@@ -43,6 +43,8 @@ def test_pieces_in_the_file_are_not_run_again(tmp_path):
 
   def run(piece, options):
     assert options is _OPTIONS
+    if piece["method"] == "broken":
+      raise RuntimeError
     ran.append(piece)
     curve = {key: piece[key] for key in _runner.CELL}
     figures = dict.fromkeys(("last", "selected", "tuning_last", "tuning_selected"), 0.5)
@@ -68,8 +70,8 @@ def test_pieces_in_the_file_are_not_run_again(tmp_path):
   assert ran == [*todo, todo[0]]
   assert [len(rows) for rows in tables.rows.values()] == [5, 5]
   # Written down after every piece: an error loses none that is done.
-  more = [_piece("sce", _NOISES[0], 1), {"problem": "a piece without a method"}]
-  with pytest.raises(KeyError):
+  more = [_piece("sce", _NOISES[0], 1), _piece("broken", _NOISES[0], 1)]
+  with pytest.raises(RuntimeError):
     collect(more)
   assert len(_table.read(path)) == 6
   assert not list(tmp_path.glob("*.new"))
