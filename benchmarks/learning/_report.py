@@ -79,7 +79,9 @@ def table(
   means = [
     [figures.of(place, name, noise, kinds[0]) for name in titles] for noise in columns
   ]
-  best = [max(part.mean() for part in column if len(part)) for column in means]
+  best = [
+    max((part.mean() for part in column if len(part)), default=0.0) for column in means
+  ]
   for name, title in titles.items():
     cells = []
     for noise, most in zip(columns, best, strict=True):
