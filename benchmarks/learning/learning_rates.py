@@ -1,33 +1,30 @@
-"""Training from any learning rate: `python -m benchmarks.learning.learning_rates`.
+"""Training from any learning rate.
 
-Every optimizer runs on every problem from starting rates of 1e-5 to 1, for as many
-steps, two seeds each; a method that calls itself free of learning rates is given
-the rate as its multiplier. Pieces that are in the table already are not run again.
+Every optimizer runs on every task from starting rates of 1e-5 to 1, for as many steps,
+with the same seeds; a method that calls itself free of learning rates is given the rate
+as its multiplier.
 """
 
 import argparse
 from collections.abc import Callable
-import functools
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from optax import contrib
-import tqdm
 
-from benchmarks import _fashion
-from benchmarks import _table
-from benchmarks.learning import _problems
+from benchmarks.learning import _report
+from benchmarks.learning import _runner
+from benchmarks.learning.problems import tasks
 import optax_ranger as ranger
 
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _COLUMNS = ("problem", "optimizer", "rate", "train_loss", "test", "worst_test")
 _NESTEROV = "Nesterov SGD"
+_ACCURACY = ("digits", "Fashion-MNIST")
 
 
 def _ngs(rate: Any) -> Any:
@@ -51,7 +48,7 @@ _FREE = ("prodigy", "dadapt_adamw", "schedule_free_sgd", "mechanic (sgd)", "coco
 
 
 def train(
-  problem: _problems.Problem, make: Callable[[Any], Any], seeds: int
+  problem: tasks.Task, make: Callable[[Any], Any], seeds: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Trains from every rate and seed at once.
 
@@ -82,58 +79,56 @@ def train(
   return np.asarray(loss), np.asarray(test)
 
 
-def rows_of(
-  problem_name: str, name: str, problem: _problems.Problem, seeds: int
-) -> list[dict[str, Any]]:
-  loss, test = train(problem, OPTIMIZERS[name], seeds)
-  # What is not finite has diverged.
+def pieces(args: argparse.Namespace) -> list[_runner.Piece]:
+  del args
+  return [{"problem": task, "optimizer": x} for task in tasks.TASKS for x in OPTIMIZERS]
+
+
+def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
+  """A row for each rate."""
+  name = piece["problem"]
+  task = tasks.TASKS[name](options.quick, options.folders.get(name))
+  loss, test = train(task, OPTIMIZERS[piece["optimizer"]], 1 if options.quick else 2)
+  # A non-finite loss has diverged.
   loss = np.where(np.isfinite(loss), loss, np.inf)
-  if problem.figure.endswith("accuracy"):
+  if name in _ACCURACY:
     worst = test.min(axis=1)
   else:
     test = np.where(np.isfinite(test), test, np.inf)
     worst = test.max(axis=1)
-  columns = (loss.mean(axis=1), test.mean(axis=1), worst)
-  return [
-    {
-      "problem": problem_name,
-      "optimizer": name,
-      "rate": f"{rate:g}",
-      **{key: f"{value:.4g}" for key, value in zip(_COLUMNS[3:], values, strict=True)},
-    }
-    for rate, *values in zip(RATES, *columns, strict=True)
-  ]
+  figures = zip(RATES, loss.mean(axis=1), test.mean(axis=1), worst, strict=True)
+  numbers = [[f"{rate:g}", *(f"{x:.4g}" for x in rest)] for rate, *rest in figures]
+  return {"": [piece | dict(zip(_COLUMNS[2:], x, strict=True)) for x in numbers]}
 
 
-def figures(
-  rows: list[dict[str, Any]], problem: str, name: str, key: str
-) -> np.ndarray:
-  """One figure of an optimizer on a problem, by the rate."""
-  found = [r for r in rows if r["problem"] == problem and r["optimizer"] == name]
-  return np.array([float(row[key]) for row in found])
+def figures(rows: list[_runner.Row], problem: str, name: str, key: str) -> np.ndarray:
+  """One figure of an optimizer on a task, by the rate."""
+  found = [r for r in rows if (r["problem"], r["optimizer"]) == (problem, name)]
+  return np.array(
+    [float(r[key]) for r in sorted(found, key=lambda r: float(r["rate"]))]
+  )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-  """A Markdown table for each problem: the held-out figure by the starting rate."""
-  lines = []
-  for problem in _problems.PROBLEMS:
-    names = [name for name in OPTIMIZERS if len(figures(rows, problem, name, "test"))]
-    if not names:
-      continue
-    accuracy = problem in ("digits", "Fashion-MNIST")
-    figure = {"characters": "held-out loss", "quadratic": "training loss"}
-    lines += [
-      f"\n**{problem}**, {figure.get(problem, 'test accuracy')}, mean of the seeds\n",
-      "| starting rate | " + " | ".join(f"{r:g}" for r in RATES) + " | rates that do |",
-      "|---" * (len(RATES) + 2) + "|",
-    ]
+def report(tables: dict[str, list[_runner.Row]]) -> str:
+  """A Markdown table for each task: the held-out figure by the starting rate."""
+  rows, parts = tables[""], []
+  named = {"characters": "held-out loss", "quadratic": "training loss"}
+  for problem in tasks.TASKS:
+    lines = []
     nesterov = figures(rows, problem, _NESTEROV, "test")
-    for name in names:
+    for name in OPTIMIZERS:
       values = figures(rows, problem, name, "test")
-      cells = [f"{value:.3f}" if accuracy else f"{value:.3g}" for value in values]
-      cells.append(str(int(good_rates(problem, values, nesterov).sum())))
-      lines.append(f"| {name} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+      if len(values):
+        form = ".3f" if problem in _ACCURACY else ".3g"
+        good = int(good_rates(problem, values, nesterov).sum())
+        lines.append([name, *(f"{value:{form}}" for value in values), str(good)])
+    if lines:
+      heads = ["starting rate", *(f"{rate:g}" for rate in RATES), "rates that do"]
+      parts.append(
+        f"**{problem}**, {named.get(problem, 'test accuracy')}, mean of the seeds\n\n"
+        + _report.markdown(heads, lines)
+      )
+  return "\n\n".join(parts)
 
 
 def good_rates(problem: str, values: np.ndarray, nesterov: np.ndarray) -> np.ndarray:
@@ -143,18 +138,16 @@ def good_rates(problem: str, values: np.ndarray, nesterov: np.ndarray) -> np.nda
   """
   if not len(nesterov):
     return np.zeros(len(values), bool)
-  if problem in ("digits", "Fashion-MNIST"):
+  if problem in _ACCURACY:
     return values >= nesterov.max() - 0.01
   if problem == "characters":
     return values <= nesterov.min() + 0.1
   return values <= 10 * nesterov.min()
 
 
-def draw(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+def draw(path: pathlib.Path, tables: dict[str, list[_runner.Row]]) -> None:
   """Final loss over the starting rate: flat and low is what one wants."""
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
+  rows, plt = tables[""], _report.pyplot()
   figure, axes = plt.subplots(1, 4, figsize=(17, 4.6), layout="constrained")
   styles = {
     "NGS": {"color": "tab:green", "linewidth": 4, "zorder": 5},
@@ -163,7 +156,7 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     "adamw": {"color": "tab:red", "linestyle": "--", "linewidth": 2},
   }
   grays = dict(zip(_FREE, ("o", "s", "^", "D", "v"), strict=True))
-  for axis, problem in zip(axes, _problems.PROBLEMS, strict=True):
+  for axis, problem in zip(axes, tasks.TASKS, strict=True):
     ceiling = 2 * figures(rows, problem, _NESTEROV, "train_loss")[:1].max(initial=1)
     lowest = ceiling
     for name in OPTIMIZERS:
@@ -186,58 +179,11 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   plt.close(figure)
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
-  parser.add_argument("--seeds", type=int, default=2)
-  parser.add_argument("--quick", action="store_true", help="few steps, to try it out")
-  parser.add_argument("--only", help="problems, with commas between them")
-  parser.add_argument("--fresh", action="store_true", help="run every piece again")
-  parser.add_argument("--fashion-mnist", type=pathlib.Path, default=_fashion.FOLDER)
-  args = parser.parse_args()
-  makers: dict[str, Callable[[bool], _problems.Problem]] = dict(_problems.PROBLEMS)
-  makers["Fashion-MNIST"] = functools.partial(
-    _problems.fashion, folder=args.fashion_mnist
-  )
-  if args.only:
-    unknown = set(args.only.split(",")) - set(makers)
-    if unknown:
-      parser.error(f"--only knows {', '.join(makers)}, got {', '.join(unknown)}")
-    makers = {name: makers[name] for name in args.only.split(",")}
-  if "Fashion-MNIST" in makers and not args.fashion_mnist.is_dir():
-    print(
-      f"SKIPPED: Fashion-MNIST is not in {args.fashion_mnist}; install Debian's"
-      " dataset-fashion-mnist, or pass --fashion-mnist FOLDER.",
-      file=sys.stderr,
-    )
-    del makers["Fashion-MNIST"]
-
-  stem = "learning_rates_quick" if args.quick else "learning_rates"
-  args.out.mkdir(parents=True, exist_ok=True)
-  path = args.out / f"{stem}.csv"
-  rows = _table.read(path) if path.exists() and not args.fresh else []
-  done = {(row["problem"], row["optimizer"]) for row in rows}
-  pieces = [
-    (problem, name)
-    for problem in makers
-    for name in OPTIMIZERS
-    if (problem, name) not in done
-  ]
-  with tqdm.tqdm(pieces, unit="piece") as progress:
-    for problem, name in progress:
-      progress.set_description(f"{problem}, {name}")
-      rows += rows_of(problem, name, makers[problem](args.quick), args.seeds)
-      _table.write(path, rows, _COLUMNS)
-  order = {name: i for i, name in enumerate(OPTIMIZERS)}
-  places = {name: i for i, name in enumerate(_problems.PROBLEMS)}
-  rows.sort(
-    key=lambda r: (places[r["problem"]], order[r["optimizer"]], float(r["rate"]))
-  )
-  _table.write(path, rows, _COLUMNS)
-  print(table(rows))
-  draw(args.out / f"{stem}.png", rows)
-  print(f"\npicture: {args.out / stem}.png, figures: {path}")
-
-
-if __name__ == "__main__":
-  main()
+STUDY = _runner.Study(
+  columns={"": _COLUMNS},
+  key=_COLUMNS[:2],
+  pieces=pieces,
+  run=run,
+  report=report,
+  draw=draw,
+)

@@ -1,4 +1,4 @@
-"""Ranger on wrong labels: neighbors tell which labels get confused; and ablations."""
+"""Ranger on wrong labels: neighbors estimate which labels get confused; ablations."""
 
 from collections.abc import Callable
 import functools
@@ -7,7 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.learning.noisy_labels import methods
+from benchmarks.learning import _method
+from benchmarks.learning._method import Method
+from benchmarks.learning._method import Settings
+from benchmarks.learning._method import Sizes
+from benchmarks.learning._method import View
 import optax_ranger as ranger
 
 _BLOCK = 2500
@@ -28,7 +32,7 @@ SETTINGS = {
 
 
 def losses(logits, labels, ids, memory, settings):
-  """Corrected by what neighbors tell, robust, and pulled to the uniform."""
+  """Corrected by what neighbors reveal, robust, and pulled to the uniform."""
   corrected = ranger.labels.forward_corrected_loss(
     logits,
     labels,
@@ -39,16 +43,17 @@ def losses(logits, labels, ids, memory, settings):
   return memory["weights"][ids] * corrected, memory
 
 
-def memory(num_examples: int, settings: methods.Settings) -> Any:
-  """Until neighbors have told, each label is of its own class."""
+def memory(x: jax.Array, labels: jax.Array, sizes: Sizes, settings: Settings) -> Any:
+  """Until neighbors have been asked, each label is of its own class."""
+  del x, labels
   return {
-    "confusion": jnp.eye(10),
-    "exponent": settings["warm_exponent"],
-    "weights": jnp.ones(num_examples),
+    "confusion": jnp.eye(sizes.classes),
+    "exponent": jnp.float32(settings["warm_exponent"]),
+    "weights": jnp.ones(sizes.examples),
   }
 
 
-def optimizer(settings: methods.Settings, num_examples: int, every: int = 1):
+def optimizer(settings: Settings, sizes: Sizes, every: int = 1):
   return ranger.ranger(
     settings["rate"],
     acceleration=1.0,
@@ -58,20 +63,20 @@ def optimizer(settings: methods.Settings, num_examples: int, every: int = 1):
     every=every,
     ema_decay=settings["ema"],
     ema_warmup=0,  # as the committed figures were made
-    num_examples=num_examples,
-    num_classes=10,
+    num_examples=sizes.examples,
+    num_classes=sizes.classes,
     prediction_decay=settings["prediction_decay"],
   )
 
 
-def _beliefs(view: methods.View, settings: methods.Settings) -> tuple[Any, Any]:
-  """What the neighbors in the network's own space believe, and of which examples."""
+def neighbors_believe(view: View, settings: Settings) -> tuple[jax.Array, jax.Array]:
+  """Beliefs of the neighbors in the network's own space, and their examples."""
   n = len(view.labels)
   predictions = ranger.smoothed_predictions(view.state, jnp.arange(n))
   # In blocks drawn at random: a quarter of the neighbors at a quarter of the time.
   size = min(_BLOCK, n)
   order = jax.random.permutation(view.key, n)[: n // size * size].reshape(-1, size)
-  features, k = view.features(view.images), int(settings["k"])
+  features, k = view.features(), int(settings["k"])
   beliefs = [_block(features[ids], predictions[ids], k) for ids in order]
   return jnp.concatenate(beliefs), order.reshape(-1)
 
@@ -82,18 +87,18 @@ def _block(features: jax.Array, predictions: jax.Array, k: int) -> jax.Array:
   return ranger.labels.neighbor_beliefs(neighbors, predictions)
 
 
-def _own_beliefs(view: methods.View, settings: methods.Settings) -> tuple[Any, Any]:
+def own_beliefs(view: View, settings: Settings) -> tuple[jax.Array, jax.Array]:
   del settings
   ids = jnp.arange(len(view.labels))
   return ranger.smoothed_predictions(view.state, ids), ids
 
 
 def between(
-  view: methods.View,
+  view: View,
   memory: Any,
-  settings: methods.Settings,
+  settings: Settings,
   *,
-  beliefs_of: Callable[..., tuple[Any, Any]] = _beliefs,
+  beliefs_of: Callable[..., tuple[jax.Array, jax.Array]] = neighbors_believe,
   told: bool = False,
   weighted: bool = True,
   even: bool = False,
@@ -103,13 +108,13 @@ def between(
 
   Args:
     view: what a method may see.
-    memory: what it remembers.
+    memory: its arrays.
     settings: its numbers.
-    beliefs_of: what believes, and in which examples.
+    beliefs_of: gives beliefs, and their examples.
     told: whether the true matrix is given away.
     weighted: whether neighbors weigh examples too.
     even: whether wrong labels are taken to fall evenly on all classes.
-    corrected: whether the loss is.
+    corrected: whether the loss is corrected.
   """
   if view.epoch not in (settings["warm_up"], settings["again"]):
     return memory
@@ -122,16 +127,16 @@ def between(
   spread = jnp.float32(1) if even else ranger.labels.confusion_spread(confusion)
   weights = memory["weights"]
   if weighted:
-    weights = _supported(view.labels, ids, beliefs, confusion, spread)
+    weights = supported(view.labels, ids, beliefs, confusion, spread)
   return {
     "confusion": confusion if corrected else memory["confusion"],
-    "exponent": settings["exponent"] * spread,
+    "exponent": jnp.float32(settings["exponent"]) * spread,
     "weights": weights,
   }
 
 
 @jax.jit
-def _supported(labels, ids, beliefs, confusion, spread):
+def supported(labels, ids, beliefs, confusion, spread):
   """The chance of each label to be right, as far as noise falls evenly; mean one."""
   given = labels[ids]
   targets = ranger.labels.refine_targets(given, beliefs, confusion=confusion)
@@ -139,31 +144,35 @@ def _supported(labels, ids, beliefs, confusion, spread):
   return jnp.ones(len(labels)).at[ids].set(right / jnp.maximum(right.mean(), 1e-3))
 
 
-RANGER = methods.Method(
+RANGER = Method(
   "Ranger",
   losses,
   SETTINGS,
-  methods.grid(warm_exponent=(0.5, 0.7), exponent=(0.4, 0.6, 0.8)),
   memory=memory,
   between=between,
   optimizer=optimizer,
+  rival=False,
+)
+TUNED = RANGER._replace(
+  title="Ranger, tuned",
+  trials=_method.grid(exponent=(0.4, 0.8), decay=(1e-3, 3e-3, 1e-2)),
 )
 
 
-def _changed(title: str, **settings: Any) -> methods.Method:
+def _changed(title: str, **settings: Any) -> Method:
   return RANGER._replace(title=title, settings={**SETTINGS, **settings})
 
 
-def _without(title: str, **changes: Any) -> methods.Method:
+def _without(title: str, **changes: Any) -> Method:
   return RANGER._replace(title=title, between=functools.partial(between, **changes))
 
 
 ABLATIONS = {
   "no_confusion": RANGER._replace(
-    title="without what neighbors tell (exponent 0.5 throughout)", between=methods.kept
+    title="without what neighbors tell (exponent 0.5 throughout)", between=_method.kept
   ),
   "own_confusion": _without(
-    "its own predictions instead of its neighbors'", beliefs_of=_own_beliefs
+    "its own predictions instead of its neighbors'", beliefs_of=own_beliefs
   ),
   "true_confusion": _without("told the true confusion matrix", told=True),
   "no_correction": _without("without correcting the loss", corrected=False),
@@ -176,6 +185,6 @@ ABLATIONS = {
   "ngs": _changed("with NGS instead of a fixed rate", hyper_rate=0.01),
   "accumulated": RANGER._replace(
     title="with two batches a step, at the same rate",
-    optimizer=lambda settings, n: optimizer(settings, n, every=2),
+    optimizer=functools.partial(optimizer, every=2),
   ),
 }

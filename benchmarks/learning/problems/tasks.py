@@ -1,4 +1,4 @@
-"""Four small problems on which learning rates are compared."""
+"""Small tasks of optimization: a loss by the parameters and the inputs of a step."""
 
 from collections.abc import Callable
 import pathlib
@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import datasets
 from sklearn import model_selection
 
-from benchmarks import _fashion
+from benchmarks.learning.problems import images
 
 
-class Problem(NamedTuple):
-  """What it takes to train on a problem, over and over.
+class Task(NamedTuple):
+  """All it takes to train, from any seed.
 
   Attributes:
-    setup: gives the parameters and the inputs of all steps, by the seed.
+    setup: the parameters and the inputs of all steps, by the seed.
     loss: the loss of parameters on the inputs of one step.
     train_loss: the loss that is compared.
     test: the figure on data that is held out, or None.
@@ -34,36 +33,28 @@ class Problem(NamedTuple):
   figure: str
 
 
-def digits(quick: bool) -> Problem:
+def digits(quick: bool, folder: pathlib.Path | None = None) -> Task:
   """Scikit-learn's digits, MLP 64-128-10, batch 64, 20 epochs."""
-  pixels, labels = datasets.load_digits(return_X_y=True)
-  images = np.asarray(pixels, np.float32) / 16
-  train, test, given, test_labels = model_selection.train_test_split(
-    images, labels, test_size=360, random_state=0, stratify=labels
+  source = images.digits(folder)
+  parts = model_selection.train_test_split(
+    source.x, source.y, test_size=360, random_state=0, stratify=source.y
   )
+  train, test, given, test_labels = parts
   return _images(train, given, test, test_labels, (64, 128, 10), 64, 2 if quick else 20)
 
 
-def fashion(quick: bool, folder: pathlib.Path = _fashion.FOLDER) -> Problem:
+def fashion(quick: bool, folder: pathlib.Path | None = None) -> Task:
   """Fashion-MNIST, 10,000 training images, MLP 784-256-256-10, batch 128, 5 epochs."""
-  train, given, test, test_labels = (
-    _fashion.read_idx(folder / name) for name in _fashion.FILES
-  )
-  flat = lambda images: images.reshape(len(images), -1).astype(np.float32) / 255
+  source = images.fashion(folder or images.FOLDER)
   size = 1000 if quick else 10_000
-  return _images(
-    flat(train[:size]),
-    given[:size],
-    flat(test),
-    test_labels,
-    (784, 256, 256, 10),
-    128,
-    5,
-  )
+  widths = (784, 256, 256, 10)
+  assert source.test is not None
+  return _images(source.x[:size], source.y[:size], *source.test, widths, 128, 5)
 
 
-def text(quick: bool) -> Problem:
+def characters(quick: bool, folder: pathlib.Path | None = None) -> Task:
   """Characters of Python's own manual, a transformer of two layers, 400 steps."""
+  del folder
   width, heads, length, batch, steps = 32, 2, 32, 16, 20 if quick else 400
   joined = "\n".join(topics.topics[name] for name in sorted(topics.topics))
   codes = np.frombuffer(joined[:300_000].encode("ascii", "ignore"), np.uint8)
@@ -106,7 +97,7 @@ def text(quick: bool) -> Problem:
     return cross_entropy(logits, windows[:, 1:]).mean()
 
   every = lambda data: data[(jnp.arange(128) * (len(data) // 130))[:, None] + offsets]
-  return Problem(
+  return Task(
     setup,
     lambda params, starts: loss_on(params, train[starts[:, None] + offsets]),
     lambda params: loss_on(params, every(train)),
@@ -115,8 +106,9 @@ def text(quick: bool) -> Problem:
   )
 
 
-def quadratic(quick: bool) -> Problem:
+def quadratic(quick: bool, folder: pathlib.Path | None = None) -> Task:
   """Fifty dimensions, curvatures from 0.001 to 10, 1,000 steps without noise."""
+  del folder
   curvature = jnp.logspace(-3, 1, 50)
   loss = lambda params: 0.5 * (curvature * params**2).sum()
 
@@ -124,18 +116,18 @@ def quadratic(quick: bool) -> Problem:
     start = jax.random.normal(jax.random.key(seed), [50])
     return start, jnp.zeros([50 if quick else 1000])
 
-  return Problem(setup, lambda params, _: loss(params), loss, None, "training loss")
+  return Task(setup, lambda params, _: loss(params), loss, None, "training loss")
 
 
-PROBLEMS = {
+TASKS = {
   "digits": digits,
   "Fashion-MNIST": fashion,
-  "characters": text,
+  "characters": characters,
   "quadratic": quadratic,
 }
 
 
-def _images(train, labels, test, test_labels, widths, batch, epochs) -> Problem:
+def _images(train, labels, test, test_labels, widths, batch, epochs) -> Task:
   train, labels, test, test_labels = map(
     jnp.asarray, (train, labels.astype(np.int32), test, test_labels.astype(np.int32))
   )
@@ -164,7 +156,7 @@ def _images(train, labels, test, test_labels, widths, batch, epochs) -> Problem:
 
   everything = jnp.arange(len(train))
   accuracy = lambda params: (logits(params, test).argmax(axis=-1) == test_labels).mean()
-  return Problem(
+  return Task(
     setup, loss, lambda params: loss(params, everything), accuracy, "test accuracy"
   )
 

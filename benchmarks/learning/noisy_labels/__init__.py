@@ -1,1 +1,0 @@
-"""Training on wrong labels: `python -m benchmarks.learning.noisy_labels`."""

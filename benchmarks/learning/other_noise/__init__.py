@@ -1,1 +1,0 @@
-"""Noise other than random wrong labels: `python -m benchmarks.learning.other_noise`."""

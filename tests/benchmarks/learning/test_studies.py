@@ -1,0 +1,262 @@
+"""Pieces, files and tables of the studies; and that they resume."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import _table
+from benchmarks.learning import __main__ as command
+from benchmarks.learning import _ranger
+from benchmarks.learning import _report
+from benchmarks.learning import _rivals
+from benchmarks.learning import _runner
+from benchmarks.learning import learning_rates
+from benchmarks.learning import other_noise
+from benchmarks.learning import problems
+from benchmarks.learning import wrong_labels
+
+ROOT = pathlib.Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+_FASHION = ("fashion-mnist", "mlp")
+_NOISES = problems.SPECS["fashion-mnist"].noises
+_OPTIONS = _runner.Options({}, quick=True)
+
+
+def _piece(name, noise, seed, **cells):
+  return {**_runner.piece(*_FASHION, name, noise, seed), **cells}
+
+
+def _row(name, noise, seed, last, selected=0.0, tuning=0.0):
+  figures = {"last": last, "selected": selected, "tuning_last": tuning}
+  rest = {"selected_epoch": 2, "tuning_selected": 0.0, "seconds": 1}
+  return {
+    k: str(v) for k, v in {**_piece(name, noise, seed), **figures, **rest}.items()
+  }
+
+
+def test_pieces_in_the_file_are_not_run_again(tmp_path):
+  ran, path = [], tmp_path / "some.csv"
+  columns = {"": _runner.FIGURES, "curves": _runner.CURVES}
+
+  def run(piece, options):
+    assert options is _OPTIONS
+    if piece["method"] == "broken":
+      raise RuntimeError
+    ran.append(piece)
+    curve = {key: piece[key] for key in _runner.CELL}
+    figures = dict.fromkeys(("last", "selected", "tuning_last", "tuning_selected"), 0.5)
+    row = {**piece, **figures, "selected_epoch": 1, "seconds": 2.0}
+    curve |= {"epoch": 1, "validation": 0.1, "test": 0.2, "wrong_share": 0.3}
+    return {"": [row], "curves": [curve]}
+
+  def collect(todo, **rest):
+    tables = _runner.Tables(path, columns)
+    key = wrong_labels.STUDY.key
+    _runner.collect(tables, todo, key, run, _OPTIONS, workers=0, **rest)
+    return tables
+
+  todo = [_piece("sce", noise, 0) for noise in _NOISES]
+  collect(todo[:2])
+  tables = collect(todo)
+  assert ran == todo
+  assert _table.read(path) == tables.rows[""]
+  assert len(tables.rows["curves"]) == len(todo)
+  collect(todo)
+  assert ran == todo
+  tables = collect(todo[:1], fresh=True)
+  assert ran == [*todo, todo[0]]
+  assert [len(rows) for rows in tables.rows.values()] == [5, 5]
+  # Written down after every piece: an error loses none that is done.
+  more = [_piece("sce", _NOISES[0], 1), _piece("broken", _NOISES[0], 1)]
+  with pytest.raises(RuntimeError):
+    collect(more)
+  assert len(_table.read(path)) == 6
+  assert not list(tmp_path.glob("*.new"))
+
+
+def test_only_selects_by_column():
+  pieces = [
+    _piece(name, noise, 0) for name in ("sce", "elr", "gce") for noise in _NOISES
+  ]
+  found = command.selected(pieces, "sce,elr,symmetric")
+  assert {(piece["method"], piece["noise"]) for piece in found} == {
+    ("sce", "symmetric"),
+    ("elr", "symmetric"),
+  }
+  assert command.selected(pieces, "") == pieces
+  with pytest.raises(SystemExit, match=r"--only knows .*gce.*; got 'nonsense'"):
+    command.selected(pieces, "nonsense")
+
+
+def test_missing_data_is_skipped(tmp_path, capsys):
+  folders = command.folders_of([f"fashion-mnist={tmp_path}"])
+  pieces = [
+    _piece("sce", _NOISES[0], 0),
+    _runner.piece("wine", "small", "x", _NOISES[0], 0),
+  ]
+  assert command.present(pieces, folders) == pieces[1:]
+  assert "SKIPPED: fashion-mnist" in capsys.readouterr().err
+  everything = command.folders_of([str(tmp_path)])
+  assert set(everything.values()) == {tmp_path}
+  assert set(everything) >= set(problems.SPECS)
+
+
+def test_settings_of_the_table_are_those_tuned(tmp_path):
+  path = tmp_path / "wrong_labels_tuning.csv"
+  rows = [
+    {**_row("sce", _NOISES[0], seed, 0.0, tuning=score), "settings": settings}
+    for settings, score in (("decay=0.1", 0.7), ("decay=0.2", 0.8), ("decay=0.3", 0.6))
+    for seed in (100, 101)
+  ]
+  _table.write(path, rows, _runner.FIGURES)
+  chosen = wrong_labels.tuned(path)
+  assert chosen("fashion-mnist", "mlp", "sce", _NOISES[0]) == "decay=0.2"
+  assert chosen("fashion-mnist", "cnn", "sce", _NOISES[0]) == "decay=0.2"
+  assert chosen("fashion-mnist", "mlp", "sce", _NOISES[1]) == ""
+  assert wrong_labels.tuned(tmp_path / "none.csv")("a", "b", "c", ("d", 0.1)) == ""
+
+
+def test_the_setting_is_chosen_on_validation_over_all_problems():
+  row = lambda problem, settings, validation, selected: {
+    **_row("EMA", ("none", 0.0), 0, 0.0, selected),
+    "problem": problem,
+    "model": "small",
+    "settings": settings,
+    "tuning_selected": str(validation),
+    "tuning_last": "-1",
+    "selected": str(selected),
+  }
+  trials = [
+    row("wine", "a", 0.9, 0.1),
+    row("wine", "b", 0.8, 0.9),
+    row("digits", "a", 0.5, 0.2),
+    row("digits", "b", 0.7, 0.8),
+    row("diabetes", "a", -0.1, 0.3),
+    row("diabetes", "b", -0.2, 0.4),
+  ]
+  found = {r["problem"]: r["selected"] for r in other_noise.chosen(trials)}
+  assert found == {"wine": "0.9", "digits": "0.8", "diabetes": "0.3"}
+
+
+def test_verdicts_and_ablations_pair_seeds():
+  rows = []
+  for noise in _NOISES[:4]:
+    for seed, (ours, sce, elr) in [(11, (0.9, 0.78, 0.1)), (2, (0.8, 0.7, 0.1))]:
+      rows.append(_row("ranger", noise, seed, ours, 0.1))
+      rows.append(_row("sce", noise, seed, 0.1, sce))
+      # Noisy examples choose the rival that is worse on clean ones.
+      rows.append(_row("elr", noise, seed, elr, 0.6, tuning=0.5))
+    rows += [_row("ngs", noise, seed, last) for seed, last in [(2, 0.78), (11, 0.86)]]
+    rows.append(_row("ranger", noise, 3, 0.1))  # A seed that others lack.
+  figures, titles = _report.Figures(rows), _report.titles(wrong_labels.EVERYTHING)
+  found = _report.ablations(figures, _FASHION, _report.titles(_ranger.ABLATIONS))
+  assert found.count("| -3.0 ± 1.0 ") == 4
+  found = _report.verdicts(figures, _FASHION, titles, _rivals.RIVALS)
+  assert found.count("| 0.8500 | 0.7400 | SCE, selected | +0.1100 ± 0.0100 |") == 4
+  found = _report.verdicts(figures, _FASHION, titles, _rivals.RIVALS, told=False)
+  assert found.count("| 0.8500 | 0.1000 | ELR, last | +0.7500 ± 0.0500 |") == 4
+  short = _report.summary(figures, _FASHION, titles)
+  assert "| SCE | 0.740 | 0.740 | 0.740 | 0.740 | - |" in short
+
+
+def test_columns_and_methods_have_names():
+  args = command.argparse.Namespace(quick=False, seeds=2, out=pathlib.Path("nowhere"))
+  for study, methods in (
+    (wrong_labels, wrong_labels.EVERYTHING),
+    (other_noise, other_noise.METHODS),
+  ):
+    pieces = study.pieces(args)
+    assert len({tuple(x[key] for key in study.STUDY.key) for x in pieces}) == len(
+      pieces
+    )
+    for piece in pieces:
+      assert piece["method"] in methods
+      assert piece["model"] in problems.SPECS[piece["problem"]].models
+  for piece in wrong_labels.trials(args)[::97]:
+    assert piece["settings"]
+
+
+def test_pages_have_the_committed_figures():
+  rows = {"": _table.read(DOCS / "noisy_labels.csv")}
+  assert {row["model"] for row in rows[""]} == {"mlp", "cnn"}
+  figures, titles = _report.Figures(rows[""]), _report.titles(wrong_labels.EVERYTHING)
+  page = (DOCS / "noisy_labels.md").read_text()
+  for model in ("mlp", "cnn"):
+    assert wrong_labels.table(figures, ("fashion-mnist", model)) in page
+  assert _report.verdicts(figures, _FASHION, titles, _rivals.RIVALS) in page
+  ablations = _report.titles(_ranger.ABLATIONS)
+  assert _report.ablations(figures, _FASHION, ablations) in page
+  short = _report.summary(figures, _FASHION, _report.titles(wrong_labels.METHODS))
+  assert short in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("study", [other_noise, learning_rates])
+def test_other_pages_have_the_committed_figures(study):
+  name = study.__name__.rpartition(".")[2]
+  page = (DOCS / f"{name}.md").read_text()
+  for part in study.report({"": _table.read(DOCS / f"{name}.csv")}).split("\n\n"):
+    assert part in page
+
+
+def test_pictures_are_drawn(tmp_path):
+  rows = {"": _table.read(DOCS / "noisy_labels.csv")}
+  for name in ("curves", "confusion"):
+    rows[name] = _table.read(DOCS / f"noisy_labels_{name}.csv")
+  wrong_labels.draw(tmp_path / "wrong.png", rows)
+  for study in (other_noise, learning_rates):
+    name = study.__name__.rpartition(".")[2]
+    study.draw(tmp_path / f"{name}.png", {"": _table.read(DOCS / f"{name}.csv")})
+  found = {path.stem: path.stat().st_size for path in tmp_path.glob("*.png")}
+  assert set(found) == {
+    "wrong_fashion-mnist",
+    "wrong_fashion-mnist_confusion",
+    "other_noise",
+    "learning_rates",
+  }
+  assert min(found.values()) > 1000
+
+
+@pytest.mark.parametrize("method", ["averaged", "ranger"])
+def test_a_piece_gives_rows_and_curves(method):
+  piece = _runner.piece("sklearn-digits", "mlp", method, _NOISES[1], 0)
+  found = wrong_labels.run(piece, _OPTIONS)
+  (row,) = found[""]
+  assert set(row) == set(_runner.FIGURES)
+  assert 0.5 < float(row["last"]) <= 1
+  assert all(set(curve) == set(_runner.CURVES) for curve in found["curves"])
+  assert len(found["curves"]) == wrong_labels._QUICK_EPOCHS
+  assert ("confusion" in found) == (method == "ranger")
+  if method == "ranger":
+    matrix = np.zeros([10, 10])
+    for cell in found["confusion"]:
+      matrix[cell["class"], cell["label"]] = float(cell["chance"])
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("study", "only", "pieces"),
+  [
+    ("wrong_labels", "sklearn-digits", 8),
+    ("other_noise", "wine,EMA", 9),
+    ("learning_rates", "quadratic", 9),
+  ],
+)
+def test_a_quick_study(tmp_path, study, only, pieces):
+  arguments = ["--quick", "--only", only, "--out", str(tmp_path)]
+  for wanted in (f"0/{pieces} ", ""):
+    done = subprocess.run(
+      [sys.executable, "-m", "benchmarks.learning", study, *arguments],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # The second time, nothing is left to run.
+    assert (wanted in done.stderr) if wanted else ("piece" not in done.stderr)
+    assert "| method |" in done.stdout or "| starting rate |" in done.stdout
+  assert list(tmp_path.glob("*.png"))

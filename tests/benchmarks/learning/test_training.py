@@ -1,0 +1,173 @@
+"""The training loop: what it may see, and what it reports."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks.learning import _method
+from benchmarks.learning import _noise
+from benchmarks.learning import _ranger
+from benchmarks.learning import _rivals
+from benchmarks.learning import _training
+from benchmarks.learning import other_noise
+from benchmarks.learning import problems
+import optax_ranger as ranger
+
+_PLAIN = _rivals.RIVALS["cross_entropy"]
+
+
+def _digits(noise="symmetric", rate=0.4):
+  return problems.draw("sklearn-digits", noise, rate, 0)
+
+
+def _train(method, problem, epochs, *, pull=False, **settings):
+  settings = {**method.settings, **settings}
+  return _training.train(method, "small", problem, settings, 0, epochs, pull)
+
+
+def test_ranger_trains_and_learns_the_confusion():
+  problem = _digits("asymmetric")
+  history = _training.train(
+    _ranger.RANGER, "mlp", problem, {**_ranger.SETTINGS, "warm_up": 9}, 0, 10, True
+  )
+  assert history.last > 0.75
+  assert len(history.wrong_share) == 10
+  # Nothing learned, the identity, is 0.4 away.
+  assert abs(history.confusion - problem.confusion).sum(axis=1).mean() < 0.25
+
+
+def test_epochs_are_chosen_by_noisy_labels_only():
+  problem = _digits()
+  blind = problem._replace(
+    true=0 * problem.true,
+    test=problem.test._replace(y=0 * problem.test.y),
+    confusion=np.eye(10),
+    wrong=0.0,
+  )
+  seen, unseen = (_train(_ranger.RANGER, x, 3, warm_up=1) for x in (problem, blind))
+  assert (seen.validation, seen.epoch) == (unseen.validation, unseen.epoch)
+  np.testing.assert_array_equal(seen.confusion, unseen.confusion)
+
+
+def test_last_and_selected_epochs():
+  got = _train(_PLAIN, _digits(), 12, pull=True)
+  assert got.epoch == 12 - int(np.argmax(got.validation[::-1]))
+  assert got.selected == got.test[got.epoch - 1]
+  assert got.last == got.test[-1] != got.selected
+  # Without tuning examples, settings are judged by validation.
+  assert got.tuning_last == got.validation[-1]
+  assert got.tuning_selected == max(got.validation)
+  start = _train(_PLAIN, _digits(), 1, pull=True, rate=0.0)
+  assert start.wrong_share[0] == pytest.approx(0.4, abs=0.1)
+
+
+def test_tuning_accuracy_is_corrected_for_the_noise():
+  problem = _digits("asymmetric")
+  true = np.tile(problem.test.y, 10)
+  given = _noise.corrupt(np.random.default_rng(5), true, problem.confusion)
+  tuning = problems.Rows(jnp.tile(problem.test.x, (10, 1)), jnp.asarray(given))
+  problem = problem._replace(
+    train=problem.train._replace(y=problem.true), tuning=tuning
+  )
+  got = _train(_rivals.RIVALS["averaged"], problem, 4)
+  assert got.last > 0.8
+  assert got.tuning_last == pytest.approx(got.last, abs=0.03)
+  assert (given == true).mean() < 0.85
+  # Noise that depends on more than the class is not corrected for.
+  raw = _train(_rivals.RIVALS["averaged"], problem._replace(confusion=None), 4)
+  assert raw.tuning_last < got.tuning_last - 0.1
+
+
+def test_every_example_is_visited_as_often():
+  problem = problems.draw("wine", "conflicting duplicates", 0.2, 0)
+  count = lambda logits, labels, ids, memory, settings: (
+    _method.usual(logits, labels),
+    memory.at[ids].add(1),
+  )
+  seen = []
+  method = _PLAIN._replace(
+    losses=count,
+    memory=lambda x, labels, sizes, settings: jnp.zeros(len(x), jnp.int32),
+    between=lambda view, memory, settings: seen.append(np.asarray(memory)) or memory,
+  )
+  _train(method, problem, 3)
+  per_epoch = problem.steps * problem.batch
+  assert [visits.sum() for visits in seen] == [0, per_epoch, 2 * per_epoch]
+  assert np.ptp(seen[1]) <= 1
+
+
+def test_a_method_sees_data_features_and_extra_args():
+  problem, views, told = _digits(), [], []
+
+  def memory(x, labels, sizes, settings):
+    assert (sizes.examples, sizes.classes) == (1000, 10)
+    np.testing.assert_array_equal(x, problem.train.x)
+    np.testing.assert_array_equal(labels, problem.train.y)
+    return {"meter": jnp.float32(0.0)}
+
+  def between(view, memory, settings):
+    views.append((view.epoch, view.epochs, view.features().shape, view.logits().shape))
+    return {"meter": jnp.float32(view.epoch)}
+
+  def optimizer(settings, sizes):
+    # Multiplies the updates by a meter that the method measures.
+    def update(updates, state, params=None, *, meter, **extra):
+      told.append(sorted(extra))
+      return jax.tree.map(lambda u: -0.1 * meter * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+  method = _method.Method(
+    "metered",
+    memory=memory,
+    between=between,
+    optimizer=optimizer,
+    extra=lambda memory: {"meter": memory["meter"]},
+  )
+  history = _train(method, problem, 3, pull=True)
+  assert views == [(i, 3, (1000, 64), (1000, 10)) for i in range(3)]
+  assert told[0] == ["example_ids", "predictions"]
+  # The meter is 0 in the first epoch, and nothing moves.
+  assert history.test[0] != history.test[1]
+  assert history.test[0] == _train(_PLAIN, problem, 1, rate=0.0).last
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_aggregation_of_examples_by_their_mean_is_plain_training(networks):
+  if networks > 1:
+    method = _rivals.RIVALS["co_teaching"]
+    assert _train(method, _digits(), 4, ramp=1.0).last > 0.6
+    return
+  problem = problems.draw("wine", "none", 0.0, 0)
+  plain = other_noise.METHODS["plain"]
+  mean = plain._replace(aggregate=lambda settings: ranger.aggregate_by_mean())
+  one, other = (_train(method, problem, 3) for method in (plain, mean))
+  np.testing.assert_allclose(one.validation, other.validation)
+
+
+def test_regression_is_judged_by_its_variance():
+  problem = problems.draw("friedman1", "none", 0.0, 0)
+  got = _train(other_noise.METHODS["plain"], problem, 15, pull=True)
+  assert 0.5 < got.last < 1
+  still = _train(other_noise.METHODS["plain"], problem, 1, rate=0.0)
+  assert still.last < 0.3
+  error = np.exp(-got.validation[-1])
+  assert 0 < error < 0.7  # of targets with variance one
+
+
+def test_ido_gets_robust():
+  robust = []
+  method = _rivals.RIVALS["ido"]
+  between = lambda *args: robust.append(method.between(*args)) or robust[-1]
+  got = _train(method._replace(between=between), _digits(), 12)
+  stages = [bool(memory["robust"]) for memory in robust]
+  assert stages[0] is False
+  assert stages[4:] == [True] * 8  # a third of the epochs at the latest
+  problem = _digits()
+  wrong = np.asarray(problem.train.y != problem.true)
+  last = robust[-1]
+  right = np.asarray(last["right"])[np.asarray(last["events"]).astype(int)]
+  assert right[~wrong].mean() > right[wrong].mean() + 0.3
+  assert got.last > 0.8
