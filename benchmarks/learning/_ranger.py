@@ -1,11 +1,11 @@
-"""Ranger on wrong labels: neighbors estimate which labels get confused; ablations."""
+"""Ranger on wrong labels, `ranger.robust_labels`, and its ablations."""
 
-from collections.abc import Callable
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from benchmarks.learning import _method
 from benchmarks.learning._method import Method
@@ -14,148 +14,90 @@ from benchmarks.learning._method import Sizes
 from benchmarks.learning._method import View
 import optax_ranger as ranger
 
-_BLOCK = 2500
+# The defaults of the library, beside the optimizer that rivals have too.
 SETTINGS = {
-  "rate": 0.12,
-  "decay": 0.003,
+  "rate": 0.05,
+  "decay": 1e-3,
   "ema": 0.997,
-  "prediction_decay": 0.7,
-  "warm_exponent": 0.5,
-  "exponent": 0.4,
+  "exponent": 0.45,
   "smoothing": 0.05,
-  "hyper_rate": 0.0,
-  "warm_up": 5,
-  "again": 15,
-  "k": 10,
-  "sharpness": 8.0,
+  "belief": 0.15,
+  "sharpness": 2.0,
+  "ask": 1 / 3,  # of the epochs; more than 1 for never
 }
+_OF_RECIPE = ("exponent", "smoothing", "belief", "sharpness")
+
+
+def recipe(settings: Settings, classes: int) -> ranger.recipes.RobustLabels:
+  own = {name: settings[name] for name in _OF_RECIPE}
+  return ranger.robust_labels(classes, **own)
 
 
 def losses(logits, labels, ids, memory, settings):
-  """Corrected by what neighbors reveal, robust, and pulled to the uniform."""
-  corrected = ranger.labels.forward_corrected_loss(
-    logits,
-    labels,
-    memory["confusion"],
-    exponent=memory["exponent"],
-    smoothing=settings["smoothing"],
-  )
-  return memory["weights"][ids] * corrected, memory
+  robust = recipe(settings, logits.shape[1])
+  return robust.losses(memory, logits, labels, ids), memory
 
 
 def memory(x: jax.Array, labels: jax.Array, sizes: Sizes, settings: Settings) -> Any:
-  """Until neighbors have been asked, each label is of its own class."""
-  del x, labels
-  return {
-    "confusion": jnp.eye(sizes.classes),
-    "exponent": jnp.float32(settings["warm_exponent"]),
-    "weights": jnp.ones(sizes.examples),
-  }
+  return recipe(settings, sizes.classes).init(x, labels)
 
 
-def optimizer(settings: Settings, sizes: Sizes, every: int = 1):
-  return ranger.ranger(
-    settings["rate"],
-    acceleration=1.0,
-    hyper_rate=settings["hyper_rate"],
-    bounds=(0.25, 4.0),
-    weight_decay=settings["decay"],
-    every=every,
-    ema_decay=settings["ema"],
-    ema_warmup=0,  # as the committed figures were made
-    num_examples=sizes.examples,
-    num_classes=sizes.classes,
-    prediction_decay=settings["prediction_decay"],
+def optimizer(settings: Settings, sizes: Sizes) -> optax.GradientTransformation:
+  del sizes
+  return optax.chain(
+    optax.add_decayed_weights(settings["decay"]),
+    optax.sgd(settings["rate"], momentum=0.9, nesterov=True),
+    ranger.smooth_by_ema(settings["ema"], warmup=10),
   )
 
 
-def neighbors_believe(view: View, settings: Settings) -> tuple[jax.Array, jax.Array]:
-  """Beliefs of the neighbors in the network's own space, and their examples."""
-  n = len(view.labels)
-  predictions = ranger.smoothed_predictions(view.state, jnp.arange(n))
-  # In blocks drawn at random: a quarter of the neighbors at a quarter of the time.
-  size = min(_BLOCK, n)
-  order = jax.random.permutation(view.key, n)[: n // size * size].reshape(-1, size)
-  features, k = view.features(), int(settings["k"])
-  beliefs = [_block(features[ids], predictions[ids], k) for ids in order]
-  return jnp.concatenate(beliefs), order.reshape(-1)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _block(features: jax.Array, predictions: jax.Array, k: int) -> jax.Array:
-  neighbors = ranger.neighbors.nearest(features, k, metric="cosine")
-  return ranger.labels.neighbor_beliefs(neighbors, predictions)
-
-
-def own_beliefs(view: View, settings: Settings) -> tuple[jax.Array, jax.Array]:
-  del settings
-  ids = jnp.arange(len(view.labels))
-  return ranger.smoothed_predictions(view.state, ids), ids
-
-
-def between(
-  view: View,
-  memory: Any,
-  settings: Settings,
-  *,
-  beliefs_of: Callable[..., tuple[jax.Array, jax.Array]] = neighbors_believe,
-  told: bool = False,
-  weighted: bool = True,
-  even: bool = False,
-  corrected: bool = True,
-) -> Any:
-  """Estimates the confusion matrix, and how well each label is supported.
-
-  Args:
-    view: what a method may see.
-    memory: its arrays.
-    settings: its numbers.
-    beliefs_of: gives beliefs, and their examples.
-    told: whether the true matrix is given away.
-    weighted: whether neighbors weigh examples too.
-    even: whether wrong labels are taken to fall evenly on all classes.
-    corrected: whether the loss is corrected.
-  """
-  if view.epoch not in (settings["warm_up"], settings["again"]):
+def ask_once(view: View, memory: Any, settings: Settings) -> Any:
+  """Asks again in the learned features, after a third of the epochs."""
+  if view.epoch != round(settings["ask"] * view.epochs) or not view.epoch:
     return memory
-  beliefs, ids = beliefs_of(view, settings)
-  confusion = ranger.labels.label_confusion(
-    view.labels[ids], beliefs, sharpness=settings["sharpness"]
+  features = view.features()
+  if features.shape == view.x.shape:  # A linear head has learned none.
+    return memory
+  robust = recipe(settings, memory.beliefs.shape[1])
+  return robust.ask(memory, features, view.labels)
+
+
+def uncorrected(view: View, memory: Any, settings: Settings) -> Any:
+  memory = ask_once(view, memory, settings)
+  return memory._replace(confusion=jnp.eye(len(memory.confusion)))
+
+
+def informed(view: View, memory: Any, settings: Settings) -> Any:
+  memory = ask_once(view, memory, settings)
+  return memory._replace(confusion=jnp.asarray(settings["confusion"], jnp.float32))
+
+
+def accumulated(settings: Settings, sizes: Sizes) -> optax.GradientTransformation:
+  return ranger.accumulate(optimizer(settings, sizes), every=2)
+
+
+def with_ngs(settings: Settings, sizes: Sizes) -> optax.GradientTransformation:
+  del sizes
+  return optax.chain(
+    optax.add_decayed_weights(settings["decay"]),
+    ranger.scale_by_ngs(momentum=0.9),
+    optax.scale_by_learning_rate(settings["rate"]),
+    ranger.smooth_by_ema(settings["ema"], warmup=10),
   )
-  if told:
-    confusion = jnp.asarray(settings["confusion"], jnp.float32)
-  spread = jnp.float32(1) if even else ranger.labels.confusion_spread(confusion)
-  weights = memory["weights"]
-  if weighted:
-    weights = supported(view.labels, ids, beliefs, confusion, spread)
-  return {
-    "confusion": confusion if corrected else memory["confusion"],
-    "exponent": jnp.float32(settings["exponent"]) * spread,
-    "weights": weights,
-  }
-
-
-@jax.jit
-def supported(labels, ids, beliefs, confusion, spread):
-  """The chance of each label to be right, as far as noise falls evenly; mean one."""
-  given = labels[ids]
-  targets = ranger.labels.refine_targets(given, beliefs, confusion=confusion)
-  right = jnp.take_along_axis(targets, given[:, None], axis=1)[:, 0] ** spread
-  return jnp.ones(len(labels)).at[ids].set(right / jnp.maximum(right.mean(), 1e-3))
 
 
 RANGER = Method(
-  "Ranger",
+  "Ranger, untuned",
   losses,
   SETTINGS,
   memory=memory,
-  between=between,
+  between=ask_once,
   optimizer=optimizer,
   rival=False,
 )
 TUNED = RANGER._replace(
   title="Ranger, tuned",
-  trials=_method.grid(exponent=(0.4, 0.8), decay=(1e-3, 3e-3, 1e-2)),
+  trials=_method.grid(exponent=(0.3, 0.6), decay=(5e-4, 1e-3, 3e-3)),
 )
 
 
@@ -163,28 +105,37 @@ def _changed(title: str, **settings: Any) -> Method:
   return RANGER._replace(title=title, settings={**SETTINGS, **settings})
 
 
-def _without(title: str, **changes: Any) -> Method:
-  return RANGER._replace(title=title, between=functools.partial(between, **changes))
-
-
+_alone = functools.partial(
+  Method, settings={**SETTINGS, "ema": 0.0, "decay": 0.0}, rival=False
+)
 ABLATIONS = {
-  "no_confusion": RANGER._replace(
-    title="without what neighbors tell (exponent 0.5 throughout)", between=_method.kept
+  "no_ask": _changed("without asking again in the learned features", ask=2.0),
+  "no_weights": _changed("without weights of examples", sharpness=0.0),
+  "no_correction": RANGER._replace(
+    title="without correcting the loss", between=uncorrected
   ),
-  "own_confusion": _without(
-    "its own predictions instead of its neighbors'", beliefs_of=own_beliefs
-  ),
-  "true_confusion": _without("told the true confusion matrix", told=True),
-  "no_correction": _without("without correcting the loss", corrected=False),
-  "no_weights": _without("without weights of examples", weighted=False),
-  "even": _without("as if wrong labels fell evenly on all classes", even=True),
-  "one_search": _changed("with one search", again=-1),
-  "no_exponent": _changed("without exponents", warm_exponent=0.0, exponent=0.0),
+  "true_confusion": RANGER._replace(title="given the true matrix", between=informed),
+  "no_beliefs": _changed("without the pull to the beliefs", belief=0.0),
+  "no_exponent": _changed("without an exponent", exponent=0.0),
   "no_smoothing": _changed("without label smoothing", smoothing=0.0),
   "no_ema": _changed("without EMA", ema=0.0),
-  "ngs": _changed("with NGS instead of a fixed rate", hyper_rate=0.01),
+  "no_decay": _changed("without weight decay", decay=0.0),
+  "ngs": RANGER._replace(title="with NGS instead of a fixed rate", optimizer=with_ngs),
   "accumulated": RANGER._replace(
-    title="with two batches a step, at the same rate",
-    optimizer=functools.partial(optimizer, every=2),
+    title="with two batches a step, at the same rate", optimizer=accumulated
+  ),
+  "alone_neighbors": _changed(
+    "step 1 alone: beliefs, weights and correction; no EMA, no decay",
+    ema=0.0,
+    decay=0.0,
+  ),
+  "alone_accumulate": _alone(
+    "step 2 alone: cross-entropy, two batches a step", optimizer=accumulated
+  ),
+  "alone_ngs": _alone("step 3 alone: cross-entropy, NGS", optimizer=with_ngs),
+  "alone_ema": _alone(
+    "step 5 alone: cross-entropy, EMA",
+    settings={**SETTINGS, "decay": 0.0},
+    optimizer=optimizer,
   ),
 }

@@ -215,8 +215,7 @@ def train(
   # Compilation is not a method's doing: it is done before the clock starts.
   warm = (piece["method"], model, problem, drawn.train.x.shape)
   if warm not in _WARM:
-    few = {"warm_up": 1} if "warm_up" in method.settings else {}
-    _training.train(method, model, drawn, {**method.settings, **few}, 0, 2, curves)
+    _training.train(method, model, drawn, method.settings, 0, 2, curves)
     _WARM.add(warm)
   settings = {**method.settings, **_method.read(piece["settings"])}
   history = _training.train(

@@ -168,7 +168,7 @@ def _train(method, model, problem, settings, seed, epochs, keep, pull):
     tuning = tuple(
       float(programs.tune(at, problem.tuning, inverse)) for at in (smooth, best)
     )
-  confusion = memory.get("confusion") if isinstance(memory, dict) else None
+  confusion = getattr(memory, "confusion", None)
   history = History(
     last=last,
     selected=selected,

@@ -21,8 +21,8 @@ _WIDTH, _NEIGHBOR, _AMONG = 3.0, 5, 2048
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 _SHARPNESSES = tuple(float(s) for s in np.geomspace(1, 45, 16))
 _NEIGHBORS = (5, 10, 20, 50)
-# Examples that choose among these, and rows of a block.
-_JUDGES, _BLOCK = 4096, 2048
+_WIDE = 256  # dimensions beyond which distances are taken of projections
+_BLOCK = 2048  # rows
 _ROUNDS = 50  # of the mixture, which has converged then
 
 
@@ -278,7 +278,6 @@ def _beliefs(
   rows = rows / jnp.maximum(jnp.abs(rows).max(), jnp.finfo(rows.dtype).tiny)
   rows = jnp.where(alive[:, None], rows, jnp.zeros_like(rows))
   taught = jnp.logical_and(alive, _has_label(labels, num_classes))
-  as_rows = functools.partial(_label_rows, num_classes=num_classes)
   drawn, waves, phases = jax.random.split(key, 3)
   # Examples that can't teach come last, and are keys only if there are no others.
   order = jax.random.uniform(drawn, [rows.shape[0]])
@@ -286,31 +285,32 @@ def _beliefs(
   width = _width(rows[some[:_AMONG]], taught[some[:_AMONG]])
   normals = jax.random.normal(waves, [rows.shape[1], num_random]) / width
   shifts = jax.random.uniform(phases, [num_random], maxval=2 * np.pi)
-  near = _Near.of(rows, labels, taught, some, as_rows)
-  kernel = _Kernel.of(rows, labels, taught, (normals, shifts), as_rows)
-  judges = jax.lax.top_k(taught.astype(jnp.int32), min(len(alive), _JUDGES))[1]
-  judged = _Block(rows[judges], labels[judges], taught[judges], judges)
-  label = as_rows(judged)
-  place = _best([_likelihood(one, label) for one in near.ask(judged)])
+  view = _View(normals, shifts, num_classes)
+  keys = view(_Block(rows[some], labels[some], taught[some], some))
+  near = _Near.of(keys)
+  blocks = _blocks(rows, labels, taught)
+  kernel = _Kernel.of(view, keys, blocks)
+  # Keys judge: their labels are known, as far as any are.
+  place = jnp.stack([_likelihood(one, keys.label) for one in near.ask(keys)]).argmax()
   ridges = jnp.asarray(_RIDGES, rows.dtype)
   sharpnesses = jnp.asarray(_SHARPNESSES, rows.dtype)
+  turned = kernel.turn(keys)
 
   def judge(ridge):
-    said = kernel.predict(judged, ridge)
-    sharp = lambda s: _likelihood(jax.nn.softmax(s * said), label)
+    said = kernel.predict(turned, keys, ridge)
+    sharp = lambda s: _likelihood(jax.nn.softmax(s * said), keys.label)
     return jax.lax.map(sharp, sharpnesses)
 
   best = jax.lax.map(judge, ridges).argmax()
   ridge = ridges[best // len(sharpnesses)]
   sharpness = sharpnesses[best % len(sharpnesses)]
 
-  def witnesses(block):
-    said = jax.nn.softmax(sharpness * kernel.predict(block, ridge))
-    return [said, jnp.stack(near.ask(block))[place]]
+  def witnesses(seen):
+    said = kernel.predict(kernel.turn(seen), seen, ridge)
+    return [jax.nn.softmax(sharpness * said), jnp.stack(near.ask(seen))[place]]
 
-  weights = _weights(witnesses(judged), label)
-  blocks = _blocks(rows, labels, taught)
-  mixed = jax.lax.map(lambda block: _mix(witnesses(block), weights), blocks)
+  weights = _weights(witnesses(keys), keys.label)
+  mixed = jax.lax.map(lambda block: _mix(witnesses(view(block)), weights), blocks)
   mixed = mixed.reshape(-1, num_classes)[: rows.shape[0]]
   return jnp.where(alive[:, None], mixed, jnp.zeros_like(mixed))
 
@@ -343,16 +343,43 @@ def _has_label(labels: Array, num_classes: int) -> Array:
   return labels.any(axis=1)
 
 
-def _label_rows(block: Any, num_classes: int) -> Array:
-  """Labels of a block as rows, zeros for examples that don't teach."""
-  rows = block.labels
-  if rows.ndim == 1:
-    rows = jax.nn.one_hot(rows, num_classes, dtype=block.rows.dtype)
-  return jnp.where(block.taught[:, None], rows, jnp.zeros_like(rows))
+class _Seen(NamedTuple):
+  """A block as both witnesses see it.
+
+  Attributes:
+    points: ``[b, d']``, for distances.
+    table: ``[b, D]``, random features.
+    label: ``[b, C]``, zeros for examples that don't teach.
+    taught: ``[b]``.
+    ids: ``[b]``.
+  """
+
+  points: Array
+  table: Array
+  label: Array
+  taught: Array
+  ids: Array
 
 
-def _best(likelihoods: list[Array]) -> Array:
-  return jnp.stack(likelihoods).argmax()
+class _View(NamedTuple):
+  """Sees blocks: normals ``[d, D]`` and shifts ``[D]`` of the random features."""
+
+  normals: Array
+  shifts: Array
+  num_classes: int
+
+  def __call__(self, block: _Block) -> _Seen:
+    label = block.labels
+    if label.ndim == 1:
+      label = jax.nn.one_hot(label, self.num_classes, dtype=block.rows.dtype)
+    label = jnp.where(block.taught[:, None], label, jnp.zeros_like(label))
+    projected = _product(block.rows, self.normals)
+    points = block.rows
+    if points.shape[1] > _WIDE <= projected.shape[1]:
+      # Random projections keep distances within a few percent.
+      points = projected[:, :_WIDE]
+    table = jnp.cos(projected + self.shifts)
+    return _Seen(points, table, label, block.taught, block.ids)
 
 
 def _width(rows: Array, there: Array) -> Array:
@@ -379,42 +406,35 @@ class _Near(NamedTuple):
   """Votes of the nearest of some examples.
 
   Attributes:
-    keys: ``[m, d]``, those examples.
-    votes: ``[m, C]``, their labels; zeros for those that have none.
-    ids: ``[m]``, which they are.
+    keys: those examples.
     shares: ``[1, C]``, of each class, one vote that all examples get.
     counts: how many neighbors may be asked.
   """
 
-  keys: Array
-  votes: Array
-  ids: Array
+  keys: _Seen
   shares: Array
   counts: tuple[int, ...]
 
   @classmethod
-  def of(
-    cls, rows: Array, labels: Array, taught: Array, some: Array, as_rows: Any
-  ) -> "_Near":
-    keys = _Block(rows[some], labels[some], taught[some], some)
-    votes = as_rows(keys)
-    shares = votes.sum(axis=0, keepdims=True) + 1 / votes.shape[1]
+  def of(cls, keys: _Seen) -> "_Near":
+    shares = keys.label.sum(axis=0, keepdims=True) + 1 / keys.label.shape[1]
     # An example is no neighbor of its own.
-    most = max(len(some) - 1, 1)
+    most = max(len(keys.ids) - 1, 1)
     counts = tuple(sorted({min(k, most) for k in _NEIGHBORS}))
-    return cls(keys.rows, votes, some, shares / shares.sum(), counts)
+    return cls(keys, shares / shares.sum(), counts)
 
-  def ask(self, block: _Block) -> list[Array]:
+  def ask(self, seen: _Seen) -> list[Array]:
     """The votes by each number of neighbors, [b, C] each."""
-    squares = (self.keys * self.keys).sum(axis=1)
-    nearness = 2 * _product(block.rows, self.keys.T) - squares[None]
-    themselves = self.ids[None] == block.ids[:, None]
-    silent = jnp.logical_not(self.votes.any(axis=1))[None]
-    nearness = jnp.where(jnp.logical_or(themselves, silent), -jnp.inf, nearness)
+    keys = self.keys
+    squares = (keys.points * keys.points).sum(axis=1)
+    nearness = 2 * _product(seen.points, keys.points.T) - squares[None]
+    themselves = keys.ids[None] == seen.ids[:, None]
+    left_out = jnp.logical_or(themselves, jnp.logical_not(keys.taught)[None])
+    nearness = jnp.where(left_out, -jnp.inf, nearness)
     top, places = jax.lax.top_k(nearness, self.counts[-1])
-    heard = jnp.isfinite(top)[..., None]
-    found = jnp.where(heard, self.votes[places], 0)
-    sums = jnp.cumsum(found, axis=1)
+    votes = keys.label[places]
+    votes = jnp.where(jnp.isfinite(top)[..., None], votes, jnp.zeros_like(votes))
+    sums = jnp.cumsum(votes, axis=1)
     return [_rows.normalized(sums[:, k - 1] + self.shares) for k in self.counts]
 
 
@@ -422,81 +442,65 @@ class _Kernel(NamedTuple):
   """A ridge regression on random Fourier features, by its eigenvectors.
 
   Attributes:
-    waves: normals ``[d, D]`` and shifts ``[D]`` of the features.
-    center: ``[D]``, their mean.
+    center: ``[D]``, the mean of the features.
     means: ``[1, C]``, of the labels.
     count: number of examples that teach.
     values: ``[D]``, eigenvalues of the Gram matrix.
     vectors: ``[D, D]``.
-    turned: ``[D, C]``, the moments of features and labels, in these vectors.
-    as_rows: reads the labels of a block.
+    moments: ``[D, C]``, of features and labels, in these vectors.
   """
 
-  waves: tuple[Array, Array]
   center: Array
   means: Array
   count: Array
   values: Array
   vectors: Array
-  turned: Array
-  as_rows: Any
+  moments: Array
 
   @classmethod
-  def of(
-    cls,
-    rows: Array,
-    labels: Array,
-    taught: Array,
-    waves: tuple[Array, Array],
-    as_rows: Any,
-  ) -> "_Kernel":
-    blocks = _blocks(rows, labels, taught)
-
-    def add(sums, block):
-      table, label = _seen(block.rows, waves), as_rows(block)
-      table = jnp.where(block.taught[:, None], table, jnp.zeros_like(table))
-      center, means = sums
-      return (center + table.sum(axis=0), means + label.sum(axis=0)), None
-
-    count = jnp.maximum(taught.sum(dtype=jnp.int32), 1).astype(rows.dtype)
-    num_classes = as_rows(jax.tree.map(lambda array: array[0], blocks)).shape[1]
-    start = jnp.zeros_like(waves[1]), jnp.zeros([num_classes], rows.dtype)
-    # Centered before the products, which lose no digits then.
-    (center, means), _ = jax.lax.scan(add, start, blocks)
-    center, means = center / count, means[None] / count
+  def of(cls, view: _View, keys: _Seen, blocks: _Block) -> "_Kernel":
+    # Near the mean already, so that centering afterwards loses no digits.
+    origin = keys.table.mean(axis=0)
 
     def learn(sums, block):
-      there = block.taught[:, None]
-      table = _seen(block.rows, waves) - center
-      table = jnp.where(there, table, jnp.zeros_like(table))
-      left = as_rows(block) - means
-      left = jnp.where(there, left, jnp.zeros_like(left))
-      gram, moments = sums
-      return (gram + _product(table.T, table), moments + _product(table.T, left)), None
+      seen = view(block)
+      table = seen.table - origin
+      table = jnp.where(seen.taught[:, None], table, jnp.zeros_like(table))
+      found = (
+        table.sum(axis=0),
+        seen.label.sum(axis=0),
+        _product(table.T, table),
+        _product(table.T, seen.label),
+      )
+      return jax.tree.map(jnp.add, sums, found), None
 
-    zeros = lambda width: jnp.zeros([len(center), width], rows.dtype)
-    start = zeros(len(center)), zeros(num_classes)
-    (gram, moments), _ = jax.lax.scan(learn, start, blocks)
+    size, classes = len(origin), keys.label.shape[1]
+    shapes = ([size], [classes], [size, size], [size, classes])
+    start = tuple(jnp.zeros(shape, origin.dtype) for shape in shapes)
+    (table, means, gram, moments), _ = jax.lax.scan(learn, start, blocks)
+    taught = blocks.taught.sum(dtype=jnp.int32)
+    count = jnp.maximum(taught, 1).astype(origin.dtype)
+    means, offset = means / count, table / count
+    gram = gram - table[:, None] * offset[None]
+    moments = moments - table[:, None] * means[None]
     values, vectors = jnp.linalg.eigh(gram)
-    turned = _product(vectors.T, moments)
+    moments = _product(vectors.T, moments)
     values = jnp.maximum(values, 0)
-    return cls(waves, center, means, count, values, vectors, turned, as_rows)
+    return cls(origin + offset, means[None], count, values, vectors, moments)
 
-  def predict(self, block: _Block, ridge: Array) -> Array:
+  def turn(self, seen: _Seen) -> Array:
+    return _product(seen.table - self.center, self.vectors)
+
+  def predict(self, turned: Array, seen: _Seen, ridge: Array) -> Array:
     """What a fit without each example says of it, [b, C]."""
     mean = jnp.maximum(self.values.mean(), jnp.finfo(self.values.dtype).tiny)
     inverse = 1 / (self.values + ridge * mean)
-    table = _product(_seen(block.rows, self.waves) - self.center, self.vectors)
-    fitted = _product(table, inverse[:, None] * self.turned)
+    fitted = _product(turned, inverse[:, None] * self.moments)
     # The mean of the labels has seen each example too.
-    leverage = _product(table * table, inverse[:, None]) + 1 / self.count
-    leverage = jnp.where(block.taught[:, None], leverage, jnp.zeros_like(leverage))
-    left = self.as_rows(block) - self.means
+    leverage = _product(turned * turned, inverse[:, None]) + 1 / self.count
+    leverage = jnp.where(seen.taught[:, None], leverage, jnp.zeros_like(leverage))
+    left = seen.label - self.means
     return (fitted - leverage * left) / jnp.maximum(1 - leverage, 1e-3) + self.means
-
-
-def _seen(rows: Array, waves: tuple[Array, Array]) -> Array:
-  return jnp.cos(_product(rows, waves[0]) + waves[1])
 
 
 def _likelihood(beliefs: Array, label: Array) -> Array:

@@ -120,7 +120,7 @@ SPECS = {
   ),
   "sklearn-digits": Spec(images.digits, (1_000, 300, 0), 16, _IMAGES),
   "cifar10n": Spec(
-    cifar10n.load, (20_000, 2_000, 10_000), 128, tuple(cifar10n.NOISES.items()), _HEADS
+    cifar10n.load, (10_000, 2_000, 10_000), 128, tuple(cifar10n.NOISES.items()), _HEADS
   ),
   "text": Spec(text.load, (1_500, 300, 500), 32, _FLIPS, _HEADS),
   "satellite": Spec(
