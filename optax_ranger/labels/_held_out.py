@@ -378,7 +378,7 @@ class _View(NamedTuple):
     if points.shape[1] > _WIDE <= projected.shape[1]:
       # Random projections keep distances within a few percent.
       points = projected[:, :_WIDE]
-    table = jnp.cos(projected + self.shifts)
+    table = jnp.cos(projected + self.shifts[None])
     return _Seen(points, table, label, block.taught, block.ids)
 
 
@@ -467,7 +467,7 @@ class _Kernel(NamedTuple):
 
     def learn(sums, block):
       seen = view(block)
-      table = seen.table - origin
+      table = seen.table - origin[None]
       table = jnp.where(seen.taught[:, None], table, jnp.zeros_like(table))
       found = (
         table.sum(axis=0),
@@ -492,11 +492,13 @@ class _Kernel(NamedTuple):
     return cls(origin + offset, means[None], count, values, vectors, moments)
 
   def turn(self, seen: _Seen) -> Array:
-    return _product(seen.table - self.center, self.vectors)
+    return _product(seen.table - self.center[None], self.vectors)
 
   def predict(self, turned: Array, seen: _Seen, ridge: Array) -> Array:
     """What a fit without each example says of it, [b, C]."""
-    mean = jnp.maximum(self.values.mean(), jnp.finfo(self.values.dtype).tiny)
+    mean = self.values.mean()
+    # Examples that are all alike teach nothing but the mean of the labels.
+    mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
     inverse = 1 / (self.values + ridge * mean)
     fitted = _product(turned, inverse[:, None] * self.moments)
     # The mean of the labels has seen each example too.

@@ -1,7 +1,6 @@
 """`robust_labels`: the recipe against wrong labels."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -11,6 +10,8 @@ import jax.numpy as jnp
 from optax_ranger import labels as labels_lib
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
+from optax_ranger._core.sharding import automatic
+from optax_ranger._core.sharding import replicate
 from optax_ranger._core.types import Array
 from optax_ranger.labels import _rows
 
@@ -220,7 +221,7 @@ def robust_labels(
 
 
 def _given(labels: Any, n: int, num_classes: int) -> Array:
-  return _rows.read(labels, n, num_classes)
+  return replicate(_rows.read(labels, n, num_classes))
 
 
 def _unit(features: Any) -> Array:
@@ -235,14 +236,17 @@ def _unit(features: Any) -> Array:
   return numerics.divide(features, jnp.linalg.norm(features, axis=1, keepdims=True))
 
 
-@functools.partial(jax.jit, inline=True)
 def _rows_of(known: KnownLabels, ids: Array) -> tuple[Array, Array]:
-  n = known.weights.shape[0]
-  there = jnp.logical_and(ids >= 0, ids < n)
-  places = jnp.where(there, ids, jnp.zeros_like(ids))
-  weights = jnp.where(there, known.weights[places], jnp.ones_like(places, jnp.float32))
-  beliefs = known.beliefs[places]
-  return weights, jnp.where(there[:, None], beliefs, jnp.zeros_like(beliefs))
+  """Weights and beliefs of the examples in a batch, split as their ids are."""
+
+  def take(weights, beliefs, ids):
+    there = jnp.logical_and(ids >= 0, ids < weights.shape[0])
+    places = jnp.where(there, ids, jnp.zeros_like(ids))
+    weights = jnp.where(there, weights[places], jnp.ones_like(ids, weights.dtype))
+    beliefs = beliefs[places]
+    return weights, jnp.where(there[:, None], beliefs, jnp.zeros_like(beliefs))
+
+  return automatic(take, ids, ids)(known.weights, known.beliefs, ids)
 
 
 @jax.jit

@@ -1,0 +1,193 @@
+"""Beliefs from witnesses that have not seen the label."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+import optax_ranger as ranger
+from optax_ranger.labels import _held_out
+
+
+def _clusters(n=120, classes=3, share=0.2, seed=0):
+  rng = np.random.default_rng(seed)
+  true = rng.integers(0, classes, n)
+  points = 3 * np.eye(classes)[true] + 0.7 * rng.standard_normal([n, classes])
+  labels = np.where(rng.random(n) < share, rng.integers(0, classes, n), true)
+  return points.astype(np.float32), labels.astype(np.int32), true
+
+
+def _held_out_of(points, labels, **more):
+  more = {"num_classes": 3, "num_random": 64, **more}
+  return np.asarray(ranger.labels.held_out_beliefs(points, labels, **more))
+
+
+def _kernel(points, labels, taught):
+  """The kernel's part, with its random features, as in the library."""
+  key = jax.random.key(0)
+  normals = jax.random.normal(key, [points.shape[1], 16])
+  view = _held_out._View(normals, jnp.linspace(0, 6, 16), 3)
+  rows, taught = jnp.asarray(points), jnp.asarray(taught)
+  ids = jnp.arange(len(rows), dtype=jnp.int32)
+  seen = view(_held_out._Block(rows, jnp.asarray(labels), taught, ids))
+  blocks = _held_out._blocks(rows, jnp.asarray(labels), taught)
+  return seen, _held_out._Kernel.of(view, seen, blocks)
+
+
+def test_the_kernel_equals_refitting():
+  points, labels, _ = _clusters(n=40)
+  taught = np.arange(40) % 7 != 3
+  seen, kernel = _kernel(points, labels, taught)
+  ridge = 0.1
+  found = kernel.predict(kernel.turn(seen), seen, jnp.float32(ridge))
+  table, label = np.asarray(seen.table, float), np.asarray(seen.label, float)
+  penalty = ridge * np.asarray(kernel.values, float).mean()
+  for i in range(40):
+    others = taught & (np.arange(40) != i)
+    # An intercept that is not penalized, as one more column.
+    own = np.c_[table, np.ones(40)]
+    gram = own[others].T @ own[others] + penalty * np.diag([1.0] * 16 + [0.0])
+    weights = np.linalg.solve(gram, own[others].T @ label[others])
+    np.testing.assert_allclose(found[i], own[i] @ weights, atol=2e-3)
+
+
+def test_own_label_is_not_seen():
+  points, labels, _ = _clusters(n=60)
+  taught = np.ones(60, bool)
+  seen, kernel = _kernel(points, labels, taught)
+  before = kernel.predict(kernel.turn(seen), seen, jnp.float32(0.1))
+  changed = labels.copy()
+  changed[5] = (labels[5] + 1) % 3
+  seen, kernel = _kernel(points, changed, taught)
+  after = kernel.predict(kernel.turn(seen), seen, jnp.float32(0.1))
+  np.testing.assert_allclose(after[5], before[5], atol=1e-4)
+  assert np.abs(np.asarray(after - before)).max() > 1e-3
+  near = [
+    _held_out._Near.of(s).ask(s)[0]
+    for s in (seen, seen._replace(label=seen.label.at[5].set(0)))
+  ]
+  # But for the share of each class, which all examples get as one vote.
+  np.testing.assert_allclose(near[0][5], near[1][5], atol=0.01)
+
+
+def test_wrong_labels_are_contradicted():
+  points, labels, true = _clusters(n=300, share=0.4)
+  beliefs = _held_out_of(points, labels)
+  np.testing.assert_allclose(beliefs.sum(axis=1), 1, atol=1e-5)
+  assert (beliefs.argmax(axis=1) == true).mean() > 0.95
+
+
+def test_bad_rows_change_nothing():
+  points, labels, _ = _clusters(n=50)
+  bad = np.full([3, 3], np.nan, np.float32)
+  bad[1] = np.inf
+  more = np.concatenate([points, bad, points[:1]])
+  given = np.concatenate([labels, [0, 1, 2], [-1]])
+  settings = {"num_keys": 1000, "num_random": 64}
+  found = _held_out_of(more, given, **settings)
+  assert not found[50:53].any()
+  np.testing.assert_allclose(found[53].sum(), 1, atol=1e-5)
+  assert np.isfinite(found).all()
+  # The kernel's width is drawn from the keys, in another order: nearly the same.
+  alone = _held_out_of(points, labels, **settings)
+  np.testing.assert_allclose(found[:50], alone, atol=0.15)
+  bad[:] = 1e30
+  assert np.isfinite(_held_out_of(np.concatenate([points, bad]), given[:53])).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_few_examples(n):
+  points, labels, _ = _clusters(n=5)
+  found = _held_out_of(points[:n], labels[:n])
+  assert found.shape == (n, 3)
+  assert np.isfinite(found).all()
+
+
+def test_all_alike_and_without_labels():
+  same = np.ones([10, 2], np.float32)
+  found = _held_out_of(same, np.arange(10) % 3)
+  np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+  found = _held_out_of(same, np.full(10, -1))
+  assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int8, np.float64, bool])
+def test_types_of_features(dtype):
+  points, labels, true = _clusters(n=200)
+  points = (2 * points).round().astype(dtype) if dtype is not bool else points > 1.5
+  found = _held_out_of(points, labels)
+  assert found.dtype == np.float32
+  assert (found.argmax(axis=1) == true).mean() > 0.8
+
+
+def test_soft_labels_of_one_hot_rows_are_labels():
+  points, labels, _ = _clusters(n=60)
+  hard, soft = _held_out_of(points, labels), _held_out_of(points, np.eye(3)[labels])
+  np.testing.assert_allclose(hard, soft, atol=1e-4)
+
+
+def test_wrong_use_is_refused():
+  points, labels, _ = _clusters(n=10)
+  held_out = ranger.labels.held_out_beliefs
+  with pytest.raises(ValueError, match=r"features must have shape \[n, d\]"):
+    held_out(points[:, 0], labels, num_classes=3)
+  with pytest.raises(ValueError, match="labels"):
+    held_out(points, labels[:5], num_classes=3)
+  with pytest.raises(ValueError, match="labels"):
+    held_out(points, labels, num_classes=2)
+  with pytest.raises(TypeError, match="complex"):
+    held_out(points + 1j, labels, num_classes=3)
+  with pytest.raises(TypeError, match="num_random"):
+    held_out(points, labels, num_classes=3, num_random=2.5)
+
+
+def test_the_mixture_is_the_likeliest():
+  rng = np.random.default_rng(0)
+  true = rng.integers(0, 3, 200)
+  tables = [
+    rng.dirichlet([1, 1, 1], 200) + strength * np.eye(3)[true]
+    for strength in (0.2, 0.5, 0.0)
+  ]
+  tables = [table / table.sum(axis=1, keepdims=True) for table in tables]
+  labels = np.where(rng.random(200) < 0.2, rng.integers(0, 3, 200), true)
+
+  def unlikely(weights):
+    weights = np.exp(weights) / np.exp(weights).sum()
+    mixed = sum(w * table for w, table in zip(weights, tables, strict=True))
+    return -np.log(mixed[np.arange(200), labels]).sum()
+
+  best = optimize.minimize(unlikely, np.zeros(3), method="Nelder-Mead").x
+  weights = np.exp(best) / np.exp(best).sum()
+  expected = sum(w * table for w, table in zip(weights, tables, strict=True))
+  found = ranger.labels.mix_beliefs(tables, labels)
+  np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_a_mixture_of_what_is_there():
+  there = jnp.array([[0.5, 0.5], [0.0, 0.0], [0.0, 0.0]])
+  other = jnp.array([[0.25, 0.75], [0.25, 0.75], [jnp.nan, 1.0]])
+  found = ranger.labels.mix_beliefs([there, other], jnp.array([1, 1, 1]))
+  np.testing.assert_allclose(found[1], [0.25, 0.75], atol=1e-6)
+  np.testing.assert_array_equal(found[2], [0, 0])
+  with pytest.raises(ValueError, match="at least one"):
+    ranger.labels.mix_beliefs([], jnp.array([1]))
+  with pytest.raises(ValueError, match="beliefs"):
+    ranger.labels.mix_beliefs([there, other[:2]], jnp.array([1, 1, 1]))
+
+
+def test_no_confusion_no_change():
+  beliefs = np.random.default_rng(0).dirichlet([1, 1, 1], 20)
+  found = ranger.labels.clean_beliefs(beliefs, np.eye(3))
+  np.testing.assert_allclose(found, beliefs, atol=1e-5)
+
+
+def test_clean_beliefs_explain_the_beliefs():
+  rng = np.random.default_rng(1)
+  confusion = 0.7 * np.eye(4) + 0.3 * rng.dirichlet([1] * 4, 4)
+  true = rng.dirichlet([0.5] * 4, 50)
+  beliefs = true @ confusion
+  found = ranger.labels.clean_beliefs(beliefs, confusion, steps=2000)
+  np.testing.assert_allclose(found @ confusion, beliefs, atol=1e-3)
+  blank = ranger.labels.clean_beliefs(np.zeros([2, 4]), confusion)
+  np.testing.assert_array_equal(blank, 0)

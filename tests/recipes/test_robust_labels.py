@@ -1,0 +1,304 @@
+"""The recipe against wrong labels."""
+
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+N, C = 200, 3
+
+
+class Data(NamedTuple):
+  x: jax.Array
+  labels: jax.Array
+  true: np.ndarray
+
+
+def _data(share=0.3, n=N, seed=0):
+  rng = np.random.default_rng(seed)
+  true = rng.integers(0, C, n)
+  x = 3 * np.eye(C)[true] + 0.7 * rng.standard_normal([n, C])
+  labels = np.where(rng.random(n) < share, rng.integers(0, C, n), true)
+  return Data(jnp.asarray(x, jnp.float32), jnp.asarray(labels, jnp.int32), true)
+
+
+def _init(data):
+  robust = ranger.robust_labels(C)
+  return robust, robust.init(data.x, data.labels)
+
+
+def test_it_tells_how_many_and_which():
+  for share in (0.0, 0.3, 0.6):
+    data = _data(share, n=1000)
+    _, known = _init(data)
+    wrong = np.asarray(data.labels) != data.true
+    assert abs(float(known.noise) - wrong.mean()) < 0.04
+    if share:
+      flagged = np.asarray(known.trust) < 0.5
+      assert (flagged == wrong).mean() > 0.95
+    np.testing.assert_allclose(known.weights.mean(), 1, rtol=1e-5)
+
+
+def test_without_noise_it_is_the_cross_entropy():
+  data = _data(0.0)
+  robust = ranger.robust_labels(C, smoothing=0.0, belief=0.0)
+  known = robust.init(data.x, data.labels)
+  known = known._replace(
+    confusion=jnp.eye(C), spread=jnp.float32(0), weights=jnp.ones(N)
+  )
+  logits = 3 * data.x
+  found = robust.losses(known, logits, data.labels, jnp.arange(N))
+  expected = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ids_shuffled_repeated_or_absent():
+  data = _data()
+  robust, known = _init(data)
+  logits = jax.random.normal(jax.random.key(1), [N, C])
+  whole = robust.losses(known, logits, data.labels, jnp.arange(N))
+  ids = jnp.array([7, 3, 7, 199, 0])
+  some = robust.losses(known, logits[ids], data.labels[ids], ids)
+  np.testing.assert_allclose(some, whole[ids], rtol=1e-5)
+  absent = jnp.array([-1, -1])
+  found = robust.losses(known, logits[:2], data.labels[:2], absent)
+  plain = ranger.labels.forward_corrected_loss(
+    logits[:2],
+    data.labels[:2],
+    known.confusion,
+    exponent=0.45 * known.spread,
+    smoothing=0.05,
+  )
+  np.testing.assert_allclose(found, plain, rtol=1e-5)
+  unlabeled = robust.losses(known, logits[:1], jnp.array([-1]), jnp.array([0]))
+  said = -(known.beliefs[0] * jax.nn.log_softmax(logits[0])).sum()
+  np.testing.assert_allclose(unlabeled[0], 0.15 * said, rtol=1e-5)
+
+
+def test_memorized_features_are_refused():
+  data = _data(0.4, n=600)
+  robust, known = _init(data)
+  memorized = jnp.eye(C)[data.labels] + 0.01 * data.x
+  after = robust.ask(known, memorized, data.labels)
+  assert float(after.learned_noise) < 0.1 < float(after.noise)
+  assert (int(after.asked), int(after.believed)) == (1, 0)
+  np.testing.assert_array_equal(after.weights, known.weights)
+  np.testing.assert_array_equal(after.beliefs, known.beliefs)
+
+
+def test_good_features_are_believed():
+  data = _data(0.4, n=600)
+  rng = np.random.default_rng(1)
+  blurred = data._replace(
+    x=data.x + 2 * jnp.asarray(rng.standard_normal([600, C]), jnp.float32)
+  )
+  robust, known = _init(blurred)
+  after = robust.ask(known, data.x, data.labels)
+  assert (int(after.asked), int(after.believed)) == (1, 1)
+  wrong = np.asarray(data.labels) != data.true
+  gap = lambda k: float(k.weights[~wrong].mean() - k.weights[wrong].mean())
+  assert gap(after) > gap(known) + 0.2
+  again = robust.ask(after, data.x, data.labels)
+  np.testing.assert_allclose(again.trust, known.trust)
+
+
+def test_asking_again_compiles_nothing():
+  data = _data()
+  robust, known = _init(data)
+  traces = []
+
+  @jax.jit
+  def ask(known, features, labels):
+    traces.append(1)
+    return robust.ask(known, features, labels)
+
+  known = ask(known, data.x, data.labels)
+  known = ask(known, 2 * data.x + 1, data.labels)
+  assert len(traces) == 1
+
+  @jax.jit
+  def losses(known, logits, labels, ids):
+    traces.append(1)
+    return robust.losses(known, logits, labels, ids)
+
+  losses(known, data.x, data.labels, jnp.arange(N))
+  losses(ask(known, data.x, data.labels), data.x, data.labels, jnp.arange(N))
+  assert len(traces) == 2
+
+
+def test_init_under_jit_is_the_same():
+  data = _data()
+  robust, known = _init(data)
+  compiled = jax.jit(robust.init)(data.x, data.labels)
+  for one, other in zip(known, compiled, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_metrics_see_memorizing():
+  data = _data(0.4, n=600)
+  robust, known = _init(data)
+  right = robust.metrics(known, jnp.eye(C)[data.true], data.labels)
+  memorized = robust.metrics(known, jnp.eye(C)[data.labels], data.labels)
+  assert float(right["memorized"]) < 0.1
+  assert float(memorized["memorized"]) == pytest.approx(1)
+  assert float(right["noise"]) == float(known.noise)
+
+
+def test_names_soft_labels_and_missing_ones():
+  data = _data(0.3)
+  robust, known = _init(data)
+  names = np.array(["a", "b", "c"])[np.asarray(data.labels)]
+  named = robust.init(data.x, names)
+  np.testing.assert_allclose(named.trust, known.trust)
+  soft = robust.init(data.x, jnp.eye(C)[data.labels])
+  np.testing.assert_allclose(soft.trust, known.trust, atol=1e-3)
+  missing = data.labels.at[:20].set(-1)
+  some = robust.init(data.x, missing)
+  np.testing.assert_array_equal(some.weights[:20], 1)
+  assert (some.beliefs[:20].argmax(axis=1) == data.true[:20]).mean() > 0.9
+
+
+def test_bad_data_poisons_nobody():
+  data = _data()
+  robust = ranger.robust_labels(C)
+  known = robust.init(data.x.at[3].set(jnp.nan), data.labels)
+  assert all(
+    bool(jnp.isfinite(leaf).all())
+    for leaf in known._replace(learned_noise=jnp.float32(0))
+  )
+  np.testing.assert_array_equal(known.beliefs[3], 0)
+  bad = robust.ask(known, jnp.full([N, 4], jnp.nan), data.labels)
+  assert bool(jnp.isfinite(bad.weights).all())
+  logits = data.x.at[0].set(jnp.nan)
+  losses = robust.losses(known, logits, data.labels, jnp.arange(N))
+  assert bool(jnp.isfinite(losses[1:]).all())
+
+
+def test_wrong_use_is_refused():
+  data = _data()
+  robust, known = _init(data)
+  ids = jnp.arange(N)
+  with pytest.raises(ValueError, match="num_classes"):
+    ranger.robust_labels(1)
+  with pytest.raises(ValueError, match="exponent"):
+    ranger.robust_labels(C, exponent=1.5)
+  with pytest.raises(ValueError, match="belief"):
+    ranger.robust_labels(C, belief=-1.0)
+  with pytest.raises(ValueError, match=r"logits must have shape \[n, 3\]"):
+    robust.losses(known, data.x[:, :2], data.labels, ids)
+  with pytest.raises(ValueError, match="ids"):
+    robust.losses(known, data.x, data.labels, ids[:5])
+  with pytest.raises(TypeError, match="ids"):
+    robust.losses(known, data.x, data.labels, ids.astype(jnp.float32))
+  with pytest.raises(ValueError, match="features"):
+    robust.ask(known, data.x[:5], data.labels[:5])
+  with pytest.raises(ValueError, match="multi-label"):
+    robust.init(data.x, jnp.ones([N, C]))
+
+
+def _train(data, update, steps=60):
+  rng = np.random.default_rng(0)
+  for _ in range(steps):
+    update(jnp.asarray(rng.permutation(N)[:64]))
+
+
+def test_in_an_nnx_optimizer():
+  data = _data(0.4)
+  robust, known = _init(data)
+  model = nnx.Linear(C, C, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer, known, ids):
+    def loss(model):
+      return robust.losses(known, model(data.x[ids]), data.labels[ids], ids).mean()
+
+    optimizer.update(model, nnx.grad(loss)(model))
+
+  _train(data, lambda ids: step(model, optimizer, known, ids))
+  assert (model(data.x).argmax(axis=1) == data.true).mean() > 0.95
+
+
+def test_in_equinox():
+  eqx = pytest.importorskip("equinox")
+  data = _data(0.4)
+  robust, known = _init(data)
+  model = eqx.nn.Linear(C, C, key=jax.random.key(0))
+  tx = optax.sgd(0.5)
+  state = tx.init(eqx.filter(model, eqx.is_array))
+
+  @eqx.filter_jit
+  def step(model, state, known, ids):
+    def loss(model):
+      logits = jax.vmap(model)(data.x[ids])
+      return robust.losses(known, logits, data.labels[ids], ids).mean()
+
+    updates, state = tx.update(eqx.filter_grad(loss)(model), state)
+    return eqx.apply_updates(model, updates), state
+
+  holder = [model, state]
+
+  def update(ids):
+    holder[:] = step(*holder, known, ids)
+
+  _train(data, update)
+  found = jax.vmap(holder[0])(data.x).argmax(axis=1)
+  assert (found == data.true).mean() > 0.95
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_under_train_step_on_a_mesh(explicit):
+  if jax.device_count() < 8:
+    pytest.skip("needs 8 devices")
+  kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  data = _data(0.4)
+  robust, known = _init(data)
+
+  def losses(params, batch, known):
+    logits = batch["x"] @ params["kernel"] + params["bias"][None]
+    return robust.losses(known, logits, batch["label"], batch["id"])
+
+  params = {"kernel": jnp.zeros([C, C]), "bias": jnp.zeros(C)}
+  tx = optax.sgd(0.5)
+  found = []
+  for place in (None, mesh):
+    step = ranger.train_step(losses, tx, **({} if place is None else {"mesh": place}))
+    own, state = params, step.init(params)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+      ids = jnp.asarray(rng.permutation(N)[:64])
+      batch = {"x": data.x[ids], "label": data.labels[ids], "id": ids}
+      own, state, _ = step(own, state, batch, known=known)
+    found.append(own)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found
+  )
+
+
+def test_rows_split_over_devices():
+  if jax.device_count() < 8:
+    pytest.skip("needs 8 devices")
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  data = _data(0.4)
+  robust, known = _init(data)
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  with jax.set_mesh(mesh):
+    x, labels = jax.device_put(data.x, split), jax.device_put(data.labels, split)
+    found = robust.init(x, labels)
+    asked = robust.ask(found, x, labels)
+    losses = robust.losses(found, x, labels, jax.device_put(jnp.arange(N), split))
+  np.testing.assert_allclose(found.trust, known.trust, atol=1e-3)
+  np.testing.assert_allclose(
+    asked.weights, robust.ask(known, data.x, data.labels).weights, atol=1e-2
+  )
+  expected = robust.losses(known, data.x, data.labels, jnp.arange(N))
+  np.testing.assert_allclose(losses, expected, atol=1e-3)
