@@ -29,7 +29,7 @@ class History(NamedTuple):
     seconds: of training, with all that happens between epochs, without evaluation.
     validation, test: the figure after each epoch; the second where asked for.
     wrong_share: the share of the labels' pull on the network that comes from wrong
-      labels, after each epoch, where asked for.
+      labels, after each epoch, where asked for; of classes only.
     confusion: the matrix that the method ended with, or None.
   """
 
@@ -155,6 +155,7 @@ def _train(method, model, problem, settings, seed, epochs, keep, pull):
       best = smooth
     if pull:
       test.append(float(programs.test(smooth, problem.test)))
+    if pull and problem.classes:
       amounts = np.asarray(programs.pulls(smooth, memory, x, y, traced))
       wrong = np.asarray(y != problem.true)
       shares.append(float(amounts[wrong].sum() / max(amounts.sum(), 1e-9)))

@@ -361,7 +361,7 @@ def test_neighbors_back_right_labels_and_targets():
   found = other_noise.backed(*problem.train, sizes, {"target_scale": 2.0})
   wrong = np.abs(np.asarray(problem.train.y - problem.true)) > 5
   weights = np.asarray(found["weights"])
-  assert weights[wrong].mean() < 0.2 * weights[~wrong].mean()
+  assert weights[wrong].mean() < 0.3 * weights[~wrong].mean()
 
 
 def test_rivals_have_as_many_trials_and_settings_of_the_same_names():
