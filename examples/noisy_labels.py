@@ -1,6 +1,7 @@
-"""Trains plain AdamW and Ranger on digits with wrong labels, and compares them.
+"""Trains on digits with wrong labels, plainly and with `robust_labels`.
 
-Run it with `make demo`, or `python examples/noisy_labels.py --noise 0.6`.
+Both loops are the same but for the lines that the README shows as a diff. Run it with
+`make demo`, or `python examples/noisy_labels.py --noise 0.6`.
 """
 
 import argparse
@@ -23,8 +24,6 @@ import optax_ranger as ranger
 
 BATCH_SIZE = 128
 NUM_CLASSES = 10
-NUM_NEIGHBORS = 20
-ASK_NEIGHBORS_AFTER = (10, 30)  # Epochs.
 
 
 class Mlp(nnx.Module):
@@ -35,79 +34,70 @@ class Mlp(nnx.Module):
     self.hidden2 = nnx.Linear(256, 256, rngs=rngs)
     self.out = nnx.Linear(256, NUM_CLASSES, rngs=rngs)
 
+  def features(self, x: jax.Array) -> jax.Array:
+    return jax.nn.relu(self.hidden2(jax.nn.relu(self.hidden1(x))))
+
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = jax.nn.relu(self.hidden1(x))
-    return self.out(jax.nn.relu(self.hidden2(x)))
+    return self.out(self.features(x))
 
 
-def plain_step(graphdef, params, images, labels):
-  """Plain AdamW: what most people run."""
-  tx = optax.adamw(1e-3)
+def train_plainly(images, labels, seed: int, epochs: int):
+  """What most people run; yields the model and seconds a step after each epoch."""
+  model = Mlp(rngs=nnx.Rngs(seed))
+  optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
 
-  def loss(params, ids):
-    logits = nnx.merge(graphdef, params)(images[ids])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[ids])
-    return losses.mean()
+  @nnx.jit
+  def train_step(model, optimizer, x, y):
+    def loss_fn(model):
+      losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
+      return losses.mean()
 
-  @jax.jit
-  def step(params, state, told, ids):
-    del told
-    updates, state = tx.update(jax.grad(loss)(params, ids), state, params)
-    return optax.apply_updates(params, updates), state
+    optimizer.update(model, nnx.grad(loss_fn)(model))
 
-  return step, tx.init(params), None, lambda state: None
+  for epoch in range(epochs):
+    start = time.perf_counter()
+    for ids in batches(len(images), seed, epoch):
+      train_step(model, optimizer, images[ids], labels[ids])
+    yield model, None, seconds_a_step(model, start, len(images))
 
 
-def ranger_step(graphdef, params, images, labels):
-  """Ranger: the part to lift into your own code."""
-  n = len(images)
-  # Steps 2, 3 and 5: accumulation, acceleration, smoothing.
-  tx = ranger.ranger(
-      0.12, acceleration=1.0, hyper_rate=0.01, bounds=(0.5, 2.0), weight_decay=0.003,
-      ema_decay=0.99, num_examples=n, num_classes=NUM_CLASSES, prediction_decay=0.7,
-  )  # fmt: skip
-  neighbors = ranger.neighbors.nearest(images, k=NUM_NEIGHBORS)
+def train_robustly(images, labels, seed: int, epochs: int):
+  """The same with `robust_labels`; yields what is known of the labels too."""
+  robust = ranger.robust_labels(NUM_CLASSES)
+  known = robust.init(images, labels)
+  model = Mlp(rngs=nnx.Rngs(seed))
+  optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
 
-  def losses(params, batch, confusion, exponent):
-    logits = nnx.merge(graphdef, params)(batch["image"])
-    losses = ranger.labels.forward_corrected_loss(
-      logits, batch["label"], confusion, exponent=exponent, smoothing=0.05
-    )
-    return losses, jax.nn.softmax(logits)
+  @nnx.jit
+  def train_step(model, optimizer, known, x, y, ids):
+    def loss_fn(model):
+      losses = robust.losses(known, model(x), y, ids)
+      return losses.mean()
 
-  # Step 4: examples become one gradient.
-  grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean(), has_aux=True)
+    optimizer.update(model, nnx.grad(loss_fn)(model))
 
-  @jax.jit
-  def step(params, state, told, ids):
-    confusion, exponent, weights = told
-    batch = {"image": images[ids], "label": labels[ids]}
-    (_, probabilities), grads = grad_fn(
-      params,
-      batch,
-      confusion=confusion,
-      exponent=exponent,
-      member_weights=weights[ids],
-    )
-    updates, state = tx.update(
-      grads, state, params, predictions=probabilities, example_ids=ids
-    )
-    return optax.apply_updates(params, updates), state
+  for epoch in range(epochs):
+    if epoch == epochs // 3:
+      known = robust.ask(known, model.features(images), labels)
+    start = time.perf_counter()
+    for ids in batches(len(images), seed, epoch):
+      train_step(model, optimizer, known, images[ids], labels[ids], ids)
+    yield model, known, seconds_a_step(model, start, len(images))
 
-  @jax.jit
-  def ask_neighbors(state):
-    """Step 1: which labels get confused, how robust to be, and whom to believe."""
-    beliefs = ranger.labels.neighbor_beliefs(
-      neighbors, ranger.smoothed_predictions(state, jnp.arange(n))
-    )
-    confusion = ranger.labels.label_confusion(labels, beliefs)
-    spread = ranger.labels.confusion_spread(confusion)
-    targets = ranger.labels.refine_targets(labels, beliefs, confusion=confusion)
-    return confusion, 0.7 * spread, targets[jnp.arange(n), labels] ** spread
 
-  # Until neighbors are asked, labels are taken as they are.
-  told = jnp.eye(NUM_CLASSES), 0.7, jnp.ones(n)
-  return step, tx.init(params), told, ask_neighbors
+METHODS = {"plain": ("AdamW", train_plainly), "ranger": ("Ranger", train_robustly)}
+# Which of the five steps are on; the others are chained into the optimizer.
+STEPS = {"plain": "none", "ranger": "1 neighbors, 5 smoothing: beliefs of classes"}
+
+
+def batches(n: int, seed: int, epoch: int) -> list[np.ndarray]:
+  order = np.random.default_rng([seed, epoch]).permutation(n)
+  return np.split(order[: n // BATCH_SIZE * BATCH_SIZE], n // BATCH_SIZE)
+
+
+def seconds_a_step(model: nnx.Module, start: float, n: int) -> float:
+  jax.block_until_ready(nnx.state(model))
+  return (time.perf_counter() - start) / (n // BATCH_SIZE)
 
 
 def load_digits(noise: float, seed: int):
@@ -124,42 +114,27 @@ def load_digits(noise: float, seed: int):
   return train, given, true, test, test_labels
 
 
-def train(make_step, data, epochs: int, seed: int, progress: tqdm.tqdm):
-  """Trains one model; returns test accuracy after each epoch and seconds a step."""
+def train(method, data, epochs: int, seed: int, progress: tqdm.tqdm):
+  """Trains one model; returns test accuracies, seconds a step, and what is known."""
   images, labels, _, test_images, test_labels = map(jnp.asarray, data)
-  graphdef, params = nnx.split(Mlp(rngs=nnx.Rngs(seed)), nnx.Param)
-  step, state, told, ask_neighbors = make_step(graphdef, params, images, labels)
-
-  @jax.jit
-  def accuracy(params, state):
-    model = nnx.merge(graphdef, ranger.eval_params(state, params))
-    return (model(test_images).argmax(axis=-1) == test_labels).mean()
-
-  rng = np.random.default_rng(seed)
-  accuracies, seconds = [], []
-  for epoch in range(epochs):
-    if epoch in ASK_NEIGHBORS_AFTER:
-      told = ask_neighbors(state)
-    order = rng.permutation(len(images))
-    start = time.perf_counter()
-    batches = [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
-    batches = [ids for ids in batches if len(ids) == BATCH_SIZE]
-    for ids in batches:
-      params, state = step(params, state, told, ids)
-    jax.block_until_ready(params)
-    seconds.append((time.perf_counter() - start) / len(batches))
-    accuracies.append(float(accuracy(params, state)))
+  accuracies, seconds, known = [], [], None
+  for model, known, pace in method(images, labels, seed, epochs):  # noqa: B007
+    hits = model(test_images).argmax(axis=-1) == test_labels
+    accuracies.append(float(hits.mean()))
+    seconds.append(pace)
     progress.update()
-  return accuracies, float(np.median(seconds))
+  return accuracies, float(np.median(seconds)), known
 
 
-def draw(path, results, noise, data):
-  """Draws the accuracy curves and the twenty most suspicious training images."""
+def draw(path, results, noise, data, known) -> None:
+  """Draws curves, the estimated confusion matrix and the most suspicious images."""
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  figure = plt.figure(figsize=(13, 5), layout="constrained")
-  left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1), squeeze=False)[0]
+  figure = plt.figure(figsize=(17, 5), layout="constrained")
+  left, middle, right = figure.subfigures(
+    1, 3, width_ratios=(1, 0.9, 1.1), squeeze=False
+  )[0]
   axis = left.subplots()
   colors = {"plain": "tab:gray", "ranger": "tab:green"}
   for name, result in results.items():
@@ -174,28 +149,33 @@ def draw(path, results, noise, data):
   axis.grid(alpha=0.3)
   axis.legend(loc="lower right")
 
+  axis = middle.subplots()
+  axis.imshow(known.confusion, vmin=0, vmax=1)
+  axis.set(xlabel="given label", ylabel="class", xticks=range(10), yticks=range(10))
+  axis.set_title(
+    f"estimated: {float(known.noise):.0%} of the labels wrong,\n"
+    "chance of each label given the class"
+  )
+
   images, given, true, _, _ = data
-  neighbors = ranger.neighbors.nearest(images, k=NUM_NEIGHBORS)
-  support = np.asarray(ranger.labels.label_support(neighbors, given))
-  suspicious = np.argsort(support, kind="stable")[:20]
+  suspicious = np.argsort(known.trust, kind="stable")[:20]
   right.suptitle(
-    "the twenty most suspicious labels: given \u2192 label of most neighbors,\n"
-    "green where the neighbors are right"
+    "the twenty least trusted labels: given \u2192 believed,\n"
+    "green where the belief is right"
   )
   for axis, i in zip(right.subplots(4, 5).flat, suspicious, strict=True):
-    votes = np.bincount(given[neighbors.indices[i]], minlength=NUM_CLASSES)
-    right_guess = votes.argmax() == true[i]
+    believed = int(known.beliefs[i].argmax())
     axis.imshow(images[i].reshape(8, 8), cmap="gray_r")
     axis.set_title(
-      f"{given[i]} \u2192 {votes.argmax()}",
-      color="tab:green" if right_guess else "tab:red",
+      f"{given[i]} \u2192 {believed}",
+      color="tab:green" if believed == true[i] else "tab:red",
     )
     axis.axis("off")
-  figure.savefig(path, dpi=120)
+  figure.savefig(path, dpi=100)
   plt.close(figure)
 
 
-def main():
+def main() -> None:
   """Trains both methods on every seed, prints the table and draws the picture."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--noise", type=float, default=0.4, help="share of wrong labels")
@@ -207,33 +187,36 @@ def main():
   if not 0 <= args.noise <= 1:
     parser.error(f"--noise must lie in [0, 1], got {args.noise}")
 
-  makers = {"plain": ("AdamW", plain_step), "ranger": ("Ranger", ranger_step)}
   results: dict[str, dict[str, Any]] = {}
-  total = len(makers) * args.seeds * args.epochs
+  first: Any = None
+  total = len(METHODS) * args.seeds * args.epochs
   with tqdm.tqdm(total=total, unit="epoch") as progress:
-    for name, (label, make_step) in makers.items():
+    for name, (label, method) in METHODS.items():
       progress.set_description(f"{label:>6}")
       runs = [
-        train(make_step, load_digits(args.noise, seed), args.epochs, seed, progress)
+        train(method, load_digits(args.noise, seed), args.epochs, seed, progress)
         for seed in range(args.seeds)
       ]
-      curves = np.array([accuracies for accuracies, _ in runs])
+      first = runs[0][2]
+      curves = np.array([accuracies for accuracies, _, _ in runs])
       results[name] = {
         "label": label,
         "curves": curves.tolist(),
         "last_mean": float(curves[:, -1].mean()),
         "last_std": float(curves[:, -1].std()),
         "best_mean": float(curves.max(axis=1).mean()),
-        "seconds_per_step": float(np.median([seconds for _, seconds in runs])),
+        "seconds_per_step": float(np.median([seconds for _, seconds, _ in runs])),
       }
 
   print(f"digits, {args.noise:.0%} wrong labels, {args.seeds} seeds, test accuracy")
-  print(f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}")
-  for result in results.values():
+  print(
+    f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}  steps that are on"
+  )
+  for name, result in results.items():
     last = f"{result['last_mean']:.3f} \u00b1 {result['last_std']:.3f}"
     print(
       f"{result['label']:8}{last:>16}{result['best_mean']:>12.3f}"
-      f"{1e3 * result['seconds_per_step']:>13.2f}"
+      f"{1e3 * result['seconds_per_step']:>13.2f}  {STEPS[name]}"
     )
   if args.json:
     table = {
@@ -242,7 +225,7 @@ def main():
     }
     args.json.write_text(json.dumps({"noise": args.noise, **table}, indent=2))
   if args.out:
-    draw(args.out, results, args.noise, load_digits(args.noise, 0))
+    draw(args.out, results, args.noise, load_digits(args.noise, 0), first)
     print(f"picture: {args.out}")
 
 

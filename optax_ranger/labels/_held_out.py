@@ -32,7 +32,7 @@ def held_out_beliefs(
   *,
   num_classes: int,
   num_random: int = 512,
-  num_keys: int = 1024,
+  num_keys: int = 2048,
   seed: int = 0,
 ) -> Array:
   r"""Predicts the label of each example from all other examples.

@@ -272,7 +272,8 @@ def test_under_train_step_on_a_mesh(explicit):
   found = []
   for place in (None, mesh):
     step = ranger.train_step(losses, tx, **({} if place is None else {"mesh": place}))
-    own, state = params, step.init(params)
+    own = jax.tree.map(jnp.copy, params)  # The step donates them.
+    state = step.init(own)
     rng = np.random.default_rng(0)
     for _ in range(20):
       ids = jnp.asarray(rng.permutation(N)[:64])
