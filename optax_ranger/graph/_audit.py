@@ -317,7 +317,7 @@ class _Voters:
   ):
     weights, indices = np.asarray(neighbors.weights), np.asarray(neighbors.indices)
     n, self.k = indices.shape
-    filled = (indices >= 0) & (indices < n)
+    filled = (indices >= 0) & (indices < n) & np.isfinite(weights) & (weights > 0)
     self.indices = np.where(filled, indices, 0)
     if source is not None:
       others = source[self.indices] != source[:, None]

@@ -123,18 +123,20 @@ def held_out_predictions(
   for scale in _SCALES:
     each = _columns(rows, sample, min(width, _NARROW), scale, seed)
     fit = _fit(each, sample, given, num_classes, lambda parts: parts)
-    held_out = [_held_out(fit, each(sample), given[sample], r) for r in _RIDGES]
+    along = each(sample) @ fit.directions
+    held_out = [_held_out(fit, along, given[sample], ridge) for ridge in _RIDGES]
     errors.append(min(_error(one, given[sample]) for one in held_out))
   chosen = _columns(rows, sample, width, _SCALES[int(np.argmin(errors))], seed)
   bar = lambda what: lambda parts: _progress.bar(parts, what, progress)
   fit = _fit(chosen, taught, given, num_classes, bar("ridge"))
-  table = chosen(sample)
-  held_out = [_held_out(fit, table, given[sample], ridge) for ridge in _RIDGES]
+  along = chosen(sample) @ fit.directions
+  held_out = [_held_out(fit, along, given[sample], ridge) for ridge in _RIDGES]
   best = int(np.argmin([_error(one, given[sample]) for one in held_out]))
   scale = np.float32(_posterior.weigh([held_out[best] * 10], given[sample])[0] * 10)
   alive = np.flatnonzero(rows.alive)
   for part in bar("held-out")(_parts(alive, chosen.number)):
-    found = scale * _held_out(fit, chosen(part), given[part], _RIDGES[best])
+    along = chosen(part) @ fit.directions
+    found = scale * _held_out(fit, along, given[part], _RIDGES[best])
     found = np.exp(found - found.max(axis=1, keepdims=True))
     predictions[part] = found / found.sum(axis=1, keepdims=True)
   return predictions
@@ -260,10 +262,12 @@ def _fit(
 
 
 def _held_out(
-  fit: _Fit, table: np.ndarray, own: np.ndarray, ridge: float
+  fit: _Fit, along: np.ndarray, own: np.ndarray, ridge: float
 ) -> np.ndarray:
-  """The regression's value for each class, without the example, [count, C]."""
-  along = table @ fit.directions
+  """The regression's value for each class, without the example, [count, C].
+
+  `along` are the examples' columns along the fit's directions.
+  """
   inverse = 1 / (fit.squares + ridge)
   values = along @ (inverse[:, None] * fit.targets).astype(np.float32)
   leverage = (along**2 @ inverse.astype(np.float32)).astype(np.float64)

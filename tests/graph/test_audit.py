@@ -275,7 +275,7 @@ def test_held_out_predictions_equal_refitting(n):
   everyone = np.arange(n)
   columns = _held_out._columns(_held_out._Rows(points, False), everyone, 100, 1.0, 0)
   fit = _held_out._fit(columns, everyone, given, 5, lambda parts: parts)
-  found = _held_out._held_out(fit, columns(everyone), given, 2.0)
+  found = _held_out._held_out(fit, columns(everyone) @ fit.directions, given, 2.0)
   table = columns(everyone).astype(np.float64)
   for i in range(0, n, 7):
     others = everyone != i
@@ -292,7 +292,8 @@ def test_own_labels_are_not_seen():
 
   def row(given):
     fit = _held_out._fit(columns, np.arange(300), given, 5, lambda parts: parts)
-    return _held_out._held_out(fit, columns(np.arange(300)), given, 1.0)[7]
+    along = columns(np.arange(300)) @ fit.directions
+    return _held_out._held_out(fit, along, given, 1.0)[7]
 
   other = true.copy()
   other[7] = (true[7] + 1) % 5
@@ -305,11 +306,11 @@ def test_bad_rows_teach_nothing():
   points, true = blobs(300)
   names = np.array([f"class {label}" for label in true], object)
   predictions = graph.held_out_predictions(points, names, width=50)
-  more = np.concatenate([points, points[:4]])
+  more = np.concatenate([points, points[:4]]).astype(np.float64)
   more[300], more[301, 2], more[302, 0] = np.nan, np.inf, 1e300
   longer = graph.held_out_predictions(more, [*names, *names[:3], None], width=50)
   np.testing.assert_allclose(longer[:300], predictions, atol=1e-5)
-  np.testing.assert_array_equal(longer[300:302], 0)
+  np.testing.assert_array_equal(longer[300:303], 0)
   assert longer[303].argmax() == true[3]
   np.testing.assert_allclose(longer[303].sum(), 1, rtol=1e-5)
   nobody = graph.held_out_predictions(np.full([3, 2], np.nan), [0, 1, 1])
