@@ -2,7 +2,8 @@
 
 `python examples/label_audit.py` flips labels of Fashion-MNIST, or of digits where
 Debian's package dataset-fashion-mnist is missing; `--data text` those of the
-docstrings of Python's own library.
+docstrings of Python's own library. `--score posterior` also asks held-out predictions,
+and judges labels by both.
 """
 
 import argparse
@@ -124,6 +125,7 @@ def main() -> None:
   parser.add_argument("--noise", type=float, default=0.4, help="share of wrong labels")
   parser.add_argument("--k", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--score", choices=("votes", "posterior"), default="votes")
   parser.add_argument("--out", type=pathlib.Path, help="picture to write")
   args = parser.parse_args()
   if not 0 < args.noise < 1:
@@ -142,13 +144,19 @@ def main() -> None:
   jax.block_until_ready(neighbors)
   built = time.perf_counter() - start
   start = time.perf_counter()
-  found = graph.audit(neighbors, given)
+  predictions = None
+  if args.score == "posterior":
+    predictions = graph.held_out_predictions(features, given)
+  found = graph.audit(neighbors, given, score=args.score, predictions=predictions)
   audited = time.perf_counter() - start
 
   wrong = given != true
   suspicious = found.order[: wrong.sum()]
-  auc = metrics.roc_auc_score(wrong, -np.nan_to_num(found.margin, nan=1))
+  backing = found.margin if args.score == "votes" else found.support
+  auc = metrics.roc_auc_score(wrong, -np.nan_to_num(backing, nan=1))
   print(f"{kind}: {len(given)} examples, {wrong.mean():.0%} wrong labels, k = {args.k}")
+  print(f"wrong labels, estimated without clean ones  {found.num_wrong:.0f}"
+        f" of {wrong.sum()}")  # fmt: skip
   print(f"AUC                                   {auc:.4f}")
   print(f"precision at the number of flips      {wrong[suspicious].mean():.4f}")
   print(f"suggested labels that are right, of those  "

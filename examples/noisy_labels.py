@@ -91,11 +91,13 @@ STEPS = {"plain": "none", "ranger": "1 neighbors, 5 smoothing: beliefs of classe
 
 
 def batches(n: int, seed: int, epoch: int) -> list[np.ndarray]:
+  """Positions of the examples of each batch of an epoch."""
   order = np.random.default_rng([seed, epoch]).permutation(n)
   return np.split(order[: n // BATCH_SIZE * BATCH_SIZE], n // BATCH_SIZE)
 
 
 def seconds_a_step(model: nnx.Module, start: float, n: int) -> float:
+  """The mean time of the steps since `start`."""
   jax.block_until_ready(nnx.state(model))
   return (time.perf_counter() - start) / (n // BATCH_SIZE)
 

@@ -16,6 +16,7 @@ from optax_ranger.graph._build import measure_recall as measure_recall
 from optax_ranger.graph._files import fingerprint as fingerprint
 from optax_ranger.graph._files import load as load
 from optax_ranger.graph._files import save as save
+from optax_ranger.graph._held_out import held_out_predictions as held_out_predictions
 from optax_ranger.graph._pipeline import NeighborBatches as NeighborBatches
 from optax_ranger.graph._pipeline import add_neighbors as add_neighbors
 from optax_ranger.graph._query import query as query

@@ -1,0 +1,353 @@
+"""Audits by held-out predictions, by what training has seen, and by all of these."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import optimize
+from scipy import sparse
+
+from optax_ranger import graph
+from optax_ranger.graph import _audit
+from optax_ranger.graph import _held_out
+from optax_ranger.graph import _posterior
+
+
+def blobs(n: int = 2000, classes: int = 5, apart: float = 2.5, seed: int = 0):
+  """Points around a few centers, as far apart as some of them overlap."""
+  rng = np.random.default_rng(seed)
+  true = rng.integers(0, classes, n)
+  centers = apart * np.eye(classes, 6)
+  return (centers[true] + rng.standard_normal([n, 6])).astype(np.float32), true
+
+
+def flip(true, noise: str, share: float, classes: int = 5, seed: int = 1):
+  rng = np.random.default_rng(seed)
+  by = rng.integers(1, classes, len(true)) if noise == "symmetric" else 1
+  return np.where(rng.random(len(true)) < share, (true + by) % classes, true)
+
+
+def missed(found, given, true) -> float:
+  """The share of wrong labels that are not among as many flagged."""
+  wrong = given != true
+  return 1 - wrong[found.order[: wrong.sum()]].mean()
+
+
+def test_audit_of_what_training_has_seen():
+  rng = np.random.default_rng(0)
+  points = rng.standard_normal([30, 2])
+  neighbors = graph.build(points, 4, backend="jax")
+  labels, predictions = rng.integers(0, 3, 30), rng.random([30, 3])
+  counts, visits = rng.integers(0, 5, 30), rng.integers(1, 9, 30)
+  shares = predictions / predictions.sum(axis=1, keepdims=True)
+  votes = np.eye(3)[labels][np.asarray(neighbors.indices)].mean(axis=1)
+  for score, rows in (("margin", shares), ("mean", (shares + votes) / 2)):
+    found = graph.audit(neighbors, labels, predictions=predictions, score=score)
+    for i, label in enumerate(labels):
+      others = max(rows[i, c] for c in range(3) if c != label)
+      assert found.support[i] == pytest.approx(rows[i, label], rel=1e-6)
+      assert found.margin[i] == pytest.approx(rows[i, label] - others, abs=1e-6)
+      best = label if rows[i, label] >= others else rows[i].argmax()
+      assert found.suggested[i] == best
+    np.testing.assert_array_equal(found.order, np.argsort(found.margin, kind="stable"))
+  found = graph.audit(
+    None, labels, contradicted=counts, visits=visits, score="contradicted"
+  )
+  agreed = np.maximum(visits - counts, 0)
+  np.testing.assert_allclose(found.support, (agreed + 0.5) / (visits + 1), rtol=1e-6)
+  np.testing.assert_array_equal(found.order, np.argsort(found.support, kind="stable"))
+  np.testing.assert_array_equal(found.suggested, labels)
+  assert np.isnan(found.num_wrong)
+  bad = np.array([np.nan, np.inf, -1, 2, *counts[4:]], np.float32)
+  none = np.where(np.arange(30) == 3, 0, visits)
+  found = graph.audit(None, labels, contradicted=bad, visits=none, score="contradicted")
+  assert set(found.order[-3:]) == {0, 1, 3}
+  assert np.isnan(found.support[[0, 1, 3]]).all()
+  assert np.isfinite(found.support[2])
+
+
+def test_posterior_is_that_of_bayes():
+  """Chances of labels of known classes and known noise: the label's own chance."""
+  rng = np.random.default_rng(0)
+  confusion = np.array([[0.7, 0.3, 0.0], [0.0, 0.8, 0.2], [0.1, 0.1, 0.8]])
+  beliefs = np.concatenate(
+    [np.repeat(np.eye(3), 3000, axis=0), rng.dirichlet(np.ones(3), 3000)]
+  )
+  chances = beliefs @ confusion
+  labels = (rng.random([len(chances), 1]) > chances.cumsum(axis=1)).sum(axis=1)
+  found = graph.audit(None, labels, predictions=chances, score="posterior")
+  rows = np.arange(len(labels))
+  wanted = beliefs * confusion[:, labels].T
+  wanted = wanted / wanted.sum(axis=1, keepdims=True)
+  right = wanted[rows, labels]
+  assert np.abs(found.support - right).mean() < 0.03
+  assert found.num_wrong == pytest.approx((1 - right).sum(), rel=0.1)
+  agree = found.suggested == np.where(right > 0.5, labels, wanted.argmax(axis=1))
+  assert agree.mean() > 0.95
+  # The votes of neighbors, or a prediction's margin, are not that.
+  margin = graph.audit(None, labels, predictions=chances, score="margin")
+  assert np.abs(margin.support - right).mean() > 0.1
+
+
+@pytest.mark.parametrize(
+  ("noise", "share"),
+  [
+    ("symmetric", 0.0),
+    ("symmetric", 0.2),
+    ("symmetric", 0.4),
+    ("symmetric", 0.6),
+    ("pairs", 0.2),
+    ("pairs", 0.35),
+  ],
+)
+def test_audit_tells_how_many_are_wrong(noise, share):
+  points, true = blobs(4000, apart=4.0)
+  given = flip(true, noise, share)
+  predictions = graph.held_out_predictions(points, given, width=100)
+  neighbors = graph.build(points, 20, progress=False)
+  wrong = (given != true).mean()
+  for witnesses in (neighbors, None):
+    found = graph.audit(witnesses, given, predictions=predictions, score="posterior")
+    assert found.num_wrong / 4000 == pytest.approx(wrong, abs=0.04)
+  votes = graph.audit(neighbors, given)
+  assert votes.num_wrong / 4000 == pytest.approx(wrong, abs=0.08)
+
+
+def test_posterior_finds_wrong_labels_of_look_alikes():
+  points, true = blobs()
+  given = flip(true, "pairs", 0.4)
+  neighbors = graph.build(points, 20, progress=False)
+  votes = missed(graph.audit(neighbors, given), given, true)
+  posterior = missed(graph.audit(neighbors, given, score="posterior"), given, true)
+  assert posterior < votes - 0.05
+
+
+def test_the_better_witness_counts_more():
+  points, true = blobs()
+  given = flip(true, "symmetric", 0.3)
+  blind = graph.build(np.random.default_rng(0).standard_normal([2000, 3]), 20)
+  good = graph.held_out_predictions(points, given, width=100)
+  alone = graph.audit(None, given, predictions=good, score="posterior")
+  both = graph.audit(blind, given, predictions=good, score="posterior")
+  useless = missed(graph.audit(blind, given, score="posterior"), given, true)
+  assert useless > 0.5
+  together = missed(both, given, true)
+  assert together < missed(alone, given, true) + 0.01
+  assert missed(alone, given, true) < 0.2
+
+
+def test_weights_make_the_labels_the_likeliest():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 4, 500)
+  good = (np.eye(4)[labels] + rng.standard_normal([500, 4])).astype(np.float32)
+  poor = rng.standard_normal([500, 4]).astype(np.float32)
+  against = -good + 0.3 * poor
+
+  def loss(weights, scores):
+    total = sum(w * s for w, s in zip(weights, scores, strict=True))
+    chosen = total[np.arange(500), labels]
+    return (np.log(np.exp(total).sum(axis=1)) - chosen).mean(dtype=np.float64)
+
+  for scores in ([good], [good, poor], [poor, against], [good, against, poor]):
+    found = _posterior.weigh(scores, labels)
+    best = optimize.minimize(
+      loss, np.ones(len(scores)), (scores,), bounds=[(0, 10)] * len(scores)
+    )
+    assert loss(found, scores) == pytest.approx(best.fun, abs=1e-4)
+    assert (found >= 0).all()
+  # Predictions that agree with every label have no finite weight.
+  certain = np.eye(4, dtype=np.float32)[labels]
+  assert np.isfinite(_posterior.weigh([certain], labels)).all()
+
+
+def test_few_anchors_draw_wrong_labels_to_an_even_share():
+  rng = np.random.default_rng(0)
+  draw = lambda row, size: rng.multinomial(size, row).astype(float)
+  even = np.full([10, 10], 0.4 / 9)
+  np.fill_diagonal(even, 0.6)
+  pairs = 0.6 * np.eye(10) + 0.4 * np.roll(np.eye(10), 1, axis=1)
+  off = ~np.eye(10, dtype=bool)
+  for matrix, near in ((even, 0.02), (pairs, 0.02)):
+    counts = np.stack([draw(row, 50) for row in matrix])
+    found = _posterior._shrunken(counts, counts.sum(axis=1))
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    shares = found / found.sum(axis=1, where=off, keepdims=True)
+    wanted = matrix / matrix.sum(axis=1, where=off, keepdims=True)
+    assert np.abs((shares - wanted)[off]).mean() < near
+  nothing = _posterior._shrunken(np.zeros([4, 4]), np.zeros(4))
+  np.testing.assert_array_equal(nothing, np.eye(4))
+
+
+def test_bad_predictions_poison_nobody():
+  points, true = blobs(600)
+  given = flip(true, "symmetric", 0.3)
+  predictions = graph.held_out_predictions(points, given, width=50)
+  bad = predictions.copy()
+  bad[0], bad[1], bad[2], bad[3] = np.nan, np.inf, -1.0, 0.0
+  given[5] = -1
+  neighbors = graph.build(points, 10, progress=False)
+  for score in ("posterior", "margin"):
+    found = graph.audit(None, given, predictions=bad, score=score)
+    kept = np.r_[4:600]
+    alone = graph.audit(
+      None, given[kept], predictions=predictions[kept], score=score, num_classes=5
+    )
+    np.testing.assert_allclose(found.support[kept], alone.support, atol=1e-4)
+    assert found.num_wrong == pytest.approx(alone.num_wrong, rel=1e-4)
+    assert np.isnan(found.support[[0, 1, 2, 3, 5]]).all()
+    assert set(found.order[-5:]) == {0, 1, 2, 3, 5}
+    np.testing.assert_array_equal(found.suggested[:4], given[:4])
+    assert found.suggested[5] >= 0
+  for score in ("posterior", "mean"):
+    found = graph.audit(neighbors, given, predictions=bad, score=score)
+    assert np.isfinite(found.support[:4]).all()
+  votes = graph.audit(neighbors, given)
+  np.testing.assert_allclose(
+    graph.audit(neighbors, given, predictions=bad, score="mean").support[:4],
+    votes.support[:4],
+  )
+  nothing = graph.audit(None, given, predictions=np.zeros([600, 5]), score="posterior")
+  np.testing.assert_array_equal(nothing.order, np.arange(600))
+  assert nothing.num_wrong == 0
+
+
+def test_posterior_in_blocks(monkeypatch):
+  points, true = blobs(600)
+  given = flip(true, "symmetric", 0.3)
+  neighbors = graph.build(points, 10, progress=False)
+  predictions = graph.held_out_predictions(points, given, width=50)
+  arguments = {"predictions": predictions, "score": "posterior"}
+  whole = graph.audit(neighbors, given, **arguments)
+  monkeypatch.setattr(_audit, "_CELLS", 700)
+  parts = graph.audit(neighbors, given, **arguments)
+  np.testing.assert_allclose(parts.support, whole.support, atol=1e-5)
+  assert parts.num_wrong == pytest.approx(whole.num_wrong, rel=1e-5)
+  monkeypatch.setattr(_held_out, "_CELLS", 700)
+  again = graph.held_out_predictions(points, given, width=50)
+  np.testing.assert_allclose(again, predictions, atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_posterior_of_few_classes(classes):
+  points, true = blobs(300, 2, 4.0)
+  given = np.zeros(300, int) if classes == 1 else flip(true, "symmetric", 0.2, 2)
+  predictions = graph.held_out_predictions(points, given, width=50)
+  assert predictions.shape == (300, classes)
+  found = graph.audit(None, given, predictions=predictions, score="posterior")
+  if classes == 1:
+    np.testing.assert_array_equal(found.support, np.ones(300))
+    assert found.num_wrong == 0
+  else:
+    assert missed(found, given, true) < 0.1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"score": "best"}, "score must be one of 'votes', .*got 'best'"),
+    ({}, "score='votes' needs neighbors, got None"),
+    ({"score": "posterior"}, "needs neighbors or predictions, both are None"),
+    ({"score": "margin"}, "score='margin' needs predictions, got None"),
+    ({"score": "contradicted"}, "score='contradicted' needs contradicted, got None"),
+    ({"contradicted": np.zeros(9)}, "belong together, but visits is None"),
+    ({"contradicted": np.zeros(8), "visits": 3}, r"must have shape \[9\], got \[8\]"),
+    ({"predictions": np.zeros(9)}, r"predictions must have shape \[9, C\], got \[9\]"),
+    ({"predictions": np.zeros([8, 2])}, r"labels must have shape \[8\]"),
+    (
+      {"predictions": np.ones([9, 2]), "score": "margin", "balance": True},
+      "balance=True divides votes: it needs score='votes', got 'margin'",
+    ),
+    (
+      {"predictions": np.ones([9, 2]), "score": "margin", "groups": np.zeros(9, int)},
+      "groups leave out votes of neighbors, but neighbors are None",
+    ),
+  ],
+)
+def test_scores_without_witnesses_are_refused(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    graph.audit(None, np.zeros(9, int), **arguments)
+
+
+@pytest.mark.parametrize("n", [40, 300])
+def test_held_out_predictions_equal_refitting(n):
+  """By the columns' Gramian and, of fewer examples, by their inner products."""
+  points, true = blobs(n)
+  given = flip(true, "symmetric", 0.3)
+  everyone = np.arange(n)
+  columns = _held_out._columns(_held_out._Rows(points, False), everyone, 100, 1.0, 0)
+  fit = _held_out._fit(columns, everyone, given, 5, lambda parts: parts)
+  found = _held_out._held_out(fit, columns(everyone) @ fit.directions, given, 2.0)
+  table = columns(everyone).astype(np.float64)
+  for i in range(0, n, 7):
+    others = everyone != i
+    gramian = table[others].T @ table[others] + 2.0 * np.eye(columns.number)
+    slopes = np.linalg.solve(gramian, table[others].T @ np.eye(5)[given[others]])
+    np.testing.assert_allclose(found[i], table[i] @ slopes, atol=2e-4)
+
+
+def test_own_labels_are_not_seen():
+  points, true = blobs(300)
+  columns = _held_out._columns(
+    _held_out._Rows(points, False), np.arange(300), 50, 1.0, 0
+  )
+
+  def row(given):
+    fit = _held_out._fit(columns, np.arange(300), given, 5, lambda parts: parts)
+    along = columns(np.arange(300)) @ fit.directions
+    return _held_out._held_out(fit, along, given, 1.0)[7]
+
+  other = true.copy()
+  other[7] = (true[7] + 1) % 5
+  np.testing.assert_allclose(row(true), row(other), atol=1e-4)
+  other[8] = (true[8] + 1) % 5
+  assert np.abs(row(true) - row(other)).max() > 1e-4
+
+
+def test_bad_rows_teach_nothing():
+  points, true = blobs(300)
+  names = np.array([f"class {label}" for label in true], object)
+  predictions = graph.held_out_predictions(points, names, width=50)
+  more = np.concatenate([points, points[:4]]).astype(np.float64)
+  more[300], more[301, 2], more[302, 0] = np.nan, np.inf, 1e300
+  longer = graph.held_out_predictions(more, [*names, *names[:3], None], width=50)
+  np.testing.assert_allclose(longer[:300], predictions, atol=1e-5)
+  np.testing.assert_array_equal(longer[300:303], 0)
+  assert longer[303].argmax() == true[3]
+  np.testing.assert_allclose(longer[303].sum(), 1, rtol=1e-5)
+  nobody = graph.held_out_predictions(np.full([3, 2], np.nan), [0, 1, 1])
+  np.testing.assert_array_equal(nobody, np.zeros([3, 2]))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda points: points.astype(np.float64) * 1e9,
+    lambda points: np.round(points * 100).astype(np.int64),
+    jax.numpy.asarray,
+    lambda points: sparse.csr_matrix(np.maximum(points, 0)),
+    lambda points: np.concatenate([points, np.ones([2000, 40])], axis=1),
+  ],
+  ids=["float64", "int64", "jax", "sparse", "wide"],
+)
+def test_held_out_predictions_of_any_features(change):
+  points, true = blobs(apart=4.0)
+  given = flip(true, "symmetric", 0.3)
+  found = graph.held_out_predictions(change(points), given, width=60)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+  assert (found.argmax(axis=1) == true).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+  ("features", "arguments", "message"),
+  [
+    (np.zeros(4), {}, r"features must have shape \[n, d\].*got \[4\]"),
+    (np.zeros([4, 2], complex), {}, "features must be real, got complex128"),
+    (np.zeros([4, 2]), {"width": 0}, "width must be .*got 0"),
+    (np.zeros([4, 2]), {"width": 2.0}, "width .*Python integer, got 2.0"),
+    (np.zeros([4, 2]), {"num_classes": 1}, r"labels must lie in \[0, 1\), got 1"),
+    (np.zeros([3, 2]), {}, r"labels must have shape \[3\]"),
+  ],
+)
+def test_held_out_refusals(features, arguments, message):
+  with pytest.raises((TypeError, ValueError), match=message):
+    graph.held_out_predictions(features, [0, 1, 1, 0], **arguments)
