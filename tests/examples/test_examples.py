@@ -13,6 +13,8 @@ import sys
 from matplotlib import text as text_
 import pytest
 
+import optax_ranger as ranger
+
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
@@ -51,7 +53,9 @@ def test_the_picture_of_the_demo_cuts_nothing_off(tmp_path, monkeypatch):
   figures = []
   monkeypatch.setattr(plt, "close", figures.append)
   results = {"plain": {"label": "AdamW", "curves": [[0.5, 0.6]]}}
-  demo.draw(tmp_path / "demo.png", results, 0.4, demo.load_digits(0.4, 0))
+  data = demo.load_digits(0.4, 0)
+  known = ranger.robust_labels(10).init(data[0], data[1])
+  demo.draw(tmp_path / "demo.png", results, 0.4, data, known)
   (figure,) = figures
   figure.draw_without_rendering()
   # Titles, labels and the legend: tick labels may be kept beyond the limits, unseen.

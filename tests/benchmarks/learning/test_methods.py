@@ -31,9 +31,9 @@ def _losses(name, memory=(), **settings):
   return method.losses(*_logits(), memory, {**method.settings, **settings})
 
 
-def _memory(settings=_ranger.SETTINGS, n=64):
-  sizes = _method.Sizes(n, 10)
-  return _ranger.memory(jnp.zeros([n, 1]), jnp.zeros(n, jnp.int32), sizes, settings)
+def _memory(problem, settings=_ranger.SETTINGS):
+  sizes = _method.Sizes(len(problem.train.y), problem.classes)
+  return _ranger.memory(*problem.train, sizes, settings)
 
 
 def test_rivals_have_cross_entropy_as_their_limit():
@@ -238,107 +238,249 @@ def _distance(confusion, problem):
   return abs(confusion - problem.confusion).sum(axis=1).mean()
 
 
-def _view(problem, epoch=5):
-  """Features that tell the class, and predictions of labels that were memorized."""
-  n = len(problem.train.y)
-  features = jnp.eye(10)[problem.true]
-  features += 0.01 * jax.random.normal(jax.random.key(0), [n, 10])
-  tx = ranger.smooth_predictions(n, 10, 0.0)
-  memorized = 0.9 * jnp.eye(10)[problem.train.y] + 0.01
-  told = {"predictions": memorized, "example_ids": jnp.arange(n)}
-  _, state = tx.update(jnp.zeros(1), tx.init(jnp.zeros(1)), **told)
-  key = jax.random.key(1)
-  same = lambda: features
-  return _method.View(epoch, 30, key, *problem.train, same, same, state)
+def _digits(noise="symmetric", rate=0.4):
+  return problems.draw("sklearn-digits", noise, rate, 0)
+
+
+def _view(problem, epoch=10, epochs=30, classes=None):
+  """Features that tell the class, or another column of labels."""
+  told = problem.true if classes is None else classes
+  features = jnp.eye(10)[told]
+  features += 0.01 * jax.random.normal(jax.random.key(0), features.shape)
+  key, same = jax.random.key(1), lambda: features
+  return _method.View(epoch, epochs, key, *problem.train, same, same, ())
+
+
+def _same(one, other):
+  for name, field in one._asdict().items():
+    np.testing.assert_array_equal(field, getattr(other, name), err_msg=name)
+
+
+_OTHER = {"exponent": 0.2, "smoothing": 0.1, "belief": 0.4, "sharpness": 1.0}
+
+
+@pytest.mark.parametrize("changed", [{}, _OTHER], ids=["defaults", "others"])
+def test_ranger_is_the_public_recipe(changed):
+  problem, settings = _digits(), {**_ranger.SETTINGS, **changed}
+  robust = ranger.robust_labels(10, **changed)
+  x, labels = problem.train
+  known, memory = robust.init(x, labels), _memory(problem, settings)
+  _same(memory, known)
+  _same(
+    _ranger.ask_once(_view(problem), memory, settings),
+    robust.ask(known, _view(problem).features(), labels),
+  )
+  ids = jnp.asarray(np.random.default_rng(1).permutation(1000)[:64])
+  batch = 3 * _logits()[0], labels[ids], ids
+  losses, after = _ranger.losses(*batch, memory, settings)
+  np.testing.assert_array_equal(losses, robust.losses(known, *batch))
+  assert after is memory
+  # As the studies run it: compiled, with settings that are traced.
+  traced = jax.tree.map(jnp.float32, settings)
+  compiled, _ = jax.jit(_ranger.losses)(*batch, memory, traced)
+  np.testing.assert_allclose(compiled, losses, rtol=1e-4, atol=1e-5)
+
+
+def _known(n=64, **fields):
+  """Trust in every label, until fields say otherwise."""
+  labels = jnp.arange(n) % 10
+  known = ranger.robust_labels(10).init(jnp.eye(10)[labels], labels)
+  whole = {"confusion": jnp.eye(10), "weights": jnp.ones(n), "spread": jnp.float32(1)}
+  return known._replace(**{**whole, **fields})
+
+
+def test_ranger_weighs_corrects_and_pulls_to_beliefs():
+  logits, labels, ids = _logits()
+  confusion = jnp.asarray(_noise.confusion_of("asymmetric", 0.4, 10), jnp.float32)
+  beliefs = jax.nn.softmax(jax.random.normal(jax.random.key(0), [64, 10]))
+  memory = _known(
+    confusion=confusion,
+    weights=jnp.arange(64.0),
+    beliefs=beliefs,
+    spread=jnp.float32(0.5),
+  )
+  losses, _ = _ranger.losses(logits, labels, ids[::-1], memory, _ranger.SETTINGS)
+  each = ranger.labels.forward_corrected_loss(
+    logits, labels, confusion, exponent=0.225, smoothing=0.05
+  )
+  pull = 0.15 * optax.softmax_cross_entropy(logits, beliefs[::-1])
+  np.testing.assert_allclose(losses, np.arange(64)[::-1] * each + pull, rtol=1e-5)
+  nothing = dict.fromkeys(("exponent", "smoothing", "belief"), 0.0)
+  settings = {**_ranger.SETTINGS, **nothing}
+  losses, _ = _ranger.losses(logits, labels, ids, _known(), settings)
+  np.testing.assert_allclose(losses, _losses("cross_entropy")[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("noise", _NOISES[1:4:2], ids=lambda noise: noise[0])
-def test_neighbors_tell_exponent_and_weights(monkeypatch, noise):
-  # Blocks that do not divide the examples: some are left out, with weight one.
-  monkeypatch.setattr(_ranger, "_BLOCK", 300)
-  problem = problems.draw("sklearn-digits", *noise, 0)
-  after = _ranger.between(_view(problem), _memory(n=1000), _ranger.SETTINGS)
-  # The identity is twice as far.
-  assert _distance(after["confusion"], problem) < problem.wrong
-  spread = ranger.labels.confusion_spread(after["confusion"])
-  np.testing.assert_allclose(after["exponent"], 0.4 * spread, rtol=1e-6)
-  weights = np.asarray(after["weights"])
+def test_asking_tells_confusion_and_weights(noise):
+  problem = _digits(*noise)
+  before = _memory(problem)
+  after = _ranger.ask_once(_view(problem), before, _ranger.SETTINGS)
+  assert (int(after.asked), int(after.believed)) == (1, 1)
+  assert _distance(after.confusion, problem) < _distance(before.confusion, problem)
+  # The identity is twice as far as wrong labels are many.
+  assert _distance(after.confusion, problem) < 0.5 * problem.wrong
+  weights = np.asarray(after.weights)
   np.testing.assert_allclose(weights.mean(), 1, rtol=1e-4)
   if noise[0] == "asymmetric":
-    assert spread < 0.2
-    assert weights.std() < 0.1
+    assert after.spread < 0.2
+    assert weights.std() < 0.2
     return
-  assert spread > 0.8
-  left_out = weights == 1
-  assert left_out.sum() == 100
+  assert after.spread > 0.8
   wrong = np.asarray(problem.train.y != problem.true)
-  right, wrong = (weights[part & ~left_out].mean() for part in (~wrong, wrong))
-  assert wrong < 0.4 * right
+  assert weights[wrong].mean() < 0.2 * weights[~wrong].mean()
 
 
-def test_what_ablations_leave_out():
-  problem = problems.draw("sklearn-digits", "asymmetric", 0.4, 0)
-  view, before = _view(problem), _memory(n=1000)
+def test_memorized_features_change_nothing():
+  problem = _digits()
+  before = _memory(problem)
+  view = _view(problem, classes=problem.train.y)
+  after = _ranger.ask_once(view, before, _ranger.SETTINGS)
+  assert (int(after.asked), int(after.believed)) == (1, 0)
+  assert after.learned_noise < 0.6 * before.noise
+  told = {"asked": before.asked, "learned_noise": before.learned_noise}
+  _same(after._replace(**told), before)
+
+
+@pytest.mark.parametrize(
+  ("epochs", "when"), [(1, []), (2, [1]), (3, [1]), (8, [3]), (10, [3]), (30, [10])]
+)
+def test_ranger_asks_once_after_a_third_of_the_epochs(monkeypatch, epochs, when):
+  problem, looked, asked = _digits(), [], []
+  before = _known(1000)
+  recipe = lambda settings, classes: ranger.robust_labels(classes)._replace(
+    ask=lambda known, features, labels: asked.append((features, labels)) or "asked"
+  )
+  monkeypatch.setattr(_ranger, "recipe", recipe)
+  given = _view(problem)
+  for epoch in range(epochs):
+    features = lambda epoch=epoch: looked.append(epoch) or given.features()
+    view = given._replace(epoch=epoch, epochs=epochs, features=features)
+    after = _ranger.ask_once(view, before, _ranger.SETTINGS)
+    assert after == "asked" if epoch in when else after is before
+  assert looked == when
+  for features, labels in asked:
+    np.testing.assert_array_equal(features, given.features())
+    np.testing.assert_array_equal(labels, problem.train.y)
+  assert len(asked) == len(when)
+
+
+def test_features_that_are_the_inputs_are_not_asked():
+  problem = _digits()
+  before, view = _known(1000), _view(problem)
+  same = view._replace(features=lambda: 1 * problem.train.x)
+  assert _ranger.ask_once(same, before, _ranger.SETTINGS) is before
+  # Learned features may be as many as the inputs.
+  width = problem.train.x.shape[1]
+  learned = jnp.pad(view.features(), ((0, 0), (0, width - 10)))
+  after = _ranger.ask_once(
+    view._replace(features=lambda: learned), before, _ranger.SETTINGS
+  )
+  assert int(after.asked) == 1
+
+
+def test_ablations_change_the_memory_as_they_say():
+  problem = _digits()
+  start, own = _memory(problem), {}
+  for name, method in _ranger.ABLATIONS.items():
+    if name in ("alone_accumulate", "alone_ngs", "alone_ema"):
+      assert method.memory(*problem.train, _SIZES, method.settings) == ()
+      assert method.between(_view(problem), (), method.settings) == ()
+      continue
+    assert method.memory is _ranger.memory
+    if name in ("no_correction", "true_confusion"):
+      own[name] = method.between
+      assert method.settings == _ranger.SETTINGS
+      continue
+    assert method.between is _ranger.ask_once
+    usual, found = _ranger.SETTINGS, method.settings
+    same = [key for key in ("sharpness", "ask") if found[key] == usual[key]]
+    left = {"no_weights": ["ask"], "no_ask": ["sharpness"]}
+    assert same == left.get(name, ["sharpness", "ask"]), name
+  # Weights are one from the start, and after asking.
+  settings = _ranger.ABLATIONS["no_weights"].settings
+  even = _memory(problem, settings)
+  assert start.weights.std() > 0.15
+  _same(even._replace(weights=start.weights), start)
+  for known in (even, _ranger.ask_once(_view(problem), even, settings)):
+    np.testing.assert_array_equal(known.weights, np.ones(1000))
   settings = {**_ranger.SETTINGS, "confusion": problem.confusion}
-  whole = _ranger.between(view, before, settings)
-  after = {
-    name: method.between(view, before, settings)
-    for name, method in _ranger.ABLATIONS.items()
+  matrices = {"no_correction": np.eye(10), "true_confusion": problem.confusion}
+  for name, matrix in matrices.items():
+    first = own[name](_view(problem, epoch=0), start, settings)
+    _same(first._replace(confusion=start.confusion), start)
+    after = own[name](_view(problem), first, settings)
+    assert (int(after.asked), int(after.believed)) == (1, 1)
+    for known in (first, after):
+      np.testing.assert_array_equal(known.confusion, matrix.astype(np.float32))
+
+
+def test_without_asking_it_is_never_asked():
+  method, before = _ranger.ABLATIONS["no_ask"], _known(1000)
+  view = _view(_digits())
+  for epochs in (1, 2, 8, 30):
+    for epoch in range(epochs):
+      now = view._replace(epoch=epoch, epochs=epochs)
+      assert method.between(now, before, method.settings) is before
+
+
+def test_ablations_change_the_losses_as_they_say():
+  batch = _logits()
+  beliefs = jax.nn.softmax(jax.random.normal(jax.random.key(0), [64, 10]))
+  known = _known(beliefs=beliefs)
+  of = lambda method: np.asarray(method.losses(*batch, known, method.settings)[0])
+  whole = of(_ranger.RANGER)
+  left_out = {"no_beliefs": "belief", "no_exponent": "exponent"}
+  left_out["no_smoothing"] = "smoothing"
+  for name, method in _ranger.ABLATIONS.items():
+    found = of(method)
+    if name in left_out:
+      without = ranger.robust_labels(10, **{left_out[name]: 0.0})
+      np.testing.assert_array_equal(found, without.losses(known, *batch))
+      assert abs(found - whole).max() > 0.01, name
+    elif name in ("alone_accumulate", "alone_ngs", "alone_ema"):
+      np.testing.assert_allclose(found, _losses("cross_entropy")[0], rtol=1e-5)
+    else:
+      np.testing.assert_array_equal(found, whole, err_msg=name)
+
+
+def _walk(method, gradients, start):
+  """Parameters after each step, and their average."""
+  tx = optax.with_extra_args_support(method.optimizer(method.settings, _SIZES))
+  params = jnp.full(3, start)
+  state, path = tx.init(params), [params]
+  for gradient in gradients:
+    updates, state = tx.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    path.append(params)
+  return np.asarray(path), np.asarray(ranger.eval_params(state, params))
+
+
+def test_ablations_change_the_optimizer_as_they_say():
+  usual = {"decays", "averages"}
+  wanted = dict.fromkeys(_ranger.ABLATIONS, usual) | {
+    "no_ema": {"decays"},
+    "no_decay": {"averages"},
+    "ngs": {*usual, "starts small"},
+    "accumulated": {*usual, "waits"},
+    "alone_neighbors": set(),
+    "alone_accumulate": {"waits"},
+    "alone_ngs": {"starts small"},
+    "alone_ema": {"averages"},
   }
-  assert after["no_confusion"] is before
-  # A network that has memorized the labels believes them all.
-  own = after["own_confusion"]["confusion"]
-  np.testing.assert_allclose(own, np.eye(10), atol=0.02)
-  np.testing.assert_array_equal(
-    after["true_confusion"]["confusion"], problem.confusion.astype(np.float32)
-  )
-  assert (after["no_weights"]["weights"] == 1).all()
-  np.testing.assert_array_equal(after["no_correction"]["confusion"], np.eye(10))
-  assert after["no_correction"]["exponent"] == whole["exponent"]
-  np.testing.assert_allclose(after["even"]["exponent"], 0.4, rtol=1e-6)
-  assert after["even"]["weights"].std() > 0.15 > whole["weights"].std()
-
-
-def test_ranger_weighs_and_corrects():
-  logits, labels, ids = _logits()
-  confusion = jnp.asarray(_noise.confusion_of("asymmetric", 0.4, 10), jnp.float32)
-  weights = jnp.arange(64.0)
-  memory = {"confusion": confusion, "exponent": jnp.float32(0.3), "weights": weights}
-  losses, _ = _ranger.losses(logits, labels, ids[::-1], memory, _ranger.SETTINGS)
-  each = ranger.labels.forward_corrected_loss(
-    logits, labels, confusion, exponent=0.3, smoothing=0.05
-  )
-  np.testing.assert_allclose(losses, np.arange(64)[::-1] * each, rtol=1e-5)
-  settings = {**_ranger.SETTINGS, "warm_exponent": 0.0, "smoothing": 0.0}
-  losses, _ = _ranger.losses(logits, labels, ids, _memory(settings), settings)
-  np.testing.assert_allclose(losses, _losses("cross_entropy")[0], rtol=1e-5)
-
-
-def test_weights_are_posteriors_to_the_spread():
-  to = problems.images.MISTAKEN_FOR
-  confusion = jnp.asarray(_noise.confusion_of("asymmetric", 0.4, 10, to), jnp.float32)
-  # 6 is called 0; what the first of the two may be is believed half and half.
-  beliefs = jnp.zeros([2, 10]).at[0, jnp.array([0, 6])].set(0.5).at[1, 0].set(1.0)
-  labels, ids = jnp.array([0, 6, 0]), jnp.array([2, 0])
-  found = _ranger.supported(labels, ids, beliefs, confusion, jnp.float32(0.5))
-  right = np.array([1 / 1.4, 1]) ** 0.5
-  np.testing.assert_allclose(found[ids], right / right.mean(), rtol=1e-5)
-  assert found[1] == 1
-
-
-def test_neighbors_are_asked_twice():
-  problem = problems.draw("sklearn-digits", "symmetric", 0.4, 0)
-  view, before = _view(problem), _memory(n=1000)
-  believe = lambda view, settings: (jnp.eye(10)[view.labels], jnp.arange(1000))
-  asked = [
-    epoch
-    for epoch in range(30)
-    if _ranger.between(
-      view._replace(epoch=epoch), before, _ranger.SETTINGS, beliefs_of=believe
-    )
-    is not before
-  ]
-  assert asked == [5, 15]
+  for name, method in {**_ranger.ABLATIONS, "ranger": _ranger.RANGER}.items():
+    gradients = jnp.asarray(np.random.default_rng(0).random([4, 3]), jnp.float32)
+    path, mean = _walk(method, gradients, 0.0)
+    still, _ = _walk(method, 0 * gradients, 1.0)
+    found = {
+      "decays": (still[-1] < 1).all(),
+      "averages": not np.allclose(mean, path[-1]),
+      "starts small": abs(path[2]).max() < 0.01 * method.settings["rate"],
+      "waits": (path[1] == path[0]).all() and (path[3] == path[2]).all(),
+    }
+    assert (path[2] < 0).all(), name
+    told = {what for what, is_so in found.items() if is_so}
+    assert told == wanted.get(name, usual), name
 
 
 def test_targets_far_from_their_neighbors_are_dropped():

@@ -1,5 +1,6 @@
 """Pieces, files and tables of the studies; and that they resume."""
 
+import collections
 import pathlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import _table
 from benchmarks.learning import __main__ as command
+from benchmarks.learning import _method
 from benchmarks.learning import _ranger
 from benchmarks.learning import _report
 from benchmarks.learning import _rivals
@@ -22,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 _FASHION = ("fashion-mnist", "mlp")
 _NOISES = problems.SPECS["fashion-mnist"].noises
+_TRIAL = (*_runner.CELL, "settings")
 _OPTIONS = _runner.Options({}, quick=True)
 
 
@@ -109,7 +112,7 @@ def test_settings_of_the_table_are_those_tuned(tmp_path):
   rows = [
     {**_row("sce", _NOISES[0], seed, 0.0, tuning=score), "settings": settings}
     for settings, score in (("decay=0.1", 0.7), ("decay=0.2", 0.8), ("decay=0.3", 0.6))
-    for seed in (100, 101)
+    for seed in wrong_labels.DEVELOPMENT_SEEDS
   ]
   _table.write(path, rows, _runner.FIGURES)
   chosen = wrong_labels.tuned(path)
@@ -175,8 +178,30 @@ def test_columns_and_methods_have_names():
     for piece in pieces:
       assert piece["method"] in methods
       assert piece["model"] in problems.SPECS[piece["problem"]].models
-  for piece in wrong_labels.trials(args)[::97]:
-    assert piece["settings"]
+
+
+def test_trials_are_of_one_network_and_of_seeds_that_no_table_has():
+  args = command.argparse.Namespace(quick=False, seeds=5, out=pathlib.Path("nowhere"))
+  pieces, trials = wrong_labels.pieces(args), wrong_labels.trials(args)
+  assert {piece["seed"] for piece in trials} == {"100"}
+  assert not {piece["seed"] for piece in pieces} & {"100"}
+  found = collections.Counter(tuple(piece[key] for key in _TRIAL) for piece in trials)
+  assert set(found.values()) == {1}
+  wanted = {
+    (problem, problems.SPECS[problem].models[0], name, kind, f"{rate:g}", spelled)
+    for problem in wrong_labels.PROBLEMS
+    for name, method in wrong_labels.METHODS.items()
+    for kind, rate in problems.SPECS[problem].noises
+    for spelled in map(_method.spelled, method.trials)
+  }
+  assert set(found) == wanted
+  # Whatever network a table has, there are trials of the MLP to choose by.
+  tried = {(piece["problem"], piece["model"]) for piece in trials}
+  assert {(piece["problem"], "mlp") for piece in pieces} == tried
+  args.quick = True
+  assert {piece["method"] for piece in wrong_labels.trials(args)} < set(
+    wrong_labels.METHODS
+  )
 
 
 def test_pages_have_the_committed_figures():

@@ -30,12 +30,27 @@ def _train(method, problem, epochs, *, pull=False, **settings):
 def test_ranger_trains_and_learns_the_confusion():
   problem = _digits("asymmetric")
   history = _training.train(
-    _ranger.RANGER, "mlp", problem, {**_ranger.SETTINGS, "warm_up": 9}, 0, 10, True
+    _ranger.RANGER, "mlp", problem, _ranger.SETTINGS, 0, 10, True
   )
   assert history.last > 0.75
   assert len(history.wrong_share) == 10
-  # Nothing learned, the identity, is 0.4 away.
+  # Nothing learned, the identity, is 0.8 away.
   assert abs(history.confusion - problem.confusion).sum(axis=1).mean() < 0.25
+
+
+# The features of "small" are as many as the pixels of digits.
+@pytest.mark.parametrize(("model", "times"), [("linear", 0), ("mlp", 1), ("small", 1)])
+def test_ranger_asks_learned_features_once(model, times):
+  asked = []
+
+  def between(view, memory, settings):
+    after = _ranger.ask_once(view, memory, settings)
+    asked.append((int(memory.asked), int(after.asked)))
+    return after
+
+  method = _ranger.RANGER._replace(between=between)
+  _training.train(method, model, _digits(), _ranger.SETTINGS, 0, 4)
+  assert asked == [(0, 0), (0, times), (times, times), (times, times)]
 
 
 def test_epochs_are_chosen_by_noisy_labels_only():
@@ -46,7 +61,7 @@ def test_epochs_are_chosen_by_noisy_labels_only():
     confusion=np.eye(10),
     wrong=0.0,
   )
-  seen, unseen = (_train(_ranger.RANGER, x, 3, warm_up=1) for x in (problem, blind))
+  seen, unseen = (_train(_ranger.RANGER, x, 3) for x in (problem, blind))
   assert (seen.validation, seen.epoch) == (unseen.validation, unseen.epoch)
   np.testing.assert_array_equal(seen.confusion, unseen.confusion)
 
@@ -132,6 +147,16 @@ def test_a_method_sees_data_features_and_extra_args():
   # The meter is 0 in the first epoch, and nothing moves.
   assert history.test[0] != history.test[1]
   assert history.test[0] == _train(_PLAIN, problem, 1, rate=0.0).last
+
+
+@pytest.mark.parametrize("name", other_noise.METHODS)
+def test_every_method_of_other_noise_trains(name):
+  method = other_noise.METHODS[name]
+  problem = "wine" if other_noise.suits(name, "wine", "none") else "diabetes"
+  problem = problems.draw(problem, "outlier features", 0.1, 0)
+  for trial in method.trials[::2]:
+    history = _train(method, problem, 4, **trial)
+    assert np.isfinite([history.last, *history.validation]).all()
 
 
 @pytest.mark.parametrize("networks", [1, 2])
