@@ -46,13 +46,6 @@ def optimizer(settings: Settings, sizes: Sizes) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(1.0), _method.sgd(settings, sizes))
 
 
-def _with_predictions(settings: Settings, sizes: Sizes) -> optax.GradientTransformation:
-  table = ranger.smooth_predictions(
-    sizes.examples, sizes.classes, settings["prediction_decay"]
-  )
-  return optax.chain(table, optimizer(settings, sizes))
-
-
 def huber(logits, labels, ids, memory, settings):
   del ids
   return optax.huber_loss(logits[:, 0], labels, delta=settings["delta"]), memory
@@ -106,12 +99,6 @@ def choose_by_targets(problem, fit, settings):
   neighbors = ranger.neighbors.nearest(x, k=10)
   away = jnp.abs(y - jnp.median(y[neighbors.indices], axis=1))
   return away <= settings["deviations"] * jnp.median(away)
-
-
-def corrected(view: _method.View, memory: Any, settings: Settings) -> Any:
-  """After a sixth of the epochs, neighbors tell which class is mistaken for which."""
-  once = {**settings, "warm_up": max(1, view.epochs // 6), "again": -1}
-  return _ranger.between(view, memory, once, weighted=False, even=True)
 
 
 _COMMON = {"rate": 0.05, "decay": 1e-3, "ema": 0.99}
@@ -187,18 +174,13 @@ _CLASSES = {
     memory=functools.partial(backed, elr=True),
     settings={**_ELR, "k": 10.0, "gaussian": 1.0},
   ),
-  "Ranger: confusion": _method_of(
-    "Ranger: confusion",
-    (
-      {"k": 20.0, "exponent": 0.3},
-      {"k": 10.0, "exponent": 0.3},
-      {"k": 20.0, "exponent": 0.7},
-    ),
+  "Ranger: robust labels": _method_of(
+    "Ranger: robust labels",
+    _method.grid(exponent=(0.3, 0.45, 0.6)),
     _ranger.losses,
     memory=_ranger.memory,
-    between=corrected,
-    optimizer=_with_predictions,
-    settings={**_ELR, "warm_exponent": 0.0, "smoothing": 0.1, "sharpness": 8.0},
+    between=_ranger.ask_once,
+    settings=_ranger.SETTINGS,
   ),
 }
 _TARGETS = {
