@@ -56,20 +56,22 @@ def ask_once(view: View, memory: Any, settings: Settings) -> Any:
   if view.epoch != round(settings["ask"] * view.epochs) or not view.epoch:
     return memory
   features = view.features()
-  if features.shape == view.x.shape:  # A linear head has learned none.
+  if jnp.array_equal(features, view.x):  # A linear head has learned none.
     return memory
   robust = recipe(settings, memory.beliefs.shape[1])
   return robust.ask(memory, features, view.labels)
 
 
-def uncorrected(view: View, memory: Any, settings: Settings) -> Any:
-  memory = ask_once(view, memory, settings)
-  return memory._replace(confusion=jnp.eye(len(memory.confusion)))
+def uncorrected(logits, labels, ids, memory, settings):
+  """The losses with the identity as the matrix, and all else as it is."""
+  own = memory._replace(confusion=jnp.eye(logits.shape[1]))
+  return losses(logits, labels, ids, own, settings)[0], memory
 
 
-def informed(view: View, memory: Any, settings: Settings) -> Any:
-  memory = ask_once(view, memory, settings)
-  return memory._replace(confusion=jnp.asarray(settings["confusion"], jnp.float32))
+def informed(logits, labels, ids, memory, settings):
+  """The losses with the true matrix."""
+  own = memory._replace(confusion=jnp.asarray(settings["confusion"], jnp.float32))
+  return losses(logits, labels, ids, own, settings)[0], memory
 
 
 def accumulated(settings: Settings, sizes: Sizes) -> optax.GradientTransformation:
@@ -112,9 +114,9 @@ ABLATIONS = {
   "no_ask": _changed("without asking again in the learned features", ask=2.0),
   "no_weights": _changed("without weights of examples", sharpness=0.0),
   "no_correction": RANGER._replace(
-    title="without correcting the loss", between=uncorrected
+    title="without correcting the loss", losses=uncorrected
   ),
-  "true_confusion": RANGER._replace(title="given the true matrix", between=informed),
+  "true_confusion": RANGER._replace(title="given the true matrix", losses=informed),
   "no_beliefs": _changed("without the pull to the beliefs", belief=0.0),
   "no_exponent": _changed("without an exponent", exponent=0.0),
   "no_smoothing": _changed("without label smoothing", smoothing=0.0),

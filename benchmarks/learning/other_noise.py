@@ -180,7 +180,7 @@ _CLASSES = {
     _ranger.losses,
     memory=_ranger.memory,
     between=_ranger.ask_once,
-    settings=_ranger.SETTINGS,
+    settings={**_ranger.SETTINGS, **_COMMON},
   ),
 }
 _TARGETS = {
