@@ -241,12 +241,11 @@ def _weights(tables: list[Array], label: Array) -> Array:
   there = jnp.stack([table.any(axis=1) for table in tables])
   # Judged where all have a belief.
   usable = jnp.logical_and(label.any(axis=1), there.all(axis=0))
-  votes = usable.astype(said.dtype)[None]
 
   def climb(weights, _):
     shares = weights[:, None] * said
-    shares = numerics.divide(shares, shares.sum(axis=0, keepdims=True)) * votes
-    total = shares.sum(axis=1)
+    shares = numerics.divide(shares, shares.sum(axis=0, keepdims=True))
+    total = jnp.where(usable[None], shares, jnp.zeros_like(shares)).sum(axis=1)
     climbed = numerics.divide(total, total.sum(keepdims=True))
     return jnp.where(total.any(keepdims=True), climbed, weights), None
 
