@@ -77,7 +77,7 @@ def held_out_beliefs(
       (``test_the_kernel_equals_refitting``).
     * An example's row does not depend on its own label, but for the settings
       (``test_own_label_is_not_seen``).
-    * Bad rows and examples without a label change no other row
+    * Neither the numbers nor the labels of bad rows reach other rows
       (``test_bad_rows_change_nothing``).
 
   Raises:
