@@ -110,6 +110,24 @@ def test_good_features_are_believed():
   np.testing.assert_allclose(again.trust, known.trust)
 
 
+def test_given_features_keep_half_of_the_say():
+  data = _data(0.4, n=300)
+  robust, known = _init(data)
+  after = robust.ask(known, data.x, data.labels)
+  norms = np.linalg.norm(data.x, axis=1, keepdims=True)
+  lib, labels = ranger.labels, data.labels
+  learned = lib.held_out_beliefs(data.x / norms, labels, num_classes=C)
+  mixed = lib.mix_beliefs([learned, known.beliefs @ known.confusion], labels)
+  confusion = lib.label_confusion(labels, mixed)
+  beliefs = lib.clean_beliefs(mixed, confusion)
+  targets = np.asarray(lib.refine_targets(labels, beliefs, confusion=confusion))
+  right = targets[np.arange(300), labels]
+  spread = float(lib.confusion_spread(confusion))
+  weights = np.sqrt(right * known.trust) ** (2 * spread)
+  np.testing.assert_allclose(after.weights, weights / weights.mean(), rtol=2e-3)
+  assert float(after.learned_noise) == pytest.approx(1 - right.mean(), abs=1e-3)
+
+
 def test_asking_again_compiles_nothing():
   data = _data()
   robust, known = _init(data)
