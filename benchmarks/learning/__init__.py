@@ -1,1 +1,1 @@
-"""Learning studies: wrong labels, other noise, learning rates."""
+"""Learning studies: wrong labels, other noise, learning rates, detection."""

@@ -98,7 +98,7 @@ def robust_labels(
   everything, and weights and exponent would only hurt.
 
   It helps under random flips, under confusion of certain classes and under labels
-  that people got wrong. It costs up to half a point of accuracy where labels are
+  that people got wrong. It costs up to 0.6 points of accuracy where labels are
   clean. It hurts where distances between the features mean nothing, and where copies
   of an example bear the same wrong label. Labels of which several are right at once
   (multi-label) are refused. For numbers as targets see
