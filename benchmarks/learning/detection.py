@@ -2,39 +2,35 @@
 
 As many examples are flagged as there are wrong ones. Times are seconds of all
 processor cores, with all that a method needs: graph, fits, folds or training.
-Sets whose files are not given are skipped, and so is cleanlab where
+Sets whose files are missing are skipped, and so is cleanlab where
 `--cleanlab-python` cannot import it. Rows that are in the table already are not run
 again.
 """
 
 import argparse
-import ast
 from collections.abc import Iterator
 import csv
-import functools
-import io
 import pathlib
-import pickle
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from typing import Any
 from typing import NamedTuple
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import datasets
-from sklearn import decomposition
 from sklearn import metrics
-from sklearn.feature_extraction import text
+from sklearn import preprocessing
 import tqdm
 
-from benchmarks import _fashion
+from benchmarks.learning import _noise
+from benchmarks.learning import problems
+from benchmarks.learning.__main__ import folders_of
+from benchmarks.learning.problems._source import Missing
+from benchmarks.learning.problems._source import Source
 import optax_ranger as ranger
 from optax_ranger import graph
 
@@ -43,15 +39,17 @@ COLUMNS = (
   "estimated", "seconds",
 )  # fmt: skip
 K = 20
-CIFAR = {
-  "worst": "worse_label",
-  "random 1": "random_label1",
-  "aggregate": "aggre_label",
+# 20% of the labels flipped, half as many of each class as of the one before it.
+_LONG_TAIL = ("long-tailed", 0.2)
+_OTHER = (("symmetric", 0.0), ("symmetric", 0.6))
+# Of each problem, the kinds of noise; the second ones only with --rates.
+NOISES = {
+  "fashion-mnist": ((("symmetric", 0.4), ("asymmetric", 0.4), _LONG_TAIL), _OTHER),
+  "cifar10n": ((("worst", 0.4), ("random1", 0.17)), (("aggregate", 0.09),)),
+  "text": ((("symmetric", 0.2), ("asymmetric", 0.4)), _OTHER),
+  "satellite": ((("symmetric", 0.2), ("asymmetric", 0.2)), _OTHER),
+  "letter": ((("symmetric", 0.4),), _OTHER),
 }
-# Fashion-MNIST: shirt to T-shirt, coat to pullover, sneaker to sandal, ankle boot to
-# sneaker, dress to coat.
-LOOK_ALIKES = np.array([0, 1, 2, 4, 2, 5, 0, 5, 8, 7])
-PACKAGES = ("asyncio", "email", "tkinter", "unittest", "xml", "multiprocessing")
 # Logistic regression in five folds, of three strengths that whose held-out chances fit
 # the given labels best; its seconds are those of this strength only.
 CLEANLAB = """
@@ -83,12 +81,11 @@ np.savez(sys.argv[2], score=score, margin=margin, wrong=wrong, seconds=seconds)
 
 
 class Set(NamedTuple):
-  """Features, given labels of which some are wrong, true ones, and the metric."""
+  """Features, given labels of which some are wrong, and true ones."""
 
   features: np.ndarray
   given: np.ndarray
   true: np.ndarray
-  metric: str = "euclidean"
 
 
 class Found(NamedTuple):
@@ -99,144 +96,42 @@ class Found(NamedTuple):
   seconds: float
 
 
-def symmetric(true: np.ndarray, share: float, seed: int) -> np.ndarray:
-  """Labels of which a share is one of the other classes."""
-  rng, classes = np.random.default_rng(seed), int(true.max()) + 1
-  flipped = rng.random(len(true)) < share
-  return np.where(
-    flipped, (true + rng.integers(1, classes, len(true))) % classes, true
-  ).astype(np.int32)
-
-
-def pairs(true: np.ndarray, share: float, seed: int, to: np.ndarray) -> np.ndarray:
-  """Labels of which a share is a certain other class, `to[class]`."""
-  flipped = np.random.default_rng(seed).random(len(true)) < share
-  return np.where(flipped, to[true], true).astype(np.int32)
-
-
-def fashion(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-  images, labels = (_fashion.read_idx(args.fashion / f) for f in _fashion.FILES[:2])
-  chosen = np.random.default_rng(0).permutation(len(images))[: args.size]
-  rows = images[chosen].reshape(len(chosen), -1).astype(np.float32) / 255
-  return rows, labels[chosen].astype(np.int32)
-
-
-@functools.lru_cache(maxsize=1)
-def cifar(features: pathlib.Path, human: pathlib.Path, size: int) -> Any:
-  """256 principal components of features of CIFAR-10, and what people called them.
-
-  Images are those of a file with arrays `f`, features, and `y`, classes; the i-th of
-  a class is the i-th of that class among the people's labels.
-  """
-  with np.load(features) as file:
-    rows, true = file["f"].astype(np.float32), file["y"].astype(np.int32)
-  labels = read_pickle(human)
-  place = np.empty([len(true)], np.int64)
-  place[np.argsort(true, kind="stable")] = np.argsort(
-    labels["clean_label"], kind="stable"
-  )
-  if (labels["clean_label"][place] != true).any():
-    raise ValueError(f"{human} does not have the classes of {features}.")
-  rows = decomposition.PCA(256, random_state=0).fit_transform(rows)
-  chosen = np.random.default_rng(0).permutation(len(true))[:size]
-  return (
-    rows[chosen],
-    true[chosen],
-    {
-      name: np.asarray(column, np.int32)[place][chosen]
-      for name, column in labels.items()
-    },
-  )
-
-
-class _ArraysOnly(pickle.Unpickler):
-  """Admits NumPy's arrays, and nothing else."""
-
-  def find_class(self, module_name: str, global_name: str) -> Any:
-    arrays = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}
-    if module_name.split(".")[0] == "numpy" and global_name in arrays:
-      return super().find_class(module_name, global_name)
-    if (module_name, global_name) == ("_codecs", "encode"):
-      return super().find_class(module_name, global_name)
-    raise pickle.UnpicklingError(f"{module_name}.{global_name} is not an array.")
-
-
-def read_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Arrays of a PyTorch file, a zip with a pickle in it."""
-  with zipfile.ZipFile(path) as file:
-    (name,) = (one for one in file.namelist() if one.endswith("data.pkl"))
-    return _ArraysOnly(io.BytesIO(file.read(name))).load()
-
-
-def docstrings() -> tuple[np.ndarray, np.ndarray]:
-  """128 singular vectors of TF-IDF of docstrings, rows of length one."""
-  kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
-  library, texts, labels = pathlib.Path(sysconfig.get_path("stdlib")), [], []
-  for label, package in enumerate(PACKAGES):
-    for path in sorted((library / package).rglob("*.py")):
-      tree = ast.parse(path.read_text(errors="replace"))
-      documented = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-      found = [ast.get_docstring(node) or "" for node in documented]
-      texts += [doc for doc in found if len(doc.split()) >= 12]
-      labels += [label] * (len(texts) - len(labels))
-  words = text.TfidfVectorizer(sublinear_tf=True, stop_words="english", min_df=2)
-  rows = decomposition.TruncatedSVD(128, random_state=0).fit_transform(
-    words.fit_transform(texts)
-  )
-  rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-  return rows.astype(np.float32), np.asarray(labels, np.int32)
-
-
-def table(path: pathlib.Path | None, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Standardized columns of a file with arrays `x` and `y`, or scikit-learn's."""
-  if path is None:
-    rows, labels = datasets.load_breast_cancer(return_X_y=True)
-  else:
-    with np.load(path) as file:
-      rows, labels = file["x"], file["y"]
-  rows, labels = np.asarray(rows, np.float32), np.asarray(labels, np.int32)
-  chosen = np.random.default_rng(0).permutation(len(rows))[:size]
-  rows, labels = rows[chosen], labels[chosen]
-  return (rows - rows.mean(axis=0)) / np.maximum(rows.std(axis=0), 1e-9), labels
-
-
 def sets(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Set]]:
   """Names, and sets."""
-  if args.fashion.exists():
-    rows, true = fashion(args)
-    yield "Fashion-MNIST sym 40", Set(rows, symmetric(true, 0.4, seed), true)
-    asymmetric = pairs(true, 0.4, seed, LOOK_ALIKES)
-    yield "Fashion-MNIST asym 40", Set(rows, asymmetric, true)
-    # Half as many of each class as of the one before it.
-    kept = np.random.default_rng(0).random(len(true)) < 0.5**true
-    few, rare = rows[kept], true[kept]
-    yield (
-      "Fashion-MNIST long-tailed, sym 20",
-      Set(few, symmetric(rare, 0.2, seed), rare),
-    )
-    for share in (0, 20, 60) if args.rates else ():
-      given = symmetric(true, share / 100, seed)
-      yield f"Fashion-MNIST sym {share}", Set(rows, given, true)
-  else:
-    print(f"SKIPPED: Fashion-MNIST, no folder {args.fashion}")
-  if args.features and args.human:
-    # People's labels have no seed.
-    for name, column in CIFAR.items() if not seed else ():
-      rows, true, given = cifar(args.features, args.human, args.size)
-      yield f"CIFAR-10N {name}", Set(rows, given[column], true)
-  else:
-    print("SKIPPED: CIFAR-10N, which needs --features and --human")
-  words, package = docstrings()
-  given = symmetric(package, 0.2, seed)
-  yield "docstrings sym 20", Set(words, given, package, "cosine")
-  following = (np.arange(len(PACKAGES)) + 1) % len(PACKAGES)
-  given = pairs(package, 0.4, seed, following)
-  yield "docstrings pairs 40", Set(words, given, package, "cosine")
-  for path in args.tables or [None]:
-    rows, true = table(path, args.size)
-    name = "breast cancer" if path is None else path.stem
-    for share in (20, 0, 40) if args.rates else (20,):
-      yield f"{name} sym {share}", Set(rows, symmetric(true, share / 100, seed), true)
+  folders = folders_of(args.folder)
+  for name, (usual, other) in NOISES.items():
+    spec = problems.SPECS[name]
+    try:
+      source = spec.load(folders.get(name) or spec.folder)
+    except Missing as error:
+      print(f"SKIPPED: {name}. {error}", file=sys.stderr)
+      continue
+    for noise, rate in usual + other * args.rates:
+      if seed and noise in source.given:
+        continue  # People's labels have no seed.
+      one = drawn(source, noise, rate, seed, args.size)
+      if spec.scale == "columns":
+        one = one._replace(features=np.asarray(preprocessing.scale(one.features)))
+      yield f"{name}, {noise} {rate:.0%}", one
+
+
+def drawn(source: Source, noise: str, rate: float, seed: int, size: int) -> Set:
+  """At most `size` examples, the same for every seed and noise, with noisy labels."""
+  chosen = np.random.default_rng(0).permutation(len(source.y))[:size]
+  if noise == _LONG_TAIL[0]:
+    kept = np.random.default_rng(1).random(len(chosen)) < 0.5 ** source.y[chosen]
+    chosen, noise = chosen[kept], "symmetric"
+  given = source.given.get(noise)
+  to = source.next_class
+  facts = _noise.Facts(
+    source.classes,
+    _noise.next_of(source.classes) if to is None else to,
+    given=None if given is None else given[chosen],
+  )
+  x, true = source.x[chosen], source.y[chosen]
+  rng = np.random.default_rng([seed, 1, round(100 * rate)])
+  _, labels = _noise.KINDS[noise](rng, x, true, rate, facts)
+  return Set(x.astype(np.float32), labels.astype(np.int32), true.astype(np.int32))
 
 
 def methods(one: Set, args: argparse.Namespace) -> Iterator[tuple[str, Found]]:
@@ -252,7 +147,7 @@ def methods(one: Set, args: argparse.Namespace) -> Iterator[tuple[str, Found]]:
     return name, Found(backing, found.num_wrong, seconds)
 
   start = time.process_time()
-  neighbors = graph.build(one.features, K, metric=one.metric, progress=False)
+  neighbors = graph.build(one.features, K, progress=False)
   neighbors = jax.block_until_ready(neighbors)
   built = time.process_time() - start
   yield audit("k-NN votes", built, neighbors=neighbors)
@@ -390,10 +285,13 @@ def report(records: list[dict[str, str]]) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   path = pathlib.Path
-  parser.add_argument("--fashion", type=path, default=_fashion.FOLDER)
-  parser.add_argument("--features", type=path, help="features of CIFAR-10 (.npz: f, y)")
-  parser.add_argument("--human", type=path, help="labels of CIFAR-10N (.pt)")
-  parser.add_argument("--tables", type=path, nargs="*", help=".npz files with x and y")
+  parser.add_argument(
+    "--folder",
+    action="append",
+    default=[],
+    metavar="[PROBLEM=]FOLDER",
+    help="where data is; may be given several times",
+  )
   parser.add_argument("--cleanlab-python", default=sys.executable)
   parser.add_argument("--size", type=int, default=10_000, help="examples of a set")
   parser.add_argument("--epochs", type=int, default=20)
