@@ -29,8 +29,7 @@ def one_step_rows(rounds: int = 20, width: int = 2048) -> list[_measure.Row]:
   for name, tx, rival_name, rival in pairs:
     ours = _measure.training(tx, params, gradients)
     theirs = _measure.training(rival, params, gradients)
-    samples = _measure.measure(name, [ours, theirs], rounds, calls=3)
-    seconds, rival_seconds = (sample.mean(axis=1) for sample in samples)
+    seconds, rival_seconds = _measure.measure(name, [ours, theirs], rounds, calls=3)
     rows.append(
       _measure.Row(
         f"{name}, {_measure.millions(params)}",

@@ -33,13 +33,12 @@ def micro_step_rows(
   )
   others = [_measure.training(tx, params, gradients) for tx in rivals.values()]
   size = sum(leaf.size for leaf in params)
-  samples = _measure.measure(
+  seconds, *rival_seconds, copy = _measure.measure(
     "accumulate(adamw)",
     [ours, *others, _measure.copying(size)],
     rounds,
     calls=EVERY,
   )
-  seconds, *rival_seconds, copy = (sample.mean(axis=1) for sample in samples)
   what = f"accumulate(adamw), {_measure.millions(params)}, every {EVERY}"
   rows = [
     _measure.Row(
@@ -93,8 +92,8 @@ def one_step_rows(rounds: int = 12, width: int = 2048) -> list[_measure.Row]:
     _measure.Row(
       what + form,
       "optax.MultiSteps, 8 calls",
-      seconds.mean(axis=1),
-      calls.mean(axis=1),
+      seconds,
+      calls,
       reach,
       contender.temporaries,
       rival.temporaries,
@@ -107,9 +106,7 @@ def one_step_rows(rounds: int = 12, width: int = 2048) -> list[_measure.Row]:
 
 
 def _eight_calls(contender: _measure.Contender) -> _measure.Contender:
-  return contender._replace(
-    turn=lambda: [jax.block_until_ready(contender.turn()) for _ in range(EVERY)][-1]
-  )
+  return contender._replace(turn=lambda: [contender.turn() for _ in range(EVERY)][-1])
 
 
 def floor_passes() -> float:
@@ -126,7 +123,9 @@ def quiet_rows(rounds: int = 10, width: int = 1024) -> list[_measure.Row]:
   params, gradients = _measure.normal(0, 1, width), _measure.normal(1, 1, width)
   tx = ranger.accumulate(optax.contrib.muon(1e-3), EVERY)
   ours = _measure.training(tx, params, gradients)
-  (samples,) = _measure.measure("accumulate(muon)", [ours], rounds, calls=EVERY)
+  (samples,) = _measure.measure(
+    "accumulate(muon)", [ours], rounds, calls=EVERY, apart=True
+  )
   return [
     _measure.Row(
       f"accumulate(muon), {width} x {width}, a call that emits nothing",

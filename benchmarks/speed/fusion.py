@@ -62,8 +62,8 @@ def gradient_rows(rounds: int = 60, size: int = 256) -> list[_measure.Row]:
     _measure.Row(
       what + form,
       "plain mean",
-      seconds.mean(axis=1),
-      rival.mean(axis=1),
+      seconds,
+      rival,
       reach,
       contender.temporaries,
       mean.temporaries,

@@ -44,6 +44,8 @@ def law_rows(steps: str = "") -> list[_measure.Row]:
   platform = jax.default_backend()
   chosen = f"({' or '.join(_LAWS)}) and not float16 and not float64 and not complex64"
   command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+  # It warns where several workers run, and warnings are errors.
+  command += ["-p", "no:benchmark"]
   if importlib.util.find_spec("xdist"):
     workers = min(_measure.cores(), 8)
     command += ["-n", str(workers), "--dist", "loadgroup"]
@@ -57,6 +59,8 @@ def law_rows(steps: str = "") -> list[_measure.Row]:
     report = pathlib.Path(folder) / "laws.xml"
     command += [f"--junitxml={report}", "tests/laws/test_laws.py"]
     done = subprocess.run(command, cwd=_ROOT, env=environment, check=False)
+    if not report.exists():
+      raise RuntimeError(f"pytest ended with {done.returncode}, before any test.")
     suites = ElementTree.parse(report).getroot()
   counts: collections.Counter[str] = collections.Counter()
   for suite in suites:
@@ -147,7 +151,7 @@ class _ResNet(nnx.Module):
 
 
 def resnet_rows(
-  width: int = 64, batch: int = 512, rounds: int = 10, calls: int = 8
+  width: int = 64, batch: int = 512, rounds: int = 10, calls: int = 4
 ) -> list[_measure.Row]:
   """A training step of ResNet-18 on made-up images, in four ways."""
   graph, start, rest = nnx.split(_ResNet(width, nnx.Rngs(0)), nnx.Param, ...)
@@ -176,10 +180,9 @@ def resnet_rows(
     "accelerate(adamw)": by_hand(ranger.accelerate(adamw)),
     "train_step(adamw)": _train_step(losses, adamw, start, (images, labels)),
   }
-  samples = _measure.measure(
+  theirs, *ours = _measure.measure(
     "ResNet-18", [plain, *contenders.values()], rounds, calls=calls
   )
-  theirs, *ours = (sample.mean(axis=1) for sample in samples)
   return [
     _measure.Row(
       f"ResNet-18 of width {width}, batch {batch}, a step: {name}",

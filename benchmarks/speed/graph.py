@@ -65,8 +65,8 @@ def speed_rows(n: int, rounds: int, names: Sequence[str]) -> list[_measure.Row]:
     _measure.Row(
       f"graph of {data}, {name}, {n} x 784, k = {_K}, recall {recalls[name]:.4f}",
       "IndexFlatL2",
-      seconds[:, 0],
-      theirs[:, 0],
+      seconds,
+      theirs,
       reach.get(name, "-"),
     )
     for name, seconds in zip(names, ours, strict=True)

@@ -32,10 +32,7 @@ def lookahead_rows(rounds: int = 10, width: int = 2048) -> list[_measure.Row]:
     ("optax.radam alone", alone, "1.15"),
     ("optax.lookahead over optax.radam", theirs, "-"),
   ):
-    seconds, rival = (
-      sample.mean(axis=1)
-      for sample in _measure.measure(name, [ours, other], rounds, calls=_EVERY)
-    )
+    seconds, rival = _measure.measure(name, [ours, other], rounds, calls=_EVERY)
     found.append(
       _measure.Row(
         f"smooth_by_lookahead over optax.radam, {_measure.millions(params)}",
@@ -72,11 +69,8 @@ def ema_rows(rounds: int = 20, width: int = 2048) -> list[_measure.Row]:
   )
   alone = _measure.training(sgd, params, gradients)
   size = sum(leaf.size for leaf in params)
-  whole, base, copy = (
-    sample[:, 0]
-    for sample in _measure.measure(
-      "smooth_by_ema", [ours, alone, _measure.copying(size)], rounds
-    )
+  whole, base, copy = _measure.measure(
+    "smooth_by_ema", [ours, alone, _measure.copying(size)], rounds
   )
   # Parameters and updates read, the copy read and written: two copies' worth.
   return [
@@ -115,10 +109,9 @@ def ranger_radam_rows(rounds: int = 8, width: int = 2048) -> list[_measure.Row]:
       file=sys.stderr,
     )
   contenders["bandwidth floor"] = _measure.copying(size)
-  samples = _measure.measure(
+  seconds, *others = _measure.measure(
     "ranger_radam", [ours, *contenders.values()], rounds, calls=_EVERY
   )
-  seconds, *others = (sample.mean(axis=1) for sample in samples)
   rivals = dict(zip(contenders, others, strict=True))
   # Gradient and slow copy read; moments and parameters read and written.
   rivals["bandwidth floor"] *= 8 / 2
@@ -145,14 +138,18 @@ def _pytorch_ranger(params, gradients) -> _measure.Contender:
   package = importlib.import_module("pytorch_optimizer")
 
   torch.set_num_threads(_measure.cores())  # which is what XLA takes
-  tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf))) for leaf in params]
-  given = [torch.tensor(np.asarray(leaf)) for leaf in gradients]
+  device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+  as_tensor = lambda leaf: torch.tensor(np.asarray(leaf), device=device)
+  tensors = [torch.nn.Parameter(as_tensor(leaf)) for leaf in params]
+  given = [as_tensor(leaf) for leaf in gradients]
   optimizer = package.Ranger(tensors, lr=1e-3, degenerated_to_sgd=True)
 
   def turn():
     for tensor, gradient in zip(tensors, given, strict=True):
       tensor.grad = gradient  # It centralizes in place, which is done once then.
     optimizer.step()
+    if device == "cuda":
+      torch.cuda.synchronize()
 
   return _measure.Contender(turn, 0)
 

@@ -137,8 +137,8 @@ def rows_of_time(mesh: Any, size: int, rounds: int = 20) -> list[_measure.Row]:
     _measure.Row(
       f"{name}, MLP, batch {size}, {mesh.size} devices",
       "AdamW, data-parallel, by hand",
-      own.mean(axis=1),
-      rival.mean(axis=1),
+      own,
+      rival,
       reach,
       contender.temporaries,
       contenders[-1].temporaries,

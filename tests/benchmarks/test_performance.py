@@ -166,8 +166,9 @@ def test_each_machine_has_a_table():
   assert [line.split()[1] for line in second.split("\n") if "not" in line] == ["1", "3"]
 
 
-def test_readme_has_the_table_of_the_file():
-  path = ROOT / "docs" / "performance.csv"
+@pytest.mark.parametrize("name", ["performance.csv", "gpu.csv"])
+def test_readme_has_the_table_of_the_file(name):
+  path = ROOT / "docs" / name
   readme = (ROOT / "benchmarks" / "README.md").read_text()
   records = _table.read(path)
   assert len(records) > 20
