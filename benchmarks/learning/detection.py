@@ -282,6 +282,28 @@ def report(records: list[dict[str, str]]) -> str:
   return "\n".join(lines)
 
 
+# The columns of the short table.
+_SHOWN = (
+  "k-NN votes", "k-NN votes, balance=True", "posterior: votes", "posterior: held-out",
+  "posterior: votes, held-out", "smoothed, margin", "contradicted", "smoothed, mean",
+  "cleanlab",
+)  # fmt: skip
+
+
+def summary(records: list[dict[str, str]], column: str, digits: int = 3) -> str:
+  """A Markdown table of one figure: the mean over seeds, by set and method."""
+  heads = ["set", "examples", "wrong", *_SHOWN]
+  lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+  for name in dict.fromkeys(record["set"] for record in records):
+    own = [record for record in records if record["set"] == name]
+    cells = [name, own[0]["examples"], f"{float(own[0]['wrong']):.1%}"]
+    for method in _SHOWN:
+      figures = [float(row[column]) for row in own if row["method"] == method]
+      cells.append(f"{np.mean(figures):.{digits}f}" if figures else "-")
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   path = pathlib.Path
@@ -299,7 +321,17 @@ def main() -> None:
   parser.add_argument("--rates", action="store_true", help="other shares of wrong ones")
   parser.add_argument("--only", help="sets whose name holds this")
   parser.add_argument("--out", type=path, default=path("out/detection.csv"))
+  parser.add_argument(
+    "--report", type=path, help="run nothing; print this file's tables"
+  )
   args = parser.parse_args()
+  if args.report:
+    with args.report.open(newline="") as file:
+      records = list(csv.DictReader(file))
+    print(
+      summary(records, "false_negatives"), summary(records, "seconds", 1), sep="\n\n"
+    )
+    return
   args.out.parent.mkdir(parents=True, exist_ok=True)
   records = []
   if args.out.exists():

@@ -1,6 +1,8 @@
 """The detection study: its draws, its figures, and a run on a small set."""
 
 import argparse
+import csv
+import pathlib
 
 import numpy as np
 import pytest
@@ -72,3 +74,12 @@ def test_every_method_runs(capsys):
     {"set": "toy", "seed": "0", "method": name, **row} for name, row in rows.items()
   ]
   assert detection.report(records).count("\n") == 11
+
+
+def test_docs_have_the_tables_of_the_file():
+  docs = pathlib.Path(__file__).parents[3] / "docs"
+  with (docs / "detection.csv").open(newline="") as file:
+    records = list(csv.DictReader(file))
+  page = (docs / "graph.md").read_text()
+  assert detection.summary(records, "false_negatives") in page
+  assert detection.summary(records, "seconds", 1) in page
