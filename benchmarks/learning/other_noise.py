@@ -101,6 +101,32 @@ def choose_by_targets(problem, fit, settings):
   return away <= settings["deviations"] * jnp.median(away)
 
 
+def scaled(x: jax.Array, labels: jax.Array, sizes: Sizes, settings: Settings) -> Any:
+  """Weights by how far neighbors back each target, and the scale of the targets."""
+  del sizes
+  found = ranger.neighbors.nearest(x, k=_MOST_NEIGHBORS)
+  support = ranger.labels.target_support(found, labels) ** settings["sharpness"]
+  scale = ranger.labels.robust_scale(labels)
+  return {"weights": support / support.mean(), "scale": scale, "least": 1e-3 * scale}
+
+
+def scale_again(view: _method.View, memory: Any, settings: Settings) -> Any:
+  """The scale follows the residuals, epoch by epoch."""
+  del settings
+  if not view.epoch:
+    return memory
+  residuals = view.logits()[:, 0] - view.labels
+  scale = ranger.labels.robust_scale(residuals, center=0.0)
+  return {**memory, "scale": jnp.maximum(scale, memory["least"])}
+
+
+def regressed(logits, labels, ids, memory, settings):
+  losses = ranger.labels.robust_regression_loss(
+    logits[:, 0], labels, memory["scale"], slope=settings["slope"]
+  )
+  return memory["weights"][ids] * losses, memory
+
+
 _COMMON = {"rate": 0.05, "decay": 1e-3, "ema": 0.99}
 _ELR = {"prediction_decay": 0.7}
 _RATES = _method.grid(rate=(0.02, 0.05, 0.1))
@@ -190,6 +216,17 @@ _TARGETS = {
     _method.grid(deviations=(2.0, 3.0, 5.0)),
     _rivals.chosen_losses,
     choose=choose_by_targets,
+  ),
+  "Ranger: robust regression": _method_of(
+    "Ranger: robust regression",
+    (
+      {"slope": 0.3, "sharpness": 0.0},
+      {"slope": 0.3, "sharpness": 1.0},
+      {"slope": 1.0, "sharpness": 1.0},
+    ),
+    regressed,
+    memory=scaled,
+    between=scale_again,
   ),
   "Ranger: neighbors in row and target": _method_of(
     "Ranger: neighbors in row and target",

@@ -1,5 +1,6 @@
 """Beliefs about labels from witnesses that have not seen them, and their mixture."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -23,6 +24,7 @@ _SHARPNESSES = tuple(float(s) for s in np.geomspace(1, 45, 16))
 _NEIGHBORS = (5, 10, 20, 50)
 _WIDE = 256  # dimensions beyond which distances are taken of projections
 _BLOCK = 2048  # rows
+_KEPT = 2**24  # random features that are kept, 64 MiB, not computed twice
 _ROUNDS = 50  # of the mixture, which has converged then
 
 
@@ -287,29 +289,32 @@ def _beliefs(
   view = _View(normals, shifts, num_classes)
   keys = view(_Block(rows[some], labels[some], taught[some], some))
   near = _Near.of(keys)
-  blocks = _blocks(rows, labels, taught)
-  kernel = _Kernel.of(view, keys, blocks)
+  blocks, see = _blocks(rows, labels, taught), view
+  if rows.shape[0] * num_random <= _KEPT:
+    blocks, see = jax.lax.map(view, blocks), lambda seen: seen
+  kernel = _Kernel.of(see, keys, blocks)
   # Keys judge: their labels are known, as far as any are.
   place = jnp.stack([_likelihood(one, keys.label) for one in near.ask(keys)]).argmax()
   ridges = jnp.asarray(_RIDGES, rows.dtype)
   sharpnesses = jnp.asarray(_SHARPNESSES, rows.dtype)
-  turned = kernel.turn(keys)
 
   def judge(ridge):
-    said = kernel.predict(turned, keys, ridge)
+    said = kernel.fit(ridge).predict(keys)
     sharp = lambda s: _likelihood(jax.nn.softmax(s * said), keys.label)
-    return jax.lax.map(sharp, sharpnesses)
+    likelihoods = jax.lax.map(sharp, sharpnesses)
+    # Rounding may leave no factor for the smallest ridges.
+    return jnp.where(jnp.isfinite(likelihoods), likelihoods, -jnp.inf)
 
   best = jax.lax.map(judge, ridges).argmax()
-  ridge = ridges[best // len(sharpnesses)]
   sharpness = sharpnesses[best % len(sharpnesses)]
+  fit = kernel.fit(ridges[best // len(sharpnesses)])
 
   def witnesses(seen):
-    said = kernel.predict(kernel.turn(seen), seen, ridge)
+    said = fit.predict(seen)
     return [jax.nn.softmax(sharpness * said), jnp.stack(near.ask(seen))[place]]
 
   weights = _weights(witnesses(keys), keys.label)
-  mixed = jax.lax.map(lambda block: _mix(witnesses(view(block)), weights), blocks)
+  mixed = jax.lax.map(lambda block: _mix(witnesses(see(block)), weights), blocks)
   mixed = mixed.reshape(-1, num_classes)[: rows.shape[0]]
   return jnp.where(alive[:, None], mixed, jnp.zeros_like(mixed))
 
@@ -436,36 +441,39 @@ class _Near(NamedTuple):
     top, places = jax.lax.optimization_barrier(nearest)
     votes = keys.label[places]
     votes = jnp.where(jnp.isfinite(top)[..., None], votes, jnp.zeros_like(votes))
-    sums = jnp.cumsum(votes, axis=1)
-    return [_rows.normalized(sums[:, k - 1] + self.shares) for k in self.counts]
+    sums, found, before = self.shares, [], 0
+    for k in self.counts:
+      sums, before = sums + votes[:, before:k].sum(axis=1), k
+      found.append(_rows.normalized(sums))
+    return found
 
 
 class _Kernel(NamedTuple):
-  """A ridge regression on random Fourier features, by its eigenvectors.
+  """A ridge regression on random Fourier features, but for its ridge.
 
   Attributes:
     center: ``[D]``, the mean of the features.
     means: ``[1, C]``, of the labels.
     count: number of examples that teach.
-    values: ``[D]``, eigenvalues of the Gram matrix.
-    vectors: ``[D, D]``.
-    moments: ``[D, C]``, of features and labels, in these vectors.
+    gram: ``[D, D]``, of centered features.
+    moments: ``[D, C]``, of centered features and labels.
   """
 
   center: Array
   means: Array
   count: Array
-  values: Array
-  vectors: Array
+  gram: Array
   moments: Array
 
   @classmethod
-  def of(cls, view: _View, keys: _Seen, blocks: _Block) -> "_Kernel":
+  def of(
+    cls, see: Callable[[Any], _Seen], keys: _Seen, blocks: "_Block | _Seen"
+  ) -> "_Kernel":
     # Near the mean already, so that centering afterwards loses no digits.
     origin = keys.table.mean(axis=0)
 
     def learn(sums, block):
-      seen = view(block)
+      seen = see(block)
       table = seen.table - origin[None]
       table = jnp.where(seen.taught[:, None], table, jnp.zeros_like(table))
       found = (
@@ -485,26 +493,36 @@ class _Kernel(NamedTuple):
     means, offset = means / count, table / count
     gram = gram - table[:, None] * offset[None]
     moments = moments - table[:, None] * means[None]
-    values, vectors = jnp.linalg.eigh(gram)
-    moments = _product(vectors.T, moments)
-    values = jnp.maximum(values, 0)
-    return cls(origin + offset, means[None], count, values, vectors, moments)
+    return cls(origin + offset, means[None], count, gram, moments)
 
-  def turn(self, seen: _Seen) -> Array:
-    return _product(seen.table - self.center[None], self.vectors)
-
-  def predict(self, turned: Array, seen: _Seen, ridge: Array) -> Array:
-    """What a fit without each example says of it, [b, C]."""
-    mean = self.values.mean()
+  def fit(self, ridge: Array) -> "_Fit":
+    """With a ridge, in units of the mean eigenvalue."""
+    mean = jnp.diagonal(self.gram).mean()
     # Examples that are all alike teach nothing but the mean of the labels.
     mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
-    inverse = 1 / (self.values + ridge * mean)
-    fitted = _product(turned, inverse[:, None] * self.moments)
+    lower = jnp.linalg.cholesky(self.gram + ridge * mean * jnp.eye(len(self.gram)))
+    weights = jax.scipy.linalg.cho_solve((lower, True), self.moments)
+    return _Fit(self, lower, weights)
+
+
+class _Fit(NamedTuple):
+  """A ridge regression: a Cholesky factor ``[D, D]`` and weights ``[D, C]``."""
+
+  kernel: _Kernel
+  lower: Array
+  weights: Array
+
+  def predict(self, seen: _Seen) -> Array:
+    """What a fit without each example says of it, [b, C]."""
+    kernel = self.kernel
+    table = seen.table - kernel.center[None]
+    fitted = _product(table, self.weights)
+    half = jax.scipy.linalg.solve_triangular(self.lower, table.T, lower=True)
     # The mean of the labels has seen each example too.
-    leverage = _product(turned * turned, inverse[:, None]) + 1 / self.count
+    leverage = (half * half).sum(axis=0)[:, None] + 1 / kernel.count
     leverage = jnp.where(seen.taught[:, None], leverage, jnp.zeros_like(leverage))
-    left = seen.label - self.means
-    return (fitted - leverage * left) / jnp.maximum(1 - leverage, 1e-3) + self.means
+    left = seen.label - kernel.means
+    return (fitted - leverage * left) / jnp.maximum(1 - leverage, 1e-3) + kernel.means
 
 
 def _likelihood(beliefs: Array, label: Array) -> Array:

@@ -40,9 +40,9 @@ def test_the_kernel_equals_refitting():
   taught = np.arange(40) % 7 != 3
   seen, kernel = _kernel(points, labels, taught)
   ridge = 0.1
-  found = kernel.predict(kernel.turn(seen), seen, jnp.float32(ridge))
+  found = kernel.fit(jnp.float32(ridge)).predict(seen)
   table, label = np.asarray(seen.table, float), np.asarray(seen.label, float)
-  penalty = ridge * np.asarray(kernel.values, float).mean()
+  penalty = ridge * np.trace(np.asarray(kernel.gram, float)) / 16
   for i in range(40):
     others = taught & (np.arange(40) != i)
     # An intercept that is not penalized, as one more column.
@@ -56,11 +56,11 @@ def test_own_label_is_not_seen():
   points, labels, _ = _clusters(n=60)
   taught = np.ones(60, bool)
   seen, kernel = _kernel(points, labels, taught)
-  before = kernel.predict(kernel.turn(seen), seen, jnp.float32(0.1))
+  before = kernel.fit(jnp.float32(0.1)).predict(seen)
   changed = labels.copy()
   changed[5] = (labels[5] + 1) % 3
   seen, kernel = _kernel(points, changed, taught)
-  after = kernel.predict(kernel.turn(seen), seen, jnp.float32(0.1))
+  after = kernel.fit(jnp.float32(0.1)).predict(seen)
   np.testing.assert_allclose(after[5], before[5], atol=1e-4)
   assert np.abs(np.asarray(after - before)).max() > 1e-3
   near = [
