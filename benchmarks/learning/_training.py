@@ -16,6 +16,8 @@ from benchmarks.learning import _models
 from benchmarks.learning.problems import Problem
 import optax_ranger as ranger
 
+_ROWS = 128  # of a block
+
 
 class History(NamedTuple):
   """What came of a training. Figures are accuracies, or of numbers R².
@@ -290,6 +292,16 @@ def _compiled(
     toward = jnp.maximum(toward, 0)
     return toward if networks == 1 else toward.mean(axis=0)
 
+  def by_blocks(function):
+    """Of all training rows; intermediate values of a block fit into a cache."""
+
+    def run(params, x):
+      of_row = lambda row: function(params, row[None])[..., 0, :]
+      rows = jax.lax.map(of_row, x, batch_size=_ROWS)
+      return jnp.moveaxis(rows, 0, -2)
+
+    return jax.jit(run)
+
   return _Programs(
-    init, run, jax.jit(logits_of), jax.jit(features_of), validate, tune, test, pulls
+    init, run, by_blocks(logits_of), by_blocks(features_of), validate, tune, test, pulls
   )

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_ranger._core import labels as _labels
+from optax_ranger._core import progress as _progress
 from optax_ranger._core import validate
 from optax_ranger._core.types import ArrayLike
 from optax_ranger._core.types import Neighbors
 from optax_ranger.graph import _posterior
-from optax_ranger.graph import _progress
 
 SCORES = ("votes", "posterior", "margin", "mean", "contradicted")
 _NEEDS = {

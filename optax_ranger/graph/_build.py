@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_ranger._core import host
+from optax_ranger._core import progress as _progress
 from optax_ranger._core import validate
 from optax_ranger._core.types import Neighbors
 from optax_ranger.graph import _duplicates
 from optax_ranger.graph import _exact
 from optax_ranger.graph import _faiss
-from optax_ranger.graph import _progress
 from optax_ranger.graph import _sharded
 from optax_ranger.graph import _sparse
 from optax_ranger.neighbors import _double

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import progress as _progress
 from optax_ranger.graph import _duplicates
-from optax_ranger.graph import _progress
 from optax_ranger.neighbors import _double
 from optax_ranger.neighbors import _points
 from optax_ranger.neighbors import _search

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from optax_ranger._core import progress as _progress
 from optax_ranger.graph import _exact
-from optax_ranger.graph import _progress
 from optax_ranger.neighbors import _points
 from optax_ranger.neighbors import _search
 

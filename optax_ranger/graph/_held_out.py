@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_ranger._core import labels as _labels
+from optax_ranger._core import progress as _progress
 from optax_ranger._core import validate
 from optax_ranger.graph import _posterior
-from optax_ranger.graph import _progress
 from optax_ranger.graph import _sparse
 
 _SCALES = (0.5, 1.0)  # of the kernel, in median distances

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import progress as _progress
 from optax_ranger._core import validate
 from optax_ranger._core.types import Neighbors
-from optax_ranger.graph import _progress
 from optax_ranger.neighbors import _double
 from optax_ranger.neighbors import _nearest
 from optax_ranger.neighbors import _points

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import progress as _progress
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import Neighbors
 from optax_ranger._core.types import PyTree
 from optax_ranger.graph import _build
-from optax_ranger.graph import _progress
 
 
 def embed(

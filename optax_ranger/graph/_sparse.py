@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_ranger.graph import _progress
+from optax_ranger._core import progress as _progress
 
 _CELLS = 2**23  # of a block of similarities, in float64
 

@@ -1,6 +1,5 @@
 """Beliefs about labels from witnesses that have not seen them, and their mixture."""
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 from typing import Any
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import blocks
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import replicate
@@ -24,7 +24,7 @@ _SHARPNESSES = tuple(float(s) for s in np.geomspace(1, 45, 16))
 _NEIGHBORS = (5, 10, 20, 50)
 _WIDE = 256  # dimensions beyond which distances are taken of projections
 _BLOCK = 2048  # rows
-_KEPT = 2**24  # random features that are kept, 64 MiB, not computed twice
+_KEPT = 2**25  # random features that are kept, 128 MiB, not computed twice
 _ROUNDS = 50  # of the mixture, which has converged then
 
 
@@ -36,6 +36,7 @@ def held_out_beliefs(
   num_random: int = 512,
   num_keys: int = 2048,
   seed: int = 0,
+  progress: bool = False,
 ) -> Array:
   r"""Predicts the label of each example from all other examples.
 
@@ -65,10 +66,11 @@ def held_out_beliefs(
     num_keys: number of examples that can be neighbors, drawn at random, a static
       Python integer. Fewer are faster, and farther away.
     seed: of both draws, a static Python integer.
+    progress: a bar (tqdm) on what takes more than two seconds; not under ``jax.jit``.
 
   Shapes:
     Time is O(n (D^2 + D C + num_keys d)), memory is O(n (d + C) + D^2) and a block of
-    2,048 rows.
+    2,048 rows; and up to 128 MiB of random features, so as not to compute them twice.
 
   Returns:
     ``float32 [n, C]``, P(label | the other examples): rows that sum to one, or zeros
@@ -122,8 +124,10 @@ def held_out_beliefs(
   if not n:
     return jnp.zeros([n, num_classes], jnp.float32)
   rows, key = replicate(rows).astype(jnp.float32), jax.random.key(seed)
-  found = _beliefs(rows, given, key, num_classes, num_random, min(num_keys, n))
-  return jax.lax.stop_gradient(found)
+  bars = progress and validate.is_known(rows) and validate.is_known(given)
+  beliefs = _beliefs if bars else _compiled_beliefs
+  sizes = _Sizes(num_classes, num_random, min(num_keys, n))
+  return jax.lax.stop_gradient(beliefs(rows, given, key, sizes, bars))
 
 
 def mix_beliefs(beliefs: Sequence[Any], labels: Any) -> Array:
@@ -263,40 +267,96 @@ def _mix(tables: list[Array], weights: Array) -> Array:
   return jnp.where(mixed.any(axis=1, keepdims=True), mixed, plain)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+class _Sizes(NamedTuple):
+  """Numbers of classes, of random features, and of keys."""
+
+  classes: int
+  random: int
+  keys: int
+
+
 def _beliefs(
   rows: Array,
   labels: Array,
   key: Array,
-  num_classes: int,
-  num_random: int,
-  num_keys: int,
+  sizes: "_Sizes",
+  bars: bool,
 ) -> Array:
+  prepare = _compiled_prepare if bars else _prepare
+  choose = _compiled_choose if bars else _choose
+  view, near, block, origin = prepare(rows, labels, key, sizes)
+  d, c = sizes.random, sizes.classes
+  if rows.shape[0] * d <= _KEPT:
+    block = blocks.map_blocks(_look, view, block, _BLOCK)
+  start, shapes = jnp.zeros([], rows.dtype), ([d], [c], [d, d], [d, c])
+  sums = tuple(jnp.broadcast_to(start, shape) for shape in shapes)
+  learned = blocks.fold_blocks(
+    _learn, (view, origin), sums, block, _BLOCK, "learning labels" * bars
+  )
+  chosen = choose(near, origin, learned, block.taught.sum(dtype=jnp.int32))
+  mixed = blocks.map_blocks(
+    _predict, (view, chosen), block, _BLOCK, "predicting labels" * bars
+  )
+  alive = jnp.isfinite(rows).all(axis=1)
+  return jnp.where(alive[:, None], mixed, jnp.zeros_like(mixed))
+
+
+_compiled_beliefs = jax.jit(_beliefs, static_argnums=(3, 4))
+
+
+def _prepare(
+  rows: Array,
+  labels: Array,
+  key: Array,
+  sizes: "_Sizes",
+) -> "tuple[_View, _Near, _Block, Array]":
+  """How blocks are seen, the keys, all examples, and a mean that is nearly theirs."""
   alive = jnp.isfinite(rows).all(axis=1)
   rows = jnp.where(alive[:, None], rows, jnp.zeros_like(rows))
   count = jnp.maximum(alive.sum(dtype=jnp.int32), 1).astype(rows.dtype)
   rows = rows - (rows / count).sum(axis=0, keepdims=True)
   rows = rows / jnp.maximum(jnp.abs(rows).max(), jnp.finfo(rows.dtype).tiny)
   rows = jnp.where(alive[:, None], rows, jnp.zeros_like(rows))
-  taught = jnp.logical_and(alive, _has_label(labels, num_classes))
+  taught = jnp.logical_and(alive, _has_label(labels, sizes.classes))
   drawn, waves, phases = jax.random.split(key, 3)
   # Examples that can't teach come last, and are keys only if there are no others.
   order = jax.random.uniform(drawn, [rows.shape[0]])
-  some = jax.lax.top_k(-jnp.where(taught, order, order + 1), num_keys)[1]
+  some = jax.lax.top_k(-jnp.where(taught, order, order + 1), sizes.keys)[1]
   width = _width(rows[some[:_AMONG]], taught[some[:_AMONG]])
-  normals = jax.random.normal(waves, [rows.shape[1], num_random]) / width
-  shifts = jax.random.uniform(phases, [num_random], maxval=2 * np.pi)
-  view = _View(normals, shifts, num_classes)
+  normals = jax.random.normal(waves, [rows.shape[1], sizes.random]) / width
+  shifts = jax.random.uniform(phases, [sizes.random], maxval=2 * np.pi)
+  view = _View(normals, shifts, jnp.arange(sizes.classes, dtype=jnp.int32))
   keys = view(_Block(rows[some], labels[some], taught[some], some))
-  near = _Near.of(keys)
-  blocks, see = _blocks(rows, labels, taught), view
-  if rows.shape[0] * num_random <= _KEPT:
-    blocks, see = jax.lax.map(view, blocks), lambda seen: seen
-  kernel = _Kernel.of(see, keys, blocks)
-  # Keys judge: their labels are known, as far as any are.
+  ids = jnp.arange(rows.shape[0], dtype=jnp.int32)
+  # Near the mean already, so that centering afterwards loses no digits.
+  origin = keys.table.mean(axis=0)
+  return view, _Near.of(keys), _Block(rows, labels, taught, ids), origin
+
+
+_compiled_prepare = jax.jit(_prepare, static_argnums=3)
+
+
+def _learn(shared: Any, sums: Any, block: Any) -> Any:
+  """Adds a block to the sums of features and labels, and of their products."""
+  view, origin = shared
+  seen = _look(view, block)
+  table = seen.table - origin[None]
+  table = jnp.where(seen.taught[:, None], table, jnp.zeros_like(table))
+  found = (
+    table.sum(axis=0),
+    seen.label.sum(axis=0),
+    _product(table.T, table),
+    _product(table.T, seen.label),
+  )
+  return jax.tree.map(jnp.add, sums, found)
+
+
+def _choose(near: "_Near", origin: Array, learned: Any, taught: Array) -> "_Chosen":
+  """What makes the labels of the keys likeliest: they are known, as far as any are."""
+  keys, kernel = near.keys, _Kernel.of(origin, learned, taught)
   place = jnp.stack([_likelihood(one, keys.label) for one in near.ask(keys)]).argmax()
-  ridges = jnp.asarray(_RIDGES, rows.dtype)
-  sharpnesses = jnp.asarray(_SHARPNESSES, rows.dtype)
+  ridges = jnp.asarray(_RIDGES, origin.dtype)
+  sharpnesses = jnp.asarray(_SHARPNESSES, origin.dtype)
 
   def judge(ridge):
     said = kernel.fit(ridge).predict(keys)
@@ -308,15 +368,17 @@ def _beliefs(
   best = jax.lax.map(judge, ridges).argmax()
   sharpness = sharpnesses[best % len(sharpnesses)]
   fit = kernel.fit(ridges[best // len(sharpnesses)])
+  even = jnp.full([2], 0.5, origin.dtype)
+  chosen = _Chosen(fit, sharpness, near, place, even)
+  return chosen._replace(weights=_weights(chosen.witnesses(keys), keys.label))
 
-  def witnesses(seen):
-    said = fit.predict(seen)
-    return [jax.nn.softmax(sharpness * said), jnp.stack(near.ask(seen))[place]]
 
-  weights = _weights(witnesses(keys), keys.label)
-  mixed = jax.lax.map(lambda block: _mix(witnesses(see(block)), weights), blocks)
-  mixed = mixed.reshape(-1, num_classes)[: rows.shape[0]]
-  return jnp.where(alive[:, None], mixed, jnp.zeros_like(mixed))
+_compiled_choose = jax.jit(_choose)
+
+
+def _predict(shared: Any, block: Any) -> Array:
+  view, chosen = shared
+  return _mix(chosen.witnesses(_look(view, block)), chosen.weights)
 
 
 class _Block(NamedTuple):
@@ -326,19 +388,6 @@ class _Block(NamedTuple):
   labels: Array
   taught: Array
   ids: Array
-
-
-def _blocks(rows: Array, labels: Array, taught: Array) -> _Block:
-  """All examples as blocks [count, size, ...], the last one filled up."""
-  n = rows.shape[0]
-  size = min(_BLOCK, n)
-  all_of_them = _Block(rows, labels, taught, jnp.arange(n, dtype=jnp.int32))
-
-  def cut(array):
-    array = jnp.pad(array, ((0, -n % size), *((0, 0),) * (array.ndim - 1)))
-    return array.reshape(-1, size, *array.shape[1:])
-
-  return jax.tree.map(cut, all_of_them)
 
 
 def _has_label(labels: Array, num_classes: int) -> Array:
@@ -366,16 +415,22 @@ class _Seen(NamedTuple):
 
 
 class _View(NamedTuple):
-  """Sees blocks: normals ``[d, D]`` and shifts ``[D]`` of the random features."""
+  """Sees blocks.
+
+  Attributes:
+    normals: ``[d, D]``, of the random features.
+    shifts: ``[D]``, of the random features.
+    classes: ``[C]``, 0, 1, ...
+  """
 
   normals: Array
   shifts: Array
-  num_classes: int
+  classes: Array
 
   def __call__(self, block: _Block) -> _Seen:
     label = block.labels
     if label.ndim == 1:
-      label = jax.nn.one_hot(label, self.num_classes, dtype=block.rows.dtype)
+      label = (label[:, None] == self.classes[None]).astype(block.rows.dtype)
     label = jnp.where(block.taught[:, None], label, jnp.zeros_like(label))
     projected = _product(block.rows, self.normals)
     points = block.rows
@@ -384,6 +439,11 @@ class _View(NamedTuple):
       points = projected[:, :_WIDE]
     table = jnp.cos(projected + self.shifts[None])
     return _Seen(points, table, label, block.taught, block.ids)
+
+
+def _look(view: _View, block: "_Block | _Seen") -> _Seen:
+  """A block as witnesses see it, if it is not that already."""
+  return block if isinstance(block, _Seen) else view(block)
 
 
 def _width(rows: Array, there: Array) -> Array:
@@ -414,20 +474,21 @@ class _Near(NamedTuple):
   Attributes:
     keys: those examples.
     shares: ``[1, C]``, of each class, one vote that all examples get.
-    counts: how many neighbors may be asked.
   """
 
   keys: _Seen
   shares: Array
-  counts: tuple[int, ...]
 
   @classmethod
   def of(cls, keys: _Seen) -> "_Near":
     shares = keys.label.sum(axis=0, keepdims=True) + 1 / keys.label.shape[1]
-    # An example is no neighbor of its own.
-    most = max(len(keys.ids) - 1, 1)
-    counts = tuple(sorted({min(k, most) for k in _NEIGHBORS}))
-    return cls(keys, shares / shares.sum(), counts)
+    return cls(keys, shares / shares.sum())
+
+  @property
+  def counts(self) -> tuple[int, ...]:
+    """How many neighbors may be asked; an example is no neighbor of its own."""
+    most = max(len(self.keys.ids) - 1, 1)
+    return tuple(sorted({min(k, most) for k in _NEIGHBORS}))
 
   def ask(self, seen: _Seen) -> list[Array]:
     """The votes by each number of neighbors, [b, C] each."""
@@ -466,29 +527,9 @@ class _Kernel(NamedTuple):
   moments: Array
 
   @classmethod
-  def of(
-    cls, see: Callable[[Any], _Seen], keys: _Seen, blocks: "_Block | _Seen"
-  ) -> "_Kernel":
-    # Near the mean already, so that centering afterwards loses no digits.
-    origin = keys.table.mean(axis=0)
-
-    def learn(sums, block):
-      seen = see(block)
-      table = seen.table - origin[None]
-      table = jnp.where(seen.taught[:, None], table, jnp.zeros_like(table))
-      found = (
-        table.sum(axis=0),
-        seen.label.sum(axis=0),
-        _product(table.T, table),
-        _product(table.T, seen.label),
-      )
-      return jax.tree.map(jnp.add, sums, found), None
-
-    size, classes = len(origin), keys.label.shape[1]
-    shapes = ([size], [classes], [size, size], [size, classes])
-    start = tuple(jnp.zeros(shape, origin.dtype) for shape in shapes)
-    (table, means, gram, moments), _ = jax.lax.scan(learn, start, blocks)
-    taught = blocks.taught.sum(dtype=jnp.int32)
+  def of(cls, origin: Array, learned: Any, taught: Array) -> "_Kernel":
+    """Of what `_learn` has summed up, relative to an origin."""
+    table, means, gram, moments = learned
     count = jnp.maximum(taught, 1).astype(origin.dtype)
     means, offset = means / count, table / count
     gram = gram - table[:, None] * offset[None]
@@ -523,6 +564,28 @@ class _Fit(NamedTuple):
     leverage = jnp.where(seen.taught[:, None], leverage, jnp.zeros_like(leverage))
     left = seen.label - kernel.means
     return (fitted - leverage * left) / jnp.maximum(1 - leverage, 1e-3) + kernel.means
+
+
+class _Chosen(NamedTuple):
+  """Both witnesses with their settings.
+
+  Attributes:
+    fit: the kernel's.
+    sharpness: of its predictions.
+    near: the neighbors.
+    place: how many of them, as an index.
+    weights: ``[2]``, of the mixture.
+  """
+
+  fit: _Fit
+  sharpness: Array
+  near: _Near
+  place: Array
+  weights: Array
+
+  def witnesses(self, seen: _Seen) -> list[Array]:
+    said = jax.nn.softmax(self.sharpness * self.fit.predict(seen))
+    return [said, jnp.stack(self.near.ask(seen))[self.place]]
 
 
 def _likelihood(beliefs: Array, label: Array) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_ranger import labels as labels_lib
+from optax_ranger._core import blocks
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import automatic
@@ -115,18 +116,20 @@ def robust_labels(
   Returns:
     ``RobustLabels(init, losses, ask, metrics)``:
 
-    * ``init(features, labels)``: features ``[n, d]`` of the whole training set;
-      labels ``[n]``, integers in [0, C) or names, -1 for none, or ``float [n, C]``
-      for soft labels. See ``labels.held_out_beliefs`` for time and memory. On two CPU
-      cores it takes about a second for 10,000 examples, and about four minutes and
-      4 GiB for a million with 64 features and 100 classes.
+    * ``init(features, labels, progress=False)``: features ``[n, d]`` of the whole
+      training set; labels ``[n]``, integers in [0, C) or names, -1 for none, or
+      ``float [n, C]`` for soft labels. See ``labels.held_out_beliefs`` for time and
+      memory. On two CPU cores it takes about a second for 10,000 examples, and about four minutes and
+      4 GiB for a million with 64 features and 100 classes. ``progress`` shows a bar
+      (tqdm), but not under ``jax.jit``.
     * ``losses(known, logits, labels, ids)``: logits ``[b, C]``, the labels of the
       batch, and the positions of its examples in the training set. An example with
       the id -1 has the weight one and no belief. Ids may be shuffled, dropped and
       repeated. Take their mean. An example without a label follows its belief.
-    * ``ask(known, features, labels)``: the same features of all examples, such as
-      those before the last layer, and all labels. Once, after a third of
-      training, is enough; any other time is safe. It compiles once under ``jax.jit``.
+    * ``ask(known, features, labels, progress=False)``: the same features of all
+      examples, such as those before the last layer, and all labels. Once, after a
+      third of training, is enough; any other time is safe. It compiles once under
+      ``jax.jit``.
     * ``metrics(known, predictions, labels)``: predictions or logits ``[n, C]`` of all
       examples; see there.
 
@@ -179,10 +182,12 @@ def robust_labels(
   ):
     validate.in_range(name, value, 0, float("inf"), open_high=True)
 
-  def init(features: Any, labels: Any) -> KnownLabels:
-    held_out = labels_lib.held_out_beliefs(features, labels, num_classes=num_classes)
+  def init(features: Any, labels: Any, progress: bool = False) -> KnownLabels:
+    held_out = labels_lib.held_out_beliefs(
+      features, labels, num_classes=num_classes, progress=progress
+    )
     given = _given(labels, len(held_out), num_classes)
-    return _judge(held_out, given, None, sharpness)
+    return _judge(held_out, given, None, sharpness, progress)
 
   def losses(known: KnownLabels, logits: Any, labels: Any, ids: Any) -> Array:
     logits, ids = jnp.asarray(logits), jnp.asarray(ids)
@@ -205,12 +210,15 @@ def robust_labels(
     pull = numerics.scalar(belief, pull.dtype) * pull
     return weights.astype(corrected.dtype) * corrected + pull
 
-  def ask(known: KnownLabels, features: Any, labels: Any) -> KnownLabels:
-    features = _unit(features)
-    learned = labels_lib.held_out_beliefs(features, labels, num_classes=num_classes)
+  def ask(
+    known: KnownLabels, features: Any, labels: Any, progress: bool = False
+  ) -> KnownLabels:
+    learned = labels_lib.held_out_beliefs(
+      _unit(features), labels, num_classes=num_classes, progress=progress
+    )
     given = _given(labels, len(learned), num_classes)
     validate.shape("features", learned, known.beliefs.shape)
-    return _judge(learned, given, known, sharpness)
+    return _judge(learned, given, known, sharpness, progress)
 
   def metrics(known: KnownLabels, predictions: Any, labels: Any) -> dict[str, Array]:
     predictions = jnp.asarray(predictions)
@@ -250,19 +258,59 @@ def _rows_of(known: KnownLabels, ids: Array) -> tuple[Array, Array]:
   return automatic(take, ids, ids)(known.weights, known.beliefs, ids)
 
 
-@jax.jit
 def _judge(
-  held_out: Array, given: Array, before: KnownLabels | None, sharpness: Any
+  held_out: Array,
+  given: Array,
+  before: KnownLabels | None,
+  sharpness: Any,
+  progress: bool,
 ) -> KnownLabels:
   """What new chances of the labels say, beside what was known before."""
+  bars = progress and validate.is_known(held_out)
+  judge = _judge_by_blocks if bars else _compiled_judge
+  return judge(held_out, given, before, sharpness, bars)
+
+
+def _judge_by_blocks(
+  held_out: Array, given: Array, before: KnownLabels | None, sharpness: Any, bars: bool
+) -> KnownLabels:
+  held_out, confusion = (_compiled_mix if bars else _mix)(held_out, given, before)
+  if held_out.shape[0]:
+    beliefs, right = blocks.map_blocks(
+      _posterior, confusion, (held_out, given), _BLOCK, "judging labels" * bars
+    )
+  else:
+    beliefs, right = _posterior(confusion, (held_out, given))
+  conclude = _compiled_conclude if bars else _conclude
+  return conclude(beliefs, right, confusion, given, before, sharpness)
+
+
+_compiled_judge = jax.jit(_judge_by_blocks, static_argnums=4)
+
+
+def _mix(
+  held_out: Array, given: Array, before: KnownLabels | None
+) -> tuple[Array, Array]:
+  """Chances of the labels with those that were known, and the confusion matrix."""
   if before is not None:
     former = jnp.matmul(before.beliefs, before.confusion, precision="highest")
     held_out = labels_lib.mix_beliefs([held_out, former], given)
-  confusion = labels_lib.label_confusion(given, held_out)
+  return held_out, labels_lib.label_confusion(given, held_out)
+
+
+_compiled_mix = jax.jit(_mix)
+
+
+def _conclude(
+  beliefs: Array,
+  right: Array,
+  confusion: Array,
+  given: Array,
+  before: KnownLabels | None,
+  sharpness: Any,
+) -> KnownLabels:
+  """What is known now; what was known before, where features have memorized."""
   spread = labels_lib.confusion_spread(confusion)
-  beliefs, right = _by_blocks(
-    lambda rows, labels: _posterior(rows, labels, confusion), held_out, given
-  )
   labeled = given >= 0 if given.ndim == 1 else given.any(axis=1)
   noise = 1 - _mean(right, labeled)
   trust = right
@@ -294,25 +342,16 @@ def _judge(
   return jax.tree.map(lambda new, old: jnp.where(memorized, old, new), after, refused)
 
 
-def _posterior(rows: Array, labels: Array, confusion: Array) -> tuple[Array, Array]:
+_compiled_conclude = jax.jit(_conclude)
+
+
+def _posterior(confusion: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
   """Beliefs in the classes, and the chance that the label is right."""
+  rows, labels = block
   beliefs = labels_lib.clean_beliefs(rows, confusion)
   label = _rows.label_rows(labels, beliefs)
   targets = labels_lib.refine_targets(labels, beliefs, confusion=confusion)
   return beliefs, (targets * label).sum(axis=1)
-
-
-def _by_blocks(function: Any, rows: Array, labels: Array) -> Any:
-  """Applies a function of rows to blocks of them, for the memory's sake."""
-  n = rows.shape[0]
-  size = max(1, min(_BLOCK, n))
-
-  def cut(array):
-    array = jnp.pad(array, ((0, -n % size), *((0, 0),) * (array.ndim - 1)))
-    return array.reshape(-1, size, *array.shape[1:])
-
-  found = jax.lax.map(lambda part: function(*part), (cut(rows), cut(labels)))
-  return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], found)
 
 
 def _mean(values: Array, there: Array) -> Array:

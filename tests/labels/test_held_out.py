@@ -7,6 +7,7 @@ import pytest
 from scipy import optimize
 
 import optax_ranger as ranger
+from optax_ranger._core import blocks
 from optax_ranger.labels import _held_out
 
 
@@ -27,12 +28,14 @@ def _kernel(points, labels, taught):
   """The kernel's part, with its random features, as in the library."""
   key = jax.random.key(0)
   normals = jax.random.normal(key, [points.shape[1], 16])
-  view = _held_out._View(normals, jnp.linspace(0, 6, 16), 3)
+  view = _held_out._View(normals, jnp.linspace(0, 6, 16), jnp.arange(3))
   rows, taught = jnp.asarray(points), jnp.asarray(taught)
   ids = jnp.arange(len(rows), dtype=jnp.int32)
-  seen = view(_held_out._Block(rows, jnp.asarray(labels), taught, ids))
-  blocks = _held_out._blocks(rows, jnp.asarray(labels), taught)
-  return seen, _held_out._Kernel.of(view, seen, blocks)
+  block = _held_out._Block(rows, jnp.asarray(labels), taught, ids)
+  seen, origin = view(block), jnp.full([16], 0.1)
+  start = tuple(jnp.zeros(shape) for shape in ([16], [3], [16, 16], [16, 3]))
+  learned = _held_out._learn((view, origin), start, block)
+  return seen, _held_out._Kernel.of(origin, learned, taught.sum())
 
 
 def test_the_kernel_equals_refitting():
@@ -194,3 +197,31 @@ def test_clean_beliefs_explain_the_beliefs():
   np.testing.assert_allclose(found @ confusion, beliefs, atol=1e-3)
   blank = ranger.labels.clean_beliefs(np.zeros([2, 4]), confusion)
   np.testing.assert_array_equal(blank, 0)
+
+
+def test_a_bar_changes_nothing(monkeypatch):
+  points, labels, _ = _clusters(n=90)
+  monkeypatch.setattr(_held_out, "_BLOCK", 8)
+  monkeypatch.setattr(_held_out, "_KEPT", 0)
+  monkeypatch.setattr(blocks, "_AT_ONCE", 2)
+  told = []
+
+  def bar(items, what, progress):
+    told.append((what, len(items)))
+    return items
+
+  monkeypatch.setattr(blocks.progress, "bar", bar)
+  plain = _held_out_of(points, labels, num_random=32)
+  assert not told
+  found = _held_out_of(points, labels, num_random=32, progress=True)
+  assert told == [("learning labels", 6), ("predicting labels", 6)]
+  np.testing.assert_allclose(found, plain, atol=1e-5)
+  recipe = ranger.robust_labels(3)
+  known = recipe.init(points, labels, progress=True)
+  assert ("judging labels", 1) in told
+  other = jax.jit(recipe.init)(points, labels)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), known, other)
+  # Under jit there is none.
+  told.clear()
+  jax.jit(lambda x: recipe.ask(known, x, labels, progress=True))(points)
+  assert not told
