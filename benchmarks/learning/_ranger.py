@@ -55,6 +55,17 @@ def ask_once(view: View, memory: Any, settings: Settings) -> Any:
   """Asks again in the learned features, after a third of the epochs."""
   if view.epoch != round(settings["ask"] * view.epochs) or not view.epoch:
     return memory
+  return _asked(view, memory, settings)
+
+
+def ask_often(view: View, memory: Any, settings: Settings) -> Any:
+  """Asks after each sixth of the epochs."""
+  if view.epoch not in {round(i * view.epochs / 6) for i in range(1, 6)}:
+    return memory
+  return _asked(view, memory, settings)
+
+
+def _asked(view: View, memory: Any, settings: Settings) -> Any:
   features = view.features()
   if jnp.array_equal(features, view.x):  # A linear head has learned none.
     return memory
@@ -112,6 +123,7 @@ _alone = functools.partial(
 )
 ABLATIONS = {
   "no_ask": _changed("without asking again in the learned features", ask=2.0),
+  "ask_often": RANGER._replace(title="asking five times", between=ask_often),
   "no_weights": _changed("without weights of examples", sharpness=0.0),
   "no_correction": RANGER._replace(
     title="without correcting the loss", losses=uncorrected
