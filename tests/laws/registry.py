@@ -32,7 +32,9 @@ class Case(NamedTuple):
     extra: extra args of `update`, by the number of the call.
     static: arguments that `inject_hyperparams` must leave alone.
     foreign: whether one of Optax's own optimizers is inside.
-    absorbs: whether updates that are not finite are kept from coming out.
+    absorbs: whether non-finite updates are kept from coming out.
+    skips: whether a non-finite update is skipped as a whole, and zeros come out.
+    by_entry: whether non-finite entries are skipped one by one.
     axis: the name of the axis of which the step takes each member as a device.
   """
 
@@ -44,6 +46,8 @@ class Case(NamedTuple):
   static: tuple[str, ...] = ()
   foreign: bool = False
   absorbs: bool = True
+  skips: bool = False
+  by_entry: bool = False
   axis: str | None = None
 
   def make(self) -> Any:
@@ -180,24 +184,33 @@ CASES = (
     "skip_anomalies",
     {"inner": optax.sgd(0.1, momentum=0.9), "warmup": 2, "max_in_a_row": 2},
     static=("inner", "warmup", "max_in_a_row"),
+    skips=True,
   ),
   Case(
     "skip_nonfinite",
     "skip_nonfinite",
     {"inner": optax.sgd(0.1, momentum=0.9)},
     static=("inner",),
+    skips=True,
   ),
-  Case("scale_by_ngs", "scale_by_ngs", {"momentum": 0.8, "acceleration": 1.0}),
+  Case(
+    "scale_by_ngs",
+    "scale_by_ngs",
+    {"momentum": 0.8, "acceleration": 1.0},
+    skips=True,
+  ),
   Case(
     "scale_by_ngs-per-leaf",
     "scale_by_ngs",
     {"acceleration": 1.0, "per_leaf": True},
+    skips=True,
   ),
   Case(
     "accelerate-sgd",
     "accelerate",
     {"inner": optax.sgd(0.1, momentum=0.9), "acceleration": 1.0},
     static=("inner",),
+    skips=True,
   ),
   Case(
     "accelerate-adam-per-leaf",
@@ -205,16 +218,24 @@ CASES = (
     {"inner": optax.adam(0.1, eps=1e-3), "acceleration": 1.0, "per_leaf": True},
     static=("inner",),
     foreign=True,
+    skips=True,
   ),
-  Case("smooth_by_ema", "smooth_by_ema", {"decay": 0.9}, absorbs=False),
+  Case("smooth_by_ema", "smooth_by_ema", {"decay": 0.9}, absorbs=False, by_entry=True),
   Case(
     "smooth_by_ema-uniform",
     "smooth_by_ema",
     {"decay": ranger.uniform_decay_schedule(), "warmup": 2, "start": 1, "every": 2},
     static=("decay",),
     absorbs=False,
+    by_entry=True,
   ),
-  Case("smooth_by_lookahead", "smooth_by_lookahead", {"every": 3}, absorbs=False),
+  Case(
+    "smooth_by_lookahead",
+    "smooth_by_lookahead",
+    {"every": 3},
+    absorbs=False,
+    by_entry=True,
+  ),
   Case(
     "smooth_predictions",
     "smooth_predictions",
@@ -228,6 +249,7 @@ CASES = (
     "ranger_radam",
     {"learning_rate": 0.1, "weight_decay": 1e-2, "every": 3, "threshold": 4.0},
     static=("output_axis", "stack_axes"),
+    skips=True,
   ),
   Case(
     "ranger-whole",

@@ -39,16 +39,6 @@ _COUNTERS = (
   "num_left_out",
   "num_overflowed",
 )
-# Steps that skip an update as a whole, and those that select entry by entry:
-# test_ema_leaves_bad_entries_alone and its like.
-_SKIPPING = (
-  "accelerate",
-  "ranger_radam",
-  "scale_by_ngs",
-  "skip_anomalies",
-  "skip_nonfinite",
-)
-_BY_ENTRY = ("smooth_by_ema", "smooth_by_lookahead")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
 
 
@@ -469,13 +459,13 @@ def test_nothing_poisons(case, value):
         same(updates, bad)
       finite = [np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]
     assert all(finite)
-    if case.factory in _SKIPPING and call in (1, 4):
+    if case.skips and call in (1, 4):
       assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
       continue
     expected, expected_state = update(
       gradients, expected_state, tree, **{**extra, **never}
     )
-    if case.factory in _BY_ENTRY:
+    if case.by_entry:
       continue
     if case.absorbs:
       close(updates, expected)
@@ -485,7 +475,7 @@ def test_nothing_poisons(case, value):
     for path, leaf in tree_util.tree_leaves_with_path(state)
     if tree_util.keystr(path).endswith(_COUNTERS)
   ]
-  assert case.factory in _BY_ENTRY or max(counts) == 2 * case.absorbs
+  assert case.by_entry or max(counts) == 2 * case.absorbs
 
 
 @each_step
