@@ -3,22 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint format bench clean
 
-demo: .venv/.installed  ## Trains on digits with four wrong labels of ten.
+demo: .venv/.installed  ## Trains on digits with 40% wrong labels.
 	@mkdir -p $(OUT)
 	$(BIN)/python examples/noisy_labels.py --out $(OUT)/noisy_labels.png --json $(OUT)/noisy_labels.json
 
-test: .venv/.installed  ## Runs every law, on each step once, and every doctest.
+test: .venv/.installed  ## Unit tests, laws on each step once, doctests.
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
 
-test-all: .venv/.installed  ## Runs every test, on every form of a step.
+test-all: .venv/.installed  ## All forms of each step, several processes, robustness.
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/.installed  ## Checks style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+
+format: .venv/.installed  ## Formats the code, and mends what ruff can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: .venv/.installed  ## Measures the figures of the README, side by side.
 	$(BIN)/python -m benchmarks.speed --out $(OUT)

@@ -52,3 +52,5 @@ from optax_ranger.steps import smoothed_predictions as smoothed_predictions
 from optax_ranger.steps import uniform_decay_schedule as uniform_decay_schedule
 from optax_ranger.training import eval_params as eval_params
 from optax_ranger.training import train_step as train_step
+
+__version__ = "0.1.0"
