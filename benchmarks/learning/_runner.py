@@ -176,6 +176,8 @@ def _pin(cores: Any) -> None:
 def _pool(workers: int | None) -> concurrent.futures.ProcessPoolExecutor:
   """A process of one thread on each core."""
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+  # NumPy's threads would wait for each other on one core.
+  os.environ["OPENBLAS_NUM_THREADS"] = "1"
   context = multiprocessing.get_context("spawn")
   if hasattr(os, "sched_getaffinity"):
     allowed = sorted(os.sched_getaffinity(0))

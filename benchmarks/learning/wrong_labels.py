@@ -126,7 +126,7 @@ def table(figures: _report.Figures, place: tuple[str, str]) -> str:
   return (
     f"{place[0]}, {place[1].upper()}, test accuracy: last epoch / epoch chosen on noisy"
     " validation labels, mean ± standard deviation over seeds\n\n"
-    + _report.table(figures, place, _METHOD_TITLES)
+    + _report.table(figures, place, _METHOD_TITLES, seconds=False)
   )
 
 
