@@ -104,7 +104,9 @@ def accumulate(
   Shapes:
     Any tree to the same tree; updates have the gradients' types. The state
     holds one accumulator of the parameters' size beside `inner`'s state, and none
-    where ``every`` is the Python integer 1.
+    where ``every`` is the Python integer 1. Around AdamW a call takes 0.15 times
+    that of ``optax.MultiSteps`` on a CPU, and 1.3 to 1.6 times on an H100, where XLA
+    copies the accumulator (``benchmarks/README.md``).
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``.
