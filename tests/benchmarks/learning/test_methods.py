@@ -388,11 +388,19 @@ def test_ablations_change_the_memory_as_they_say():
       assert method.between(_view(problem), (), method.settings) == ()
       continue
     assert method.memory is _ranger.memory
-    assert method.between is _ranger.ask_once
+    often = name == "ask_often"
+    assert method.between is (_ranger.ask_often if often else _ranger.ask_once)
     usual, found = _ranger.SETTINGS, method.settings
     same = [key for key in ("sharpness", "ask") if found[key] == usual[key]]
     left = {"no_weights": ["ask"], "no_ask": ["sharpness"]}
     assert same == left.get(name, ["sharpness", "ask"]), name
+  asked = [
+    epoch
+    for epoch in range(30)
+    if _ranger.ask_often(_view(problem)._replace(epoch=epoch, epochs=30), start, usual)
+    is not start
+  ]
+  assert asked == [5, 10, 15, 20, 25]
   # Weights are one from the start, and after asking.
   settings = _ranger.ABLATIONS["no_weights"].settings
   even = _memory(problem, settings)
