@@ -20,7 +20,7 @@ def _add(step, to_steps, to_package, case, folder):
   path = folder / "tests/laws/registry.py"
   before, start, rest = path.read_text().partition("\nCASES = (")
   cases, end, after = rest.partition("\n)\n")
-  path.write_text(f"{before}{start}{cases}\n{case.rstrip()}{end}{after}")
+  path.write_text(f"{before}{start}{cases}\n{case}{end}{after}")
 
 
 @pytest.mark.slow
@@ -30,7 +30,9 @@ def test_the_worked_example_satisfies_every_law(tmp_path):
   for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
     shutil.copy(ROOT / name, tmp_path)
   page = (ROOT / "CONTRIBUTING.md").read_text()
-  _add(*re.findall(r"```python\n(.*?)```", page, re.DOTALL), tmp_path)
+  edits = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  edits += re.findall(r"```diff\n\+(.*?)\n```", page, re.DOTALL)
+  _add(*edits, tmp_path)
   command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
   command += ["tests/laws", "-k", "clip_entries"]
   done = subprocess.run(
