@@ -33,9 +33,8 @@ def map_blocks(
   """
   if not what:
     return _mapped(function, size, shared, rows)
-  compiled = jax.jit(_mapped, static_argnums=(0, 1))
   parts = [
-    jax.block_until_ready(compiled(function, size, shared, part))
+    jax.block_until_ready(_mapped(function, size, shared, part))
     for part in progress.bar(_parts(rows, size), what, True)
   ]
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
@@ -52,18 +51,19 @@ def fold_blocks(
   """Folds `function(shared, carry, block)` over blocks of rows; see `map_blocks`."""
   if not what:
     return _folded(function, size, shared, start, rows)
-  compiled = jax.jit(_folded, static_argnums=(0, 1))
   for part in progress.bar(_parts(rows, size), what, True):
-    start = jax.block_until_ready(compiled(function, size, shared, start, part))
+    start = jax.block_until_ready(_folded(function, size, shared, start, part))
   return start
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _mapped(function: Any, size: int, shared: Any, rows: Any) -> Any:
   blocks, n = _cut(rows, size)
   found = jax.lax.map(functools.partial(function, shared), blocks)
   return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], found)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _folded(function: Any, size: int, shared: Any, start: Any, rows: Any) -> Any:
   blocks, _ = _cut(rows, size)
   one = lambda carry, block: (function(shared, carry, block), None)

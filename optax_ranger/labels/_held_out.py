@@ -125,9 +125,8 @@ def held_out_beliefs(
     return jnp.zeros([n, num_classes], jnp.float32)
   rows, key = replicate(rows).astype(jnp.float32), jax.random.key(seed)
   bars = progress and validate.is_known(rows) and validate.is_known(given)
-  beliefs = _beliefs if bars else _compiled_beliefs
   sizes = _Sizes(num_classes, num_random, min(num_keys, n))
-  return jax.lax.stop_gradient(beliefs(rows, given, key, sizes, bars))
+  return jax.lax.stop_gradient(_beliefs(rows, given, key, sizes, bars))
 
 
 def mix_beliefs(beliefs: Sequence[Any], labels: Any) -> Array:
@@ -282,9 +281,7 @@ def _beliefs(
   sizes: "_Sizes",
   bars: bool,
 ) -> Array:
-  prepare = _compiled_prepare if bars else _prepare
-  choose = _compiled_choose if bars else _choose
-  view, near, block, origin = prepare(rows, labels, key, sizes)
+  view, near, block, origin = _prepare(rows, labels, key, sizes)
   d, c = sizes.random, sizes.classes
   if rows.shape[0] * d <= _KEPT:
     block = blocks.map_blocks(_look, view, block, _BLOCK)
@@ -293,7 +290,7 @@ def _beliefs(
   learned = blocks.fold_blocks(
     _learn, (view, origin), sums, block, _BLOCK, "learning labels" * bars
   )
-  chosen = choose(near, origin, learned, block.taught.sum(dtype=jnp.int32))
+  chosen = _choose(near, origin, learned, block.taught.sum(dtype=jnp.int32))
   mixed = blocks.map_blocks(
     _predict, (view, chosen), block, _BLOCK, "predicting labels" * bars
   )
@@ -301,9 +298,7 @@ def _beliefs(
   return jnp.where(alive[:, None], mixed, jnp.zeros_like(mixed))
 
 
-_compiled_beliefs = jax.jit(_beliefs, static_argnums=(3, 4))
-
-
+@functools.partial(jax.jit, static_argnums=3, inline=True)
 def _prepare(
   rows: Array,
   labels: Array,
@@ -333,9 +328,6 @@ def _prepare(
   return view, _Near.of(keys), _Block(rows, labels, taught, ids), origin
 
 
-_compiled_prepare = jax.jit(_prepare, static_argnums=3)
-
-
 def _learn(shared: Any, sums: Any, block: Any) -> Any:
   """Adds a block to the sums of features and labels, and of their products."""
   view, origin = shared
@@ -351,6 +343,7 @@ def _learn(shared: Any, sums: Any, block: Any) -> Any:
   return jax.tree.map(jnp.add, sums, found)
 
 
+@functools.partial(jax.jit, inline=True)
 def _choose(near: "_Near", origin: Array, learned: Any, taught: Array) -> "_Chosen":
   """What makes the labels of the keys likeliest: they are known, as far as any are."""
   keys, kernel = near.keys, _Kernel.of(origin, learned, taught)
@@ -371,9 +364,6 @@ def _choose(near: "_Near", origin: Array, learned: Any, taught: Array) -> "_Chos
   even = jnp.full([2], 0.5, origin.dtype)
   chosen = _Chosen(fit, sharpness, near, place, even)
   return chosen._replace(weights=_weights(chosen.witnesses(keys), keys.label))
-
-
-_compiled_choose = jax.jit(_choose)
 
 
 def _predict(shared: Any, block: Any) -> Array:

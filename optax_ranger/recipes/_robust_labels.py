@@ -1,6 +1,7 @@
 """`robust_labels`: the recipe against wrong labels."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -267,27 +268,17 @@ def _judge(
 ) -> KnownLabels:
   """What new chances of the labels say, beside what was known before."""
   bars = progress and validate.is_known(held_out)
-  judge = _judge_by_blocks if bars else _compiled_judge
-  return judge(held_out, given, before, sharpness, bars)
-
-
-def _judge_by_blocks(
-  held_out: Array, given: Array, before: KnownLabels | None, sharpness: Any, bars: bool
-) -> KnownLabels:
-  held_out, confusion = (_compiled_mix if bars else _mix)(held_out, given, before)
+  held_out, confusion = _mix(held_out, given, before)
   if held_out.shape[0]:
     beliefs, right = blocks.map_blocks(
       _posterior, confusion, (held_out, given), _BLOCK, "judging labels" * bars
     )
   else:
     beliefs, right = _posterior(confusion, (held_out, given))
-  conclude = _compiled_conclude if bars else _conclude
-  return conclude(beliefs, right, confusion, given, before, sharpness)
+  return _conclude(beliefs, right, confusion, given, before, sharpness)
 
 
-_compiled_judge = jax.jit(_judge_by_blocks, static_argnums=4)
-
-
+@functools.partial(jax.jit, inline=True)
 def _mix(
   held_out: Array, given: Array, before: KnownLabels | None
 ) -> tuple[Array, Array]:
@@ -298,9 +289,7 @@ def _mix(
   return held_out, labels_lib.label_confusion(given, held_out)
 
 
-_compiled_mix = jax.jit(_mix)
-
-
+@functools.partial(jax.jit, inline=True)
 def _conclude(
   beliefs: Array,
   right: Array,
@@ -340,9 +329,6 @@ def _conclude(
   refused = before._replace(learned_noise=noise, asked=before.asked + 1)
   memorized = noise < _LEAKED * before.noise
   return jax.tree.map(lambda new, old: jnp.where(memorized, old, new), after, refused)
-
-
-_compiled_conclude = jax.jit(_conclude)
 
 
 def _posterior(confusion: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:

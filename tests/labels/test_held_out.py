@@ -225,3 +225,14 @@ def test_a_bar_changes_nothing(monkeypatch):
   told.clear()
   jax.jit(lambda x: recipe.ask(known, x, labels, progress=True))(points)
   assert not told
+
+
+def test_a_ridge_without_a_factor_is_not_taken(monkeypatch):
+  points, labels, _ = _clusters(n=60)
+  monkeypatch.setattr(_held_out, "_RIDGES", (0.1,))
+  expected = _held_out_of(points, labels, num_random=48)
+  # Minus twice the mean eigenvalue: there is no Cholesky factor.
+  monkeypatch.setattr(_held_out, "_RIDGES", (-2.0, 0.1))
+  jax.clear_caches()
+  np.testing.assert_array_equal(_held_out_of(points, labels, num_random=48), expected)
+  jax.clear_caches()
