@@ -36,16 +36,6 @@ def selected(pieces: list[_runner.Piece], only: str) -> list[_runner.Piece]:
   ]
 
 
-def folders_of(given: list[str]) -> dict[str, pathlib.Path]:
-  """Of ``PROBLEM=FOLDER`` each, or a folder of all problems."""
-  found = {}
-  for text in given:
-    name, _, path = text.rpartition("=")
-    for problem in [name] if name else [*problems.SPECS, "Fashion-MNIST"]:
-      found[problem] = pathlib.Path(path)
-  return found
-
-
 def present(
   pieces: list[_runner.Piece], folders: dict[str, pathlib.Path]
 ) -> list[_runner.Piece]:
@@ -75,13 +65,7 @@ def main() -> None:
   parser.add_argument(
     "--only", default="", help="problems, models, methods, with commas"
   )
-  parser.add_argument(
-    "--folder",
-    action="append",
-    default=[],
-    metavar="[PROBLEM=]FOLDER",
-    help="where data is; may be given several times",
-  )
+  problems.add_folders(parser)
   parser.add_argument("--seeds", type=int, default=5)
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
   parser.add_argument("--fresh", action="store_true", help="run every piece again")
@@ -104,7 +88,7 @@ def main() -> None:
     columns, key = {"": columns[""]}, (*key, "settings")
   tables = _runner.Tables(path, columns)
   if args.report is None:
-    folders = folders_of(args.folder)
+    folders = problems.folders_of(args.folder)
     pieces = (study.trials if args.tune and study.trials else study.pieces)(args)
     pieces = present(selected(pieces, args.only), folders)
     if not pieces:

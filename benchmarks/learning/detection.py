@@ -9,7 +9,6 @@ again.
 
 import argparse
 from collections.abc import Iterator
-import csv
 import pathlib
 import subprocess
 import sys
@@ -26,9 +25,10 @@ from sklearn import metrics
 from sklearn import preprocessing
 import tqdm
 
+from benchmarks import _table
 from benchmarks.learning import _noise
+from benchmarks.learning import _report
 from benchmarks.learning import problems
-from benchmarks.learning.__main__ import folders_of
 from benchmarks.learning.problems._source import Missing
 from benchmarks.learning.problems._source import Source
 import optax_ranger as ranger
@@ -98,7 +98,7 @@ class Found(NamedTuple):
 
 def sets(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Set]]:
   """Names, and sets."""
-  folders = folders_of(args.folder)
+  folders = problems.folders_of(args.folder)
   for name, (usual, other) in NOISES.items():
     spec = problems.SPECS[name]
     try:
@@ -262,27 +262,7 @@ def judged(one: Set, found: Found) -> dict[str, Any]:
   }
 
 
-def report(records: list[dict[str, str]]) -> str:
-  """A Markdown table, the mean over seeds of each set and method."""
-  lines = [
-    "| set | method | false negatives | AUC | precision at the estimate"
-    " | wrong, estimated | seconds |",
-    "|---|---|---|---|---|---|---|",
-  ]
-  groups: dict[tuple[str, str], list[dict[str, str]]] = {}
-  for record in records:
-    groups.setdefault((record["set"], record["method"]), []).append(record)
-  for (name, method), rows in groups.items():
-    mean = lambda column, rows=rows: np.mean([float(row[column]) for row in rows])
-    lines.append(
-      f"| {name} | {method} | {mean('false_negatives'):.3f} | {mean('auc'):.3f}"
-      f" | {mean('precision'):.3f} | {mean('wrong'):.3f}, {mean('estimated'):.3f}"
-      f" | {mean('seconds'):.1f} |"
-    )
-  return "\n".join(lines)
-
-
-# The columns of the short table.
+# Methods of the tables; the file has all.
 _SHOWN = (
   "k-NN votes", "k-NN votes, balance=True", "posterior: votes", "posterior: held-out",
   "posterior: votes, held-out", "smoothed, margin", "contradicted", "smoothed, mean",
@@ -290,30 +270,28 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def summary(records: list[dict[str, str]], column: str, digits: int = 3) -> str:
-  """A Markdown table of one figure: the mean over seeds, by set and method."""
-  heads = ["set", "examples", "wrong", *_SHOWN]
-  lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+def report(records: list[dict[str, str]]) -> str:
+  """False negatives and seconds as Markdown tables, means over seeds."""
+  tables = (("false_negatives", 3), ("seconds", 1))
+  return "\n\n".join(_one_figure(records, *each) for each in tables)
+
+
+def _one_figure(records: list[dict[str, str]], column: str, digits: int) -> str:
+  lines = []
   for name in dict.fromkeys(record["set"] for record in records):
     own = [record for record in records if record["set"] == name]
-    cells = [name, own[0]["examples"], f"{float(own[0]['wrong']):.1%}"]
+    cells = [name, str(own[0]["examples"]), f"{float(own[0]['wrong']):.1%}"]
     for method in _SHOWN:
       figures = [float(row[column]) for row in own if row["method"] == method]
       cells.append(f"{np.mean(figures):.{digits}f}" if figures else "-")
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
+    lines.append(cells)
+  return _report.markdown(["set", "examples", "wrong", *_SHOWN], lines)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   path = pathlib.Path
-  parser.add_argument(
-    "--folder",
-    action="append",
-    default=[],
-    metavar="[PROBLEM=]FOLDER",
-    help="where data is; may be given several times",
-  )
+  problems.add_folders(parser)
   parser.add_argument("--cleanlab-python", default=sys.executable)
   parser.add_argument("--size", type=int, default=10_000, help="examples of a set")
   parser.add_argument("--epochs", type=int, default=20)
@@ -326,17 +304,10 @@ def main() -> None:
   )
   args = parser.parse_args()
   if args.report:
-    with args.report.open(newline="") as file:
-      records = list(csv.DictReader(file))
-    print(
-      summary(records, "false_negatives"), summary(records, "seconds", 1), sep="\n\n"
-    )
+    print(report(_table.read(args.report)))
     return
   args.out.parent.mkdir(parents=True, exist_ok=True)
-  records = []
-  if args.out.exists():
-    with args.out.open(newline="") as file:
-      records = list(csv.DictReader(file))
+  records = _table.read(args.out) if args.out.exists() else []
   done = {(record["set"], record["seed"]) for record in records}
   for seed in range(args.seeds):
     for name, one in tqdm.tqdm(sets(args, seed), desc=f"seed {seed}"):
@@ -345,10 +316,7 @@ def main() -> None:
       for method, found in methods(one, args):
         record = {"set": name, "seed": str(seed), "method": method}
         records.append({**record, **judged(one, found)})
-      with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(records)
+      _table.write(args.out, records, COLUMNS)
   print(report(records))
 
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import inspect
+import itertools
 import os
 import pathlib
 import subprocess
@@ -164,6 +165,25 @@ def test_each_machine_has_a_table():
   assert first.startswith("machine 0\n\n| what |")
   assert [line.split()[1] for line in first.split("\n") if "not" in line] == ["0", "2"]
   assert [line.split()[1] for line in second.split("\n") if "not" in line] == ["1", "3"]
+
+
+@pytest.mark.parametrize(("backend", "calls"), [("cpu", 4), ("gpu", 40)])
+def test_seconds_are_of_one_call(monkeypatch, backend, calls):
+  monkeypatch.setattr(_measure.jax, "default_backend", lambda: backend)
+  ticks, turns = itertools.count(), [0, 0]
+  monkeypatch.setattr(_measure.time, "perf_counter", lambda: float(next(ticks)))
+
+  def turn(i):
+    turns[i] += 1
+    return np.zeros(1)
+
+  pair = [_measure.Contender(lambda i=i: turn(i), 0) for i in range(2)]
+  found = _measure.measure("toy", pair, 3, calls=4)
+  assert turns == [4 * calls] * 2  # one round more, to warm up
+  # The clock ticks once a round, as only the last call is waited for.
+  np.testing.assert_allclose(found, np.full([2, 3], 1 / calls))
+  apart = _measure.measure("toy", pair, 3, calls=4, apart=True)
+  np.testing.assert_allclose(apart, np.ones([2, 3, 4]))
 
 
 @pytest.mark.parametrize("name", ["performance.csv", "gpu.csv"])

@@ -236,3 +236,18 @@ def test_a_ridge_without_a_factor_is_not_taken(monkeypatch):
   jax.clear_caches()
   np.testing.assert_array_equal(_held_out_of(points, labels, num_random=48), expected)
   jax.clear_caches()
+
+
+def test_votes_equal_counting():
+  points, labels, _ = _clusters(n=70)
+  taught = np.arange(70) % 6 != 2
+  seen, _ = _kernel(points, labels, taught)
+  near = _held_out._Near.of(seen)
+  shares = np.array([(labels[taught] == c).sum() + 1 / 3 for c in range(3)])
+  away = np.linalg.norm(points[:, None] - points[None], axis=2)
+  away[:, ~taught] = np.inf
+  np.fill_diagonal(away, np.inf)
+  order = np.argsort(away, axis=1)
+  for k, found in zip((5, 10, 20, 50), near.ask(seen), strict=True):
+    votes = np.eye(3)[labels[order[:, :k]]].sum(axis=1) + shares / shares.sum()
+    np.testing.assert_allclose(found, votes / votes.sum(axis=1, keepdims=True), 1e-5)

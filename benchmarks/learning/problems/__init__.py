@@ -4,6 +4,7 @@
 returns a `Source`, and add a `Spec` to `SPECS`.
 """
 
+import argparse
 from collections.abc import Callable
 import functools
 import pathlib
@@ -210,6 +211,27 @@ def draw(
     batch=spec.batch,
     steps=len(train) * spec.passes // spec.batch,
   )
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+  """Adds ``--folder``, which `folders_of` reads."""
+  parser.add_argument(
+    "--folder",
+    action="append",
+    default=[],
+    metavar="[PROBLEM=]FOLDER",
+    help="where data is; may be given several times",
+  )
+
+
+def folders_of(given: list[str]) -> dict[str, pathlib.Path]:
+  """Of ``PROBLEM=FOLDER`` each, or a folder of all problems."""
+  found = {}
+  for one in given:
+    name, _, path = one.rpartition("=")
+    for problem in [name] if name else [*SPECS, *tasks.TASKS]:
+      found[problem] = pathlib.Path(path)
+  return found
 
 
 def check(name: str, folder: pathlib.Path | None = None) -> None:

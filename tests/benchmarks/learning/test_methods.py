@@ -520,6 +520,39 @@ def test_neighbors_back_right_labels_and_targets():
   assert weights[wrong].mean() < 0.3 * weights[~wrong].mean()
 
 
+def test_robust_regression_weighs_and_rescales():
+  problem = problems.draw("friedman1", "gross errors", 0.2, 0)
+  (x, y), sizes = problem.train, _method.Sizes(len(problem.train.y), 0)
+  settings = {"sharpness": 1.0, "slope": 0.5}
+  memory = other_noise.scaled(x, y, sizes, settings)
+  wrong = np.abs(np.asarray(y - problem.true)) > 5
+  weights = np.asarray(memory["weights"])
+  assert weights[wrong].mean() < 0.3 * weights[~wrong].mean()
+  np.testing.assert_allclose(weights.mean(), 1, rtol=1e-5)
+  even = other_noise.scaled(x, y, sizes, {**settings, "sharpness": 0.0})
+  np.testing.assert_array_equal(even["weights"], np.ones(len(y)))
+  ids = jnp.arange(20)
+  losses, after = other_noise.regressed(
+    jnp.zeros([20, 1]), y[:20], ids, memory, settings
+  )
+  plain = ranger.labels.robust_regression_loss(
+    jnp.zeros(20), y[:20], memory["scale"], slope=0.5
+  )
+  np.testing.assert_allclose(losses, weights[:20] * plain, rtol=1e-6)
+  assert after is memory
+
+  def view(epoch, residuals):
+    logits = lambda: (y + residuals)[:, None]
+    return _method.View(epoch, 40, jax.random.key(0), x, y, logits, logits, ())
+
+  noise = 0.3 * jax.random.normal(jax.random.key(1), y.shape)
+  assert other_noise.scale_again(view(0, noise), memory, settings) is memory
+  found = other_noise.scale_again(view(1, noise), memory, settings)
+  np.testing.assert_allclose(found["scale"], 0.3, rtol=0.1)
+  least = other_noise.scale_again(view(1, 0 * noise), memory, settings)
+  np.testing.assert_allclose(least["scale"], 1e-3 * memory["scale"], rtol=1e-6)
+
+
 def test_rivals_have_as_many_trials_and_settings_of_the_same_names():
   for name, method in wrong_labels.METHODS.items():
     if name not in ("cross_entropy", "ranger"):

@@ -96,16 +96,16 @@ def test_only_selects_by_column():
 
 
 def test_missing_data_is_skipped(tmp_path, capsys):
-  folders = command.folders_of([f"fashion-mnist={tmp_path}"])
+  folders = problems.folders_of([f"fashion-mnist={tmp_path}"])
   pieces = [
     _piece("sce", _NOISES[0], 0),
     _runner.piece("wine", "small", "x", _NOISES[0], 0),
   ]
   assert command.present(pieces, folders) == pieces[1:]
   assert "SKIPPED: fashion-mnist" in capsys.readouterr().err
-  everything = command.folders_of([str(tmp_path)])
+  everything = problems.folders_of([str(tmp_path)])
   assert set(everything.values()) == {tmp_path}
-  assert set(everything) >= set(problems.SPECS)
+  assert set(everything) >= {*problems.SPECS, "Fashion-MNIST"}
 
 
 def test_settings_of_the_table_are_those_tuned(tmp_path):
@@ -220,7 +220,7 @@ def test_pages_have_the_committed_figures():
       assert judged.count("\n") == 1 or judged in page
   changes = _report.ablations(figures, _FASHION, _report.titles(_ranger.ABLATIONS))
   assert changes in page
-  short = _report.summary(figures, _FASHION, _report.titles(wrong_labels.METHODS))
+  short = _report.summary(figures, _FASHION, wrong_labels.SHORT)
   assert short in (ROOT / "README.md").read_text()
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from benchmarks.learning import _method
+from benchmarks.learning import _models
 from benchmarks.learning import _noise
 from benchmarks.learning import _ranger
 from benchmarks.learning import _rivals
@@ -196,3 +197,23 @@ def test_ido_gets_robust():
   right = np.asarray(last["right"])[np.asarray(last["events"]).astype(int)]
   assert right[~wrong].mean() > right[wrong].mean() + 0.3
   assert got.last > 0.8
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_blocks_of_rows_change_nothing(networks):
+  network, sizes = _models.Network("small", 5, 3), _method.Sizes(300, 3)
+  programs = _training._compiled(
+    _PLAIN.losses, _PLAIN.optimizer, _PLAIN.extra, None, networks, network, sizes
+  )
+  x = jax.random.normal(jax.random.key(0), [300, 5])
+  each = [network.init(seed) for seed in range(networks)]
+  params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+  if networks == 1:
+    params = each[0]
+  for found, function in (
+    (programs.logits(params, x), network.logits),
+    (programs.features(params, x), network.features),
+  ):
+    expected = [function(one, x) for one in each]
+    expected = expected[0] if networks == 1 else jnp.stack(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
