@@ -23,15 +23,18 @@ from benchmarks.speed import accumulation
 import optax_ranger as ranger
 
 _ROOT = pathlib.Path(__file__).parents[2]
-# The laws that need one device only.
+# Words of the laws that need one device only.
 _LAWS = (
-  "test_pure",
-  "test_jit_equals_eager",
-  "test_types",
-  "test_scan_equals_loop",
-  "test_none_and_masked",
-  "test_zero_size",
-  "test_donation",
+  "pure",
+  "eager",
+  "types",
+  "agrees",
+  "scan",
+  "None",
+  "masked",
+  "size",
+  "donation",
+  "recovers",
   "test_nothing_poisons",
 )
 

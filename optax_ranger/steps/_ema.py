@@ -117,8 +117,7 @@ def smooth_by_ema(
       (``test_ema_of_half_precision_moves``).
     * An entry that is not finite leaves its average alone
       (``test_ema_leaves_bad_entries_alone``).
-    * The average shares no buffer with the parameters
-      (``test_donation_of_state_and_params``).
+    * The average shares no buffer with the parameters (``test_law``, "donation").
     * One minus the decay is exact, and with float64 parameters the average keeps
       1e-14 (``test_the_rest_of_a_slow_decay_is_exact``,
       ``test_ema_of_float64_keeps_its_digits``).

@@ -15,6 +15,7 @@ import optax
 
 import optax_ranger as ranger
 from optax_ranger import layers
+from optax_ranger import testing
 
 NUM_MEMBERS = 6
 NUM_EXAMPLES = 10
@@ -289,7 +290,8 @@ ROOMS = {
   **{
     f"{name}.": getattr(ranger, name)
     for name in (
-      *("graph", "labels", "neighbors", "recipes", "regions", "steps", "training"),
+      *("graph", "labels", "neighbors", "recipes", "regions", "steps"),
+      *("testing", "training"),
     )
   },
   "layers.": layers,
@@ -318,44 +320,38 @@ def factories() -> set[str]:
 
 
 def params(dtype: Any = jnp.float32) -> dict[str, Any]:
-  rng = np.random.default_rng(7)
-  return {
-    "w": jnp.asarray(rng.standard_normal([8, 16]), dtype),
-    "b": jnp.asarray(rng.standard_normal([5]), dtype),
-  }
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), testing.Subject(list).params)
 
 
 def gradients(case: Case, call: int, tree: Any) -> Any:
   """Random gradients for the parameters in `tree`, with members where needed."""
-  rng = np.random.default_rng(1000 + call)
-  lead = (NUM_MEMBERS,) if case.members else ()
-
-  def draw(leaf: jax.Array) -> jax.Array:
-    values = rng.standard_normal((*lead, *leaf.shape))
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-      values = values + 1j * rng.standard_normal((*lead, *leaf.shape))
-    return jnp.asarray(values, leaf.dtype)
-
-  return jax.tree.map(draw, tree)
+  if case.members:
+    lead = lambda leaf: jax.ShapeDtypeStruct((NUM_MEMBERS, *leaf.shape), leaf.dtype)
+    tree = jax.tree.map(lead, tree)
+  return testing.random_like(call, tree)
 
 
 @functools.cache
-def jitted_update(name: str) -> Any:
-  """The jitted update of a case: one for all tests, which saves their compilation."""
+def subject(name: str) -> testing.Subject:
+  """What laws are checked on: one for all tests, which saves its compilation."""
   (case,) = (case for case in CASES if case.name == name)
-  return jax.jit(case.make().update)
+  return testing.Subject(
+    case.make,
+    gradients=functools.partial(gradients, case),
+    extra=functools.partial(extra_args, case),
+    factory=getattr(ranger, case.factory),
+    arguments=case.arguments,
+    static_args=case.static,
+    wrap=case.wrap,
+  )
+
+
+def jitted_update(name: str) -> Any:
+  return subject(name).first_run.update
 
 
 def run(
   case: Case, tree: Any, calls: int = 5, update: Any = None, state: Any = None
 ) -> tuple[list[Any], Any]:
   """Calls a step several times in a plain loop; returns all updates and the state."""
-  update = update or jitted_update(case.name)
-  state = case.make().init(tree) if state is None else state
-  results = []
-  for call in range(calls):
-    updates, state = update(
-      gradients(case, call, tree), state, tree, **extra_args(case, call)
-    )
-    results.append(updates)
-  return results, state
+  return subject(case.name).run(tree, calls, update, state)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
-PAGES = ("your_own_step.md",)
+PAGES = ("your_own_step.md", "testing.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

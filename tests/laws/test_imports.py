@@ -24,6 +24,7 @@ MAY_IMPORT = {
   "training": {"_core", "_gradients", "neighbors", "regions", "labels", "steps"},
   "graph": {"_core", "neighbors", "labels"},
   "layers": {"_core", "regions"},
+  "testing": {"_core"},
   "": {
     *("_core", "_gradients", "neighbors", "regions", "labels", "steps"),
     *("recipes", "training", "graph"),

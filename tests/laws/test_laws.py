@@ -1,7 +1,6 @@
 """The laws of the house, each over every step of the registry."""
 
 import ast
-import functools
 import inspect
 import pathlib
 import re
@@ -17,10 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 import optax_ranger as ranger
+from optax_ranger import testing
 from tests.laws import registry
 
 each_case = pytest.mark.parametrize(
@@ -88,6 +87,21 @@ def counters_aside(state: Any) -> Any:
   }
 
 
+# On one device only: `test_devices.py` has meshes for it.
+_ON_MESHES = ("explicit mesh",)
+
+
+@each_case
+@pytest.mark.parametrize("law", testing.LAWS)
+def test_law(case, law):
+  if case.axis is not None and law in _ON_MESHES:
+    pytest.skip("JAX has no collectives of a vmapped axis over explicit meshes")
+  try:
+    testing.LAWS[law](registry.subject(case.name))
+  except testing.SkippedError as reason:
+    pytest.skip(str(reason))
+
+
 def test_registry_is_complete():
   assert registry.factories() == {case.factory for case in registry.CASES}
   assert len({case.name for case in registry.CASES}) == len(registry.CASES)
@@ -104,101 +118,13 @@ def test_public_names_are_imported_and_nothing_else(room):
   names = [alias for statement in imports for alias in statement.names]
   assert all(alias.name == alias.asname for alias in names)
   public = {name for name in vars(room) if not name.startswith("_")}
-  public -= {"layers"}  # It needs an extra, and is there once something imports it.
+  public -= {"layers", "testing"}  # Imported by themselves.
   assert public == {alias.name for alias in names}
 
 
 def test_subpackages_come_with_the_package():
   code = "import optax_ranger as r; r.graph.build, r.labels, r.neighbors, r.regions"
   subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@each_step
-def test_protocol(case):
-  step = case.make()
-  assert isinstance(step, optax.GradientTransformationExtraArgs)
-  parameters = inspect.signature(step.update).parameters
-  assert list(parameters)[:3] == ["updates", "state", "params"]
-  assert parameters["params"].default is None
-  rest = list(parameters.values())[3:]
-  assert {one.kind for one in rest} <= {
-    inspect.Parameter.KEYWORD_ONLY,
-    inspect.Parameter.VAR_KEYWORD,
-  }
-  assert rest[-1].kind is inspect.Parameter.VAR_KEYWORD
-
-
-@each_step
-def test_unknown_extra_args_are_ignored(case):
-  step, tree = case.make(), registry.params()
-  gradients = registry.gradients(case, 0, tree)
-  extra = registry.extra_args(case, 0)
-  unknown = {"unheard_of": 1, "value_fn": lambda p: p}
-  with_them = jax.jit(lambda *args, **extra: step.update(*args, **extra, **unknown))
-  without = registry.jitted_update(case.name)
-  expected, _ = without(gradients, step.init(tree), tree, **extra)
-  actual, _ = with_them(gradients, step.init(tree), tree, **extra)
-  same(actual, expected)
-
-
-@each_step
-def test_pure(case):
-  step, tree = case.make(), registry.params()
-  gradients, extra = registry.gradients(case, 0, tree), registry.extra_args(case, 0)
-  before = jax.tree.map(np.array, (gradients, tree, extra))
-  state, update = step.init(tree), registry.jitted_update(case.name)
-  first = update(gradients, state, tree, **extra)
-  second = update(gradients, state, tree, **extra)
-  same(first, second)
-  same((gradients, tree, extra), before)
-  same(state, step.init(tree))
-
-
-@each_step
-def test_only_arrays_in_the_state(case):
-  tree = registry.params()
-  _, state = registry.run(case, tree, calls=2)
-  for leaf in jax.tree.leaves((case.make().init(tree), state)):
-    assert isinstance(leaf, jax.Array)
-
-
-@each_case
-def test_jit_equals_eager_with_one_trace(case):
-  tree, traces = registry.params(), []
-  step = case.make()
-
-  @jax.jit
-  def update(*args, **extra):
-    traces.append(1)
-    return step.update(*args, **extra)
-
-  eager = registry.run(case, tree, update=step.update)
-  close(registry.run(case, tree, update=update), eager)
-  assert len(traces) == 1
-
-
-@each_case
-@pytest.mark.parametrize(
-  "dtype",
-  [
-    pytest.param(dtype, marks=[pytest.mark.slow] * (dtype == "float16"))
-    for dtype in DTYPES
-  ],
-)
-def test_types_are_a_fixed_point(case, dtype):
-  with jax.enable_x64(dtype == "float64"):
-    tree = registry.params(dtype)
-    step = case.make()
-    state = step.init(tree)
-    results, last = registry.run(case, tree, calls=4)
-    assert types(last) == types(state)
-    assert not any(leaf.weak_type for leaf in types(state))
-    for updates in results:
-      expected = registry.gradients(case, 0, tree)
-      if jax.tree.leaves(updates)[0].ndim < jax.tree.leaves(expected)[0].ndim:
-        expected = tree
-      assert types(updates) == types(expected)
-      assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
 @each_case
@@ -235,131 +161,6 @@ def test_types_agree_with_float32(case, dtype):
       )
 
 
-@each_step
-def test_scan_equals_loop(case):
-  tree = registry.params()
-  step = case.make()
-  calls = [
-    (registry.gradients(case, call, tree), registry.extra_args(case, call))
-    for call in range(5)
-  ]
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *calls)
-
-  def body(state, inputs):
-    gradients, extra = inputs
-    updates, state = step.update(gradients, state, tree, **extra)
-    return state, updates
-
-  state, results = jax.lax.scan(body, step.init(tree), stacked)
-  expected, expected_state = registry.run(case, tree)
-  close(results, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected))
-  close(state, expected_state)
-
-
-def _several(case, count):
-  """Inputs of `count` independent runs, stacked."""
-  tree = registry.params()
-  trees = [jax.tree.map(lambda p, i=i: p + i, tree) for i in range(count)]
-  inputs = [
-    (registry.gradients(case, i, tree), trees[i], registry.extra_args(case, i))
-    for i in range(count)
-  ]
-  return inputs, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-
-
-def _one_call(step, inputs):
-  gradients, tree, extra = inputs
-  return step.update(gradients, step.init(tree), tree, **extra)
-
-
-@each_step
-@pytest.mark.parametrize("transform", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
-def test_vmap_and_pmap_equal_loop(case, transform):
-  inputs, stacked = _several(case, 3)
-  call = functools.partial(_one_call, case.make())
-  if transform is jax.vmap:
-    results = jax.jit(jax.vmap(call))(stacked)
-  else:
-    results = transform(call)(stacked)
-  call = jax.jit(call)
-  for i, one in enumerate(inputs):
-    close(jax.tree.map(lambda leaf, i=i: leaf[i], results), call(one))
-
-
-@each_step
-def test_none_and_masked_leaves(case):
-  tree = {**registry.params(), "none": None}
-  results, state = registry.run(case, tree)
-  expected, _ = registry.run(case, registry.params())
-  for actual, one in zip(results, expected, strict=True):
-    assert actual.pop("none") is None
-    close(actual, one)
-  del state
-
-  step = optax.masked(case.make(), {"w": True, "b": False})
-  tree, extra = registry.params(), registry.extra_args(case, 0)
-  gradients = registry.gradients(case, 0, tree)
-  updates, _ = step.update(gradients, step.init(tree), tree, **extra)
-  alone = {"w": tree["w"]}
-  step = case.make()
-  expected, _ = step.update({"w": gradients["w"]}, step.init(alone), alone, **extra)
-  close(updates["w"], expected["w"])
-  same(updates["b"], gradients["b"])
-
-
-@each_step
-def test_zero_size_leaves_and_the_empty_tree(case):
-  results, _ = registry.run(case, {})
-  assert all(updates == {} for updates in results)
-  tree = {**registry.params(), "empty": jnp.zeros([0, 3])}
-  results, _ = registry.run(case, tree)
-  expected, _ = registry.run(case, registry.params())
-  for actual, one in zip(results, expected, strict=True):
-    assert actual.pop("empty").shape[-2:] == (0, 3)
-    close(actual, one)
-
-
-@each_step
-def test_abstract_init(case):
-  tree = registry.params()
-  abstract = jax.eval_shape(case.make().init, tree)
-  concrete = case.make().init(tree)
-  assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
-  describe = lambda leaf: (leaf.shape, leaf.dtype)
-  for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(concrete), strict=True):
-    assert describe(a) == describe(b)
-
-
-@each_case
-@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_shardings_are_a_fixed_point(case, axis):
-  if case.axis is not None:
-    pytest.skip("JAX has no collectives of a vmapped axis over explicit meshes")
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-  spec: list[str | None] = [None, None]
-  spec[axis] = "data"
-  with jax.set_mesh(mesh):
-    place = lambda leaf, *spec: jax.device_put(
-      leaf, NamedSharding(mesh, PartitionSpec(*spec))
-    )
-    tree = {"w": place(registry.params()["w"], *spec)}
-    lead = (None,) if case.members else ()
-    step = case.make()
-    state = jax.jit(step.init)(tree)
-    assert types(state) == types(step.init(tree))
-    before = types(state)
-    update = jax.jit(step.update)
-    expected, _ = registry.run(case, {"w": jnp.asarray(np.asarray(tree["w"]))})
-    for call in range(4):
-      gradients = registry.gradients(case, call, tree)
-      gradients = {"w": place(gradients["w"], *lead, *spec)}
-      updates, state = update(gradients, state, tree, **registry.extra_args(case, call))
-      sharding = jax.typeof(updates["w"]).sharding.spec
-      assert tuple(sharding)[-2:] == tuple(spec)
-      close(updates, expected[call])
-    assert types(state) == before
-
-
 @each_case
 def test_members_may_be_sharded(case):
   if not case.members:
@@ -380,42 +181,6 @@ def test_members_may_be_sharded(case):
     close(updates, expected[0])
     if jax.tree.leaves(updates)[0].ndim == 3:
       assert types(updates) == types(gradients)
-
-
-@each_case
-@pytest.mark.parametrize("after", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_checkpoint_restores_the_same_tail(case, after, tmp_path):
-  tree = registry.params()
-  _, state = registry.run(case, tree, calls=after)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / "state", state)
-    checkpointer.wait_until_finished()
-    template = jax.eval_shape(case.make().init, tree)
-    restored = checkpointer.restore(tmp_path / "state", template)
-  same(restored, state)
-  same(registry.run(case, tree, state=restored), registry.run(case, tree, state=state))
-
-
-@each_case
-def test_donation_of_state_and_params(case):
-  tree = registry.params()
-  step = case.make()
-
-  # Members' gradients are not donated: they have no output of their size.
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def update(tree, state, gradients, extra):
-    updates, state = step.update(gradients, state, tree, **extra)
-    if case.members:
-      updates = jax.tree.map(lambda u, p: u.reshape(-1, *p.shape)[0], updates, tree)
-    return optax.apply_updates(tree, updates), state
-
-  state = step.init(tree)
-  for call in range(4):
-    gradients = registry.gradients(case, call, tree)
-    donated = jax.tree.leaves((tree, state))
-    tree, state = update(tree, state, gradients, registry.extra_args(case, call))
-    assert all(leaf.is_deleted() for leaf in donated)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tree, state)))
 
 
 def step_normalizes(case) -> bool:
@@ -478,42 +243,6 @@ def test_nothing_poisons(case, value):
     if tree_util.keystr(path).endswith(_COUNTERS)
   ]
   assert case.by_entry or max(counts) == 2 * case.absorbs
-
-
-@each_step
-def test_inject_hyperparams(case):
-  tree = registry.params()
-  factory = getattr(ranger, case.factory)
-  step = optax.inject_hyperparams(factory, static_args=case.static)(**case.arguments)
-  step = case.wrap(step)
-  expected, _ = registry.run(case, tree)
-  update = jax.jit(step.update)
-  results, state = registry.run(case, tree, update=update, state=step.init(tree))
-  close(results, expected)
-  numbers = {
-    name: value
-    for name, value in case.arguments.items()
-    if isinstance(value, float) and name not in case.static
-  }
-  assert set(numbers) <= set(state.hyperparams)
-
-
-@each_step
-def test_chain_with_identity_is_a_no_op(case):
-  tree = registry.params()
-  step = optax.chain(optax.identity(), case.make(), optax.identity())
-  update = jax.jit(step.update)
-  results, _ = registry.run(case, tree, update=update, state=step.init(tree))
-  same(results, registry.run(case, tree)[0])
-
-
-@each_step
-def test_no_tracer_leaks(case):
-  tree = registry.params()
-  with jax.checking_leaks():
-    step = case.make()
-    update = jax.jit(lambda *args, **extra: step.update(*args, **extra))
-    registry.run(case, tree, calls=2, update=update)
 
 
 def test_import_touches_no_backend():
