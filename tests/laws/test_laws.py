@@ -1,6 +1,7 @@
 """The laws of the house, each over every step of the registry."""
 
 import ast
+import functools
 import inspect
 import pathlib
 import re
@@ -289,10 +290,16 @@ def test_every_public_function_is_documented():
       assert section in doc, f"{name} lacks {section}"
 
 
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @each_case
-@pytest.mark.parametrize("split", ["state", "params"])
-def test_state_and_params_may_be_split_unlike(case, split):
-  """On an explicit mesh: the state split and the parameters whole, and the reverse."""
+@pytest.mark.parametrize(
+  ("split", "calls"),
+  [("state", 4), _slow("params", 4), _slow("state", 1), _slow("params", 1)],
+)
+def test_state_and_params_may_be_split_unlike(case, split, calls):
+  """On an explicit mesh: one of both split, the other whole; eager where one call."""
   tree = {"w": registry.params()["w"]}
   is_large = lambda leaf: leaf.shape == tree["w"].shape
   if not any(map(is_large, jax.tree.leaves(case.make().init(tree)))):
@@ -307,18 +314,17 @@ def test_state_and_params_may_be_split_unlike(case, split):
   expected, expected_state = registry.run(case, tree, calls=4)
   step, params = case.make(), jax.tree.map(put_params, tree)
   start = jax.tree.map(put_state, step.init(tree))
-  for update, calls in ((jax.jit(step.update), 4), (step.update, 1)):
-    state = start
-    for call in range(calls):
-      gradients = jax.tree.map(put_params, registry.gradients(case, call, tree))
-      extra = registry.extra_args(case, call)
-      updates, state = update(gradients, state, params, **extra)
-      assert types(updates) == types(params)
-      assert types(state) == types(start)
-      close(updates, expected[call])
-    if calls > 1:
-      close(state, expected_state)
-    moved = ranger.eval_params(state, params)
-    assert types(moved) == types(params)
-    if calls > 1:
-      close(moved, ranger.eval_params(expected_state, tree))
+  update = jax.jit(step.update) if calls > 1 else step.update
+  state = start
+  for call in range(calls):
+    gradients = jax.tree.map(put_params, registry.gradients(case, call, tree))
+    extra = registry.extra_args(case, call)
+    updates, state = update(gradients, state, params, **extra)
+    assert types(updates) == types(params)
+    assert types(state) == types(start)
+    close(updates, expected[call])
+  moved = ranger.eval_params(state, params)
+  assert types(moved) == types(params)
+  if calls > 1:
+    close(state, expected_state)
+    close(moved, ranger.eval_params(expected_state, tree))
