@@ -20,10 +20,10 @@ SETTINGS = {
   "decay": 1e-3,
   "ema": 0.997,
   "exponent": 0.45,
-  "smoothing": 0.05,
+  "smoothing": 0.2,
   "belief": 0.15,
-  "sharpness": 2.0,
-  "ask": 1 / 3,  # of the epochs; more than 1 for never
+  "sharpness": 1.0,
+  "asks": 5.0,  # evenly over the epochs
 }
 _OF_RECIPE = ("exponent", "smoothing", "belief", "sharpness")
 
@@ -51,18 +51,11 @@ def optimizer(settings: Settings, sizes: Sizes) -> optax.GradientTransformation:
   )
 
 
-def ask_once(view: View, memory: Any, settings: Settings) -> Any:
-  """Asks again in the learned features, after a third of the epochs."""
-  if view.epoch != round(settings["ask"] * view.epochs) or not view.epoch:
-    return memory
-  return _asked(view, memory, settings)
-
-
-def ask_often(view: View, memory: Any, settings: Settings) -> Any:
-  """Asks after each sixth of the epochs."""
-  if view.epoch not in {round(i * view.epochs / 6) for i in range(1, 6)}:
-    return memory
-  return _asked(view, memory, settings)
+def ask(view: View, memory: Any, settings: Settings) -> Any:
+  """Asks again in the learned features, evenly over the epochs."""
+  parts = round(settings["asks"]) + 1
+  whens = {round(i * view.epochs / parts) for i in range(1, parts)} - {0}
+  return _asked(view, memory, settings) if view.epoch in whens else memory
 
 
 def _asked(view: View, memory: Any, settings: Settings) -> Any:
@@ -104,13 +97,13 @@ RANGER = Method(
   losses,
   SETTINGS,
   memory=memory,
-  between=ask_once,
+  between=ask,
   optimizer=optimizer,
   rival=False,
 )
 TUNED = RANGER._replace(
   title="Ranger, tuned",
-  trials=_method.grid(exponent=(0.3, 0.6), decay=(5e-4, 1e-3, 3e-3)),
+  trials=_method.grid(exponent=(0.15, 0.45), decay=(5e-4, 1e-3, 2e-3)),
 )
 
 
@@ -122,8 +115,8 @@ _alone = functools.partial(
   Method, settings={**SETTINGS, "ema": 0.0, "decay": 0.0}, rival=False
 )
 ABLATIONS = {
-  "no_ask": _changed("without asking again in the learned features", ask=2.0),
-  "ask_often": RANGER._replace(title="asking five times", between=ask_often),
+  "no_ask": _changed("without asking again in the learned features", asks=0.0),
+  "ask_once": _changed("asking once, after half of the epochs", asks=1.0),
   "no_weights": _changed("without weights of examples", sharpness=0.0),
   "no_correction": RANGER._replace(
     title="without correcting the loss", losses=uncorrected

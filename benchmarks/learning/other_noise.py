@@ -205,7 +205,7 @@ _CLASSES = {
     _method.grid(exponent=(0.3, 0.45, 0.6)),
     _ranger.losses,
     memory=_ranger.memory,
-    between=_ranger.ask_once,
+    between=_ranger.ask,
     settings={**_ranger.SETTINGS, **_COMMON},
   ),
 }
