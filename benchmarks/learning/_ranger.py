@@ -22,7 +22,7 @@ SETTINGS = {
   "exponent": 0.45,
   "smoothing": 0.2,
   "belief": 0.15,
-  "sharpness": 1.0,
+  "sharpness": 2.0,
   "asks": 5.0,  # evenly over the epochs
 }
 _OF_RECIPE = ("exponent", "smoothing", "belief", "sharpness")

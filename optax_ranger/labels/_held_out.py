@@ -21,7 +21,7 @@ _WIDTH, _NEIGHBOR, _AMONG = 3.0, 5, 2048
 # Multiples of the mean eigenvalue, and how sharp the predictions may be.
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 _SHARPNESSES = tuple(float(s) for s in np.geomspace(1, 45, 16))
-_NEIGHBORS = (5, 10, 20)
+_NEIGHBORS = (5, 10, 20, 50)
 _WIDE = 128  # dimensions beyond which distances are taken of projections
 _BLOCK = 2048  # rows
 _KEPT = 2**25  # random features that are kept, 128 MiB, not computed twice
@@ -47,7 +47,7 @@ def held_out_beliefs(
   where features are many, and neighbors are better where classes are small or
   confused in pairs. The mixture is the one under which the given labels are
   likeliest (``mix_beliefs``), so no clean label is needed. The kernel's ridge and
-  sharpness and the number of neighbors, 5 to 20, are chosen in the same way.
+  sharpness and the number of neighbors, 5 to 50, are chosen in the same way.
 
   .. math::
     \hat f_{-i}(x_i) = \frac{\hat f(x_i) - h_i \, e_{y_i}}{1 - h_i}, \qquad

@@ -23,6 +23,9 @@ _LEAKED = 0.6
 # Random features for those that a network has learned, which are simpler.
 _RANDOM = 256
 _BLOCK = 8192
+# The same share: at the first or below, the network memorizes, and weights are sharp;
+# at the second or above it does not, and half of the sharpness is enough.
+_MEMORIZES, _DOES_NOT = 0.85, 0.95
 
 
 class KnownLabels(NamedTuple):
@@ -78,7 +81,7 @@ def robust_labels(
   exponent: Any = 0.45,
   smoothing: Any = 0.2,
   belief: Any = 0.15,
-  sharpness: Any = 1.0,
+  sharpness: Any = 2.0,
 ) -> RobustLabels:
   r"""Makes losses that withstand wrong labels, without clean labels or tuning.
 
@@ -95,11 +98,13 @@ def robust_labels(
     \ell_i = w_i \Big( \frac{1 - u_i^q}{q} - s \, \overline{\log p_i} \Big)
       - \beta \sum_c b_i(c) \log p_i(c), \qquad
     u_i = \sum_c p_i(c) \, T[c, y_i], \qquad q = q_0 \sigma, \qquad
-    w_i \propto P(y_i \text{ is right})^{\alpha \sigma}
+    w_i \propto P(y_i \text{ is right})^{\alpha \mu \sigma}
 
   :math:`\sigma` is the spread of the wrong labels over classes
   (``labels.confusion_spread``): where each class is mistaken for one other, T says
-  everything, and weights and exponent would only hurt.
+  everything, and weights and exponent would only hurt. :math:`\mu` is 1 until ``ask``
+  is called. It falls to 1/2 where the learned features see as much noise as the
+  given ones, so that the network has memorized none of it.
 
   It helps under random flips, under confusion of certain classes and under labels
   that people got wrong. It costs up to 0.6 points of accuracy where labels are
@@ -312,7 +317,12 @@ def _conclude(
   if before is not None:
     # Learned features may have memorized a label: the given ones have half the say.
     trust = jnp.sqrt(right * before.trust)
-  weights = trust ** (numerics.scalar(sharpness) * spread)
+  memorizing = jnp.ones_like(noise)
+  if before is not None:
+    seen = numerics.divide(noise, before.noise)
+    memorizing = jnp.clip((_DOES_NOT - seen) / (_DOES_NOT - _MEMORIZES), 0, 1)
+  sharpness = numerics.scalar(sharpness) * (1 + memorizing) / 2
+  weights = trust ** (sharpness * spread)
   weights = numerics.divide(weights, _mean(weights, labeled))
   weights = jnp.where(labeled, weights, jnp.ones_like(weights))
   count = jnp.zeros([], jnp.int32)

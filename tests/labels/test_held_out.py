@@ -248,6 +248,6 @@ def test_votes_equal_counting():
   away[:, ~taught] = np.inf
   np.fill_diagonal(away, np.inf)
   order = np.argsort(away, axis=1)
-  for k, found in zip((5, 10, 20), near.ask(seen), strict=True):
+  for k, found in zip((5, 10, 20, 50), near.ask(seen), strict=True):
     votes = np.eye(3)[labels[order[:, :k]]].sum(axis=1) + shares / shares.sum()
     np.testing.assert_allclose(found, votes / votes.sum(axis=1, keepdims=True), 1e-5)

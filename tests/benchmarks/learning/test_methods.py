@@ -256,7 +256,7 @@ def _same(one, other):
     np.testing.assert_array_equal(field, getattr(other, name), err_msg=name)
 
 
-_OTHER = {"exponent": 0.2, "smoothing": 0.1, "belief": 0.4, "sharpness": 2.0}
+_OTHER = {"exponent": 0.2, "smoothing": 0.1, "belief": 0.4, "sharpness": 1.0}
 
 
 @pytest.mark.parametrize("changed", [{}, _OTHER], ids=["defaults", "others"])
@@ -301,7 +301,7 @@ def test_ranger_weighs_corrects_and_pulls_to_beliefs():
   )
   losses, _ = _ranger.losses(logits, labels, ids[::-1], memory, _ranger.SETTINGS)
   each = ranger.labels.forward_corrected_loss(
-    logits, labels, confusion, exponent=0.225, smoothing=0.05
+    logits, labels, confusion, exponent=0.225, smoothing=0.2
   )
   pull = 0.15 * optax.softmax_cross_entropy(logits, beliefs[::-1])
   np.testing.assert_allclose(losses, np.arange(64)[::-1] * each + pull, rtol=1e-5)
