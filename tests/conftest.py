@@ -1,6 +1,8 @@
 """The one place that configures the tests: devices, strictness, shared fixtures."""
 
+import collections
 import os
+import pathlib
 
 # `benchmarks/gpu.sh` runs some of the laws on an accelerator, by this variable.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
@@ -17,16 +19,53 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
 
 
+# XLA takes most of the time of a test; what it has compiled is kept for the next run.
+jax.config.update(
+  "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory():
+  """Programs of one module don't stay in memory for the next."""
+  yield
+  jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
   """Tests of one case share a worker, and with it what JAX has compiled.
 
-  Further forms of a step are slow: `make test` has each step once.
+  `make test` has each step once, and each value of each parameter once; further forms
+  of a step, and further combinations of parameters, are slow.
   """
-  seen = {}
+  forms, seen, count = {}, collections.defaultdict(set), collections.Counter()
   for item in items:
     call = getattr(item, "callspec", None)
-    case = call and call.params.get("case")
+    if call is None:
+      continue
+    case = call.params.get("case")
     if case is not None:
       item.add_marker(pytest.mark.xdist_group(case.name))
-      if seen.setdefault(case.factory, case.name) != case.name:
+      if forms.setdefault(case.factory, case.name) != case.name:
         item.add_marker(pytest.mark.slow)
+    elif not item.get_closest_marker("slow"):
+      rows = {
+        tuple((name, id(call.params[name])) for name in _names(mark))
+        for mark in item.iter_markers("parametrize")
+      }
+      test = item.path, item.originalname
+      few = item.get_closest_marker("few")
+      if (len(rows) > 1 and rows <= seen[test]) or (few and count[test] >= few.args[0]):
+        item.add_marker(pytest.mark.slow)
+      else:
+        count[test] += 1
+      seen[test] |= rows
+
+
+def _names(mark):
+  names = mark.args[0]
+  return (
+    [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+  )

@@ -34,6 +34,7 @@ def _record(**cells):
   return dict.fromkeys(_table.COLUMNS, "") | {"machine": "one"} | cells
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path):
   done = _run("--quick", "--only", "quiet,ranger_radam", "--out", tmp_path)
   assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ import optax_ranger as ranger
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.slow
 def test_batch_norm():
   done = subprocess.run(
     [sys.executable, EXAMPLES / "batch_norm.py", "--epochs", "4"],
@@ -44,6 +45,7 @@ def test_multi_host_on_one():
   assert float(accuracy) > 0.95  # with two wrong labels of five
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_demo_cuts_nothing_off(tmp_path, monkeypatch):
   from matplotlib import pyplot as plt
 

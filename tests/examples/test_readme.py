@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import optax_ranger as ranger
 
@@ -48,6 +49,7 @@ def _accuracy(program, demo, data, weights=None):
   return float((guess == test_labels).mean()), names
 
 
+@pytest.mark.slow
 def test_eight_lines_make_a_loop_robust():
   demo = _demo()
   before, after, added = _programs()
@@ -99,6 +101,7 @@ def test_every_snippet_runs():
   assert float(wrong[names["suspicious"][:200]].mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_neighbor_weights_reach_what_they_claim():
   """0.79 and 0.93: the loop of the diff, plain and with the weights."""
   demo = _demo()

@@ -63,6 +63,7 @@ def close(actual, expected, rtol=1e-4):
   )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
   ("name", "jit"),
   [
@@ -87,6 +88,7 @@ def test_fused_equals_per_example(name, jit):
   assert weights.dtype == jnp.float32
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", sorted(NON_LINEAR))
 @pytest.mark.parametrize(
   "micro_batch_size",
@@ -156,6 +158,7 @@ def test_state_comes_third_and_counts():
     assert int(state.num_dropped) == count
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
   ("name", "where"),
   [
@@ -400,6 +403,7 @@ def test_float64_keeps_its_digits():
   np.testing.assert_allclose(found, 2 * x.T @ (x @ w - 1) / 7, rtol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "step", ["aggregate_by_median", "aggregate_by_geometric_median"]
 )

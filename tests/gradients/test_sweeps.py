@@ -74,6 +74,7 @@ def test_sweeps_change_nothing(name, num_sweeps, micro_batch_size):
   close(jax.jit(in_sweeps)(params, batch, state=state, **extra), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["median", "krum", "geometric"])
 def test_bad_gradients_are_left_out_in_sweeps(name):
   """Finite losses with gradients that are not finite, or beyond all measure."""
@@ -122,6 +123,7 @@ def temporaries(step, micro_batch_size, num_sweeps, **extra):
   return compiled.memory_analysis().temp_size_in_bytes / params.nbytes
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("micro_batch_size", [4, 16])
 @pytest.mark.parametrize("name", ["trimmed", "median", "geometric", "krum"])
 def test_memory_follows_the_micro_batch(name, micro_batch_size):
@@ -134,6 +136,7 @@ def test_memory_follows_the_micro_batch(name, micro_batch_size):
   assert used <= copies * micro_batch_size + 3
 
 
+@pytest.mark.slow
 def test_linear_steps_hold_no_more_than_the_plain_mean():
   """64 examples, 1 MB of parameters: at most 1.5 MB of temporaries, fused."""
   _, batch, _ = model()

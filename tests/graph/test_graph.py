@@ -166,6 +166,7 @@ EDGES = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
 @pytest.mark.parametrize(
   "name",

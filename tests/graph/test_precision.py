@@ -48,6 +48,7 @@ WIDE = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_features_have_the_graph_of_a_full_sort(name):
   rows = WIDE[name]
@@ -62,6 +63,7 @@ def test_wide_features_have_the_graph_of_a_full_sort(name):
   graphs.same(ranger.neighbors.nearest(rows, 3), found)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   "name", ["map coordinates", "far from each other", "both ends"]
 )

@@ -102,6 +102,7 @@ def test_bad_rows_change_nothing():
   assert np.isfinite(_held_out_of(np.concatenate([points, bad]), given[:53])).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", [0, 1, 2, 5])
 def test_few_examples(n):
   points, labels, _ = _clusters(n=5)
@@ -118,6 +119,7 @@ def test_all_alike_and_without_labels():
   assert np.isfinite(found).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [np.float16, np.int8, np.float64, bool])
 def test_types_of_features(dtype):
   points, labels, true = _clusters(n=200)
@@ -199,6 +201,7 @@ def test_clean_beliefs_explain_the_beliefs():
   np.testing.assert_array_equal(blank, 0)
 
 
+@pytest.mark.slow
 def test_a_bar_changes_nothing(monkeypatch):
   points, labels, _ = _clusters(n=90)
   monkeypatch.setattr(_held_out, "_BLOCK", 8)
@@ -227,6 +230,7 @@ def test_a_bar_changes_nothing(monkeypatch):
   assert not told
 
 
+@pytest.mark.slow
 def test_a_ridge_without_a_factor_is_not_taken(monkeypatch):
   points, labels, _ = _clusters(n=60)
   monkeypatch.setattr(_held_out, "_RIDGES", (0.1,))

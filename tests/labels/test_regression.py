@@ -402,6 +402,7 @@ def test_refusals_of_regression(call, error, message):
     call()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("whole", ["nothing", "targets"])
 def test_regression_split_over_devices(kind, whole):

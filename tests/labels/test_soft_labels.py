@@ -252,6 +252,7 @@ def test_a_mask_of_examples_and_no_tokens():
     forward(jnp.zeros([3, 4, 2]), labels, jnp.eye(2))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("whole", ["nothing", "labels"])
 def test_soft_labels_and_tokens_split_over_devices(kind, whole):

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -14,5 +15,7 @@ def test_code_of_the_page_runs(page):
   blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
   assert len(blocks) > 3
   names = {"__name__": page}
-  for block in blocks:
-    exec(compile(block, page, "exec"), names)
+  # Optax's own arithmetic needs it.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    for block in blocks:
+      exec(compile(block, page, "exec"), names)

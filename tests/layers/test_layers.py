@@ -172,6 +172,7 @@ def close(actual, expected, tolerance=1e-4):
   np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=1e-5)
 
 
+@pytest.mark.few(3)
 @each_case_and_aggregator
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_layer_is_a_loop_over_regions(name, shared, aggregator):
@@ -187,6 +188,7 @@ def test_the_layer_is_a_loop_over_regions(name, shared, aggregator):
   close(result, loop(name, layer, x, weights))
 
 
+@pytest.mark.few(2)
 @each_case_and_aggregator
 def test_gradients_flow_through_everything(name, aggregator):
   """Against finite differences, for parameters, weights and inputs."""

@@ -48,6 +48,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CASES)
 def test_extra_args_reach_the_optimizer(name):
   make, extra = CASES[name]

@@ -213,6 +213,7 @@ EAGER = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", EAGER)
 def test_eager_calls_compile_once(name, caplog):
   """Outside of jit too: of new values nothing is compiled again."""
@@ -237,6 +238,7 @@ def test_eager_calls_compile_once(name, caplog):
   assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, "vmap", "shard_map"])
 def test_weights_under_transformations(kind):
   """On an explicit mesh, mapped over graphs, and on each device for itself."""

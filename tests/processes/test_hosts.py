@@ -120,6 +120,7 @@ def test_two_processes_equal_one(one_process, two_processes):
   assert kinds == [["all-gather", "all-reduce"]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_resumes_on_fewer_devices(num_devices, one_process):
   params, folder = one_process

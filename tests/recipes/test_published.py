@@ -10,6 +10,7 @@ import pytest
 import optax_ranger as ranger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [0.02, 0.03, 0.04])
 def test_line_through_five_points(learning_rate):
   """Y = 2 x from x = 1 to 5 falls below 1e-6 within 100 iterations.

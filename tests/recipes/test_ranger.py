@@ -133,6 +133,7 @@ def test_a_checkpoint_survives_a_guard():
   assert int(new["accumulate"].inner_state["guard"].count) == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mask", ["tree", "function", "prefix"])
 def test_weight_decay_may_be_masked(mask):
   params = {"w": jnp.ones([2, 2]), "norm": {"scale": jnp.ones([2]), "b": jnp.ones([1])}}
@@ -151,6 +152,7 @@ def test_weight_decay_may_be_masked(mask):
   assert not any(leaf.any() for leaf in jax.tree.leaves(updates["norm"]))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("clip_norm", [0.5, 3.0, 100.0])
 def test_the_accumulated_gradient_is_clipped(every, clip_norm):
@@ -234,6 +236,7 @@ def test_smooth_by_ema_alone_is_plain():
   np.testing.assert_allclose(ranger.eval_params(state, 0 * params), 0.99, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_main_job_in_small(tmp_path):
   """The demo's whole path, on few epochs; `make demo` shows the figures."""
   script = pathlib.Path(__file__).parents[2] / "examples" / "noisy_labels.py"

@@ -200,6 +200,7 @@ STACKS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("output_axis", [-1, 0, None])
 @pytest.mark.parametrize("form", ["tree", "function", "number"])
 def test_stacked_layers_are_centralized_apart(form, output_axis):

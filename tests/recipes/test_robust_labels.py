@@ -35,6 +35,7 @@ def _init(data):
   return robust, robust.init(data.x, data.labels)
 
 
+@pytest.mark.slow
 def test_it_tells_how_many_and_which():
   for share in (0.0, 0.3, 0.6):
     data = _data(share, n=1000)
@@ -75,7 +76,7 @@ def test_ids_shuffled_repeated_or_absent():
     data.labels[:2],
     known.confusion,
     exponent=0.45 * known.spread,
-    smoothing=0.05,
+    smoothing=0.2,
   )
   np.testing.assert_allclose(found, plain, rtol=1e-5)
   unlabeled = robust.losses(known, logits[:1], jnp.array([-1]), jnp.array([0]))
@@ -92,6 +93,23 @@ def test_memorized_features_are_refused():
   assert (int(after.asked), int(after.believed)) == (1, 0)
   np.testing.assert_array_equal(after.weights, known.weights)
   np.testing.assert_array_equal(after.beliefs, known.beliefs)
+
+
+def test_weights_are_sharper_where_the_network_memorizes():
+  data = _data(0.4, n=600)
+  robust, known = _init(data)
+
+  def logarithms(share):
+    """Of the weights, where learned features see this share of the noise."""
+    seen = robust.ask(known, data.x, data.labels).learned_noise
+    told = known._replace(noise=seen / share)
+    weights = robust.ask(told, data.x, data.labels).weights
+    return np.log(weights / weights[0])
+
+  least, most = logarithms(0.97), logarithms(0.8)
+  assert least.std() > 0.1
+  np.testing.assert_allclose(most, 2 * least, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(logarithms(0.9), 1.5 * least, rtol=1e-3, atol=1e-4)
 
 
 def test_good_features_are_believed():
@@ -116,14 +134,16 @@ def test_given_features_keep_half_of_the_say():
   after = robust.ask(known, data.x, data.labels)
   norms = np.linalg.norm(data.x, axis=1, keepdims=True)
   lib, labels = ranger.labels, data.labels
-  learned = lib.held_out_beliefs(data.x / norms, labels, num_classes=C)
+  learned = lib.held_out_beliefs(data.x / norms, labels, num_classes=C, num_random=256)
   mixed = lib.mix_beliefs([learned, known.beliefs @ known.confusion], labels)
   confusion = lib.label_confusion(labels, mixed)
   beliefs = lib.clean_beliefs(mixed, confusion)
   targets = np.asarray(lib.refine_targets(labels, beliefs, confusion=confusion))
   right = targets[np.arange(300), labels]
   spread = float(lib.confusion_spread(confusion))
-  weights = np.sqrt(right * known.trust) ** (2 * spread)
+  seen = float(after.learned_noise / known.noise)
+  memorizing = np.clip((0.95 - seen) / 0.1, 0, 1)
+  weights = np.sqrt(right * known.trust) ** ((1 + memorizing) * spread)
   np.testing.assert_allclose(after.weights, weights / weights.mean(), rtol=2e-3)
   assert float(after.learned_noise) == pytest.approx(1 - right.mean(), abs=1e-3)
 
@@ -303,6 +323,7 @@ def test_under_train_step_on_a_mesh(explicit):
   )
 
 
+@pytest.mark.slow
 def test_rows_split_over_devices():
   if jax.device_count() < 8:
     pytest.skip("needs 8 devices")

@@ -184,6 +184,7 @@ def test_any_rate_converges_around_another_optimizer():
   assert (descend(make, RATES) < 1e-4).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
   "inner", [optax.contrib.muon(1e-5), optax.lion(1e-5), optax.adamw(1e-5)]
 )
@@ -290,6 +291,7 @@ def test_devices_agree_under_shard_map():
       )
 
 
+@pytest.mark.slow
 def test_factor_advances_on_emission_only():
   tx = ranger.accumulate(ranger.accelerate(optax.sgd(0.1)), 2)
   alone = ranger.accelerate(optax.sgd(0.1))

@@ -51,6 +51,7 @@ def test_equals_multi_steps_on_clean_input(inner):
     np.testing.assert_allclose(result, updates, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 5), (4, 4), (3, 1, 4), (8,)])
 def test_exact_for_any_partition(sizes):
   """Micro-batches of any sizes give the gradient of the whole batch's mean loss."""
@@ -257,6 +258,7 @@ def record(seen):
   return optax.GradientTransformationExtraArgs(start, update)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
   ("where", "bad"),
   [(0, 1e6), (1, 1e6), (2, 1e6), (3, 1e6), (0, np.nan), (2, np.inf), (3, np.nan)],
@@ -371,6 +373,7 @@ def test_another_every_keeps_the_open_window(every, calls, then):
   assert int(state.mini_step) == float(state.weight_sum) == 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
   ("dtype", "shape", "large", "reduce", "every", "extra"),
   [

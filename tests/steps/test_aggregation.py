@@ -76,6 +76,7 @@ def test_regions_equal_numpy(within, across):
   np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(4)
 @each_aggregation
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_absent_members_count_for_nothing(name, value):
@@ -109,6 +110,7 @@ def test_no_member_gives_zeros(name, n):
   np.testing.assert_array_equal(result, np.zeros(4))
 
 
+@pytest.mark.few(3)
 @each_aggregation
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**16))
@@ -175,6 +177,7 @@ def test_complex_max_is_by_magnitude():
   assert complex(result[0]) == 3j
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
 def test_float64_keeps_its_digits(shape):
   """Weights, region weights and divisors that float32 would round, to 1e-14."""

@@ -89,6 +89,7 @@ def stacked(name, rows, weights=WEIGHTS):
   return step.update(rows, step.init(rows), member_weights=weights, **EXTRA)
 
 
+@pytest.mark.few(3)
 @each_aggregator
 @pytest.mark.parametrize(
   "way",
@@ -115,6 +116,7 @@ def test_across_devices_is_the_aggregator(name, way):
   close(result, stacked(name, rows))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   "name",
   [
@@ -140,6 +142,7 @@ def test_every_device_gets_the_same_bits(name):
     assert len({np.asarray(copy).tobytes() for copy in leaf}) == 1
 
 
+@pytest.mark.few(2)
 @each_aggregator
 @pytest.mark.parametrize(
   "value", [np.nan, pytest.param(-np.inf, marks=pytest.mark.slow)]
@@ -206,6 +209,7 @@ def test_collectives_are_as_promised():
     assert collectives(name, rows) == {"all-gather": 3, "all-reduce": 1}, name
 
 
+@pytest.mark.slow
 def test_leaves_are_gathered_one_by_one():
   """Twenty leaves of 64 kB: temporaries of a few leaves' members, not of twenty's."""
   leaf = 4 * 128 * 128 * NUM_DEVICES

@@ -113,6 +113,7 @@ def test_rounding_at_random_is_fair():
   assert abs(found.mean() - value) > 4 * place / 2 / np.sqrt(n)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   ("batch", "kind", "dtype"),
   [
@@ -250,6 +251,7 @@ ROWS = np.array(
 )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("support", [None, 0.0, 1.0, 0.3, np.nan, 7.0])
 @pytest.mark.parametrize(
   "confusion", [None, [[1, 0], [0, 1]], [[0, 0], [0, 0]], [[np.nan, 1], [1, 1]]]
@@ -385,6 +387,7 @@ def test_logits_are_dropped_and_counted(kind, dtype):
   assert int(state.num_dropped) == 3
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_rounded_probabilities_are_kept(dtype, classes):

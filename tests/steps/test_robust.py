@@ -219,6 +219,7 @@ def test_above_the_breakdown_point_it_breaks(name, size):
   assert away > size / 2
 
 
+@pytest.mark.slow
 def test_a_boundary_of_the_trimmed_share_lets_nobody_in():
   """Ten members, a tenth trimmed: the liar's share is zero, not a rounding error."""
   places = [
@@ -329,6 +330,7 @@ def test_more_absent_than_present(name):
   assert int(state.num_dropped) == N - 1
 
 
+@pytest.mark.slow
 def test_temporaries_are_one_leaf_at_a_time():
   """Twenty leaves of 16 members: the robust steps hold a few, not all."""
   for name, (make, _, _) in ROBUST.items():

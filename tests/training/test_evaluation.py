@@ -80,6 +80,7 @@ def test_states_without_smoothing_give_the_parameters():
     assert ranger.eval_params(tx.init(params), params) is params
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_an_nnx_optimizer_and_its_model(name):
   """Two lines: the model to evaluate, and the one in training as it was."""

@@ -52,6 +52,7 @@ def _promotion_of_foreign_code():
     yield
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", LOOPED)
 def test_loops_pass_extra_args(name):
   """NNX's Optimizer, and Linen's TrainState by hand, equal a plain loop."""
@@ -97,6 +98,7 @@ def test_loops_pass_extra_args(name):
     np.testing.assert_allclose(train.params[leaf], params[leaf], rtol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   "tx",
   [

@@ -208,6 +208,7 @@ SLOW_WAYS = {
 }
 
 
+@pytest.mark.few(1)
 @with_one_device
 @pytest.mark.parametrize(
   "options",
@@ -299,6 +300,7 @@ def plain(optimizer=None, **options):
   return ranger.train_step(losses, optimizer, has_aux=True, mesh=mesh_of(), **options)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_gradients_are_reduced_once(kind):
   """The same bytes for 1, 4 and 16 micro-batches, and one operation."""

@@ -121,6 +121,7 @@ def test_examples_with_bad_gradients_are_not_usable_where_they_are_apart():
   assert metrics["num_dropped"] == 16
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
   "step",
   [
@@ -304,6 +305,7 @@ def register_optax():
     export.register_namedtuple_serialization(kind, serialized_name=name)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   "step", [None, ranger.aggregate_by_mean()], ids=["mean", "step"]
 )
@@ -318,6 +320,7 @@ def test_exported_for_any_number_of_examples(name, step):
     close(exported.call(W, state, X[:n]), update(W, update.init(W), X[:n]))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "predictions", "guard"])
 def test_exported(name):
   """State and step go through ``jax.export``, bytes and back."""
@@ -387,6 +390,7 @@ def test_models_and_states_from_elsewhere_are_refused():
 # Complex parameters and double precision
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("way", ["one device", "micro-batches", "mesh", "split state"])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 8)])
 def test_complex_parameters_descend_as_their_parts_do(way, shape):
@@ -412,6 +416,7 @@ def test_complex_parameters_descend_as_their_parts_do(way, shape):
   assert metrics["loss"] < square(goal) / 10
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [ranger.aggregate_by_mean(), ranger.ranger_head()])
 def test_value_and_grad_of_complex_parameters_is_that_of_jax(step):
   loss = lambda params, batch: jnp.abs(params * batch - 1) ** 2
@@ -424,6 +429,7 @@ def test_value_and_grad_of_complex_parameters_is_that_of_jax(step):
   np.testing.assert_allclose(found, jax.grad(total)(params), rtol=1e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("way", ["one device", "micro-batches", "mesh", "split state"])
 @pytest.mark.parametrize("head", [None, "mean", "neighbors", "regions"])
 def test_float64_keeps_its_digits(way, head):

@@ -36,6 +36,7 @@ def _memory(problem, settings=_ranger.SETTINGS):
   return _ranger.memory(*problem.train, sizes, settings)
 
 
+@pytest.mark.slow
 def test_rivals_have_cross_entropy_as_their_limit():
   plain, _ = _losses("cross_entropy")
   kept = 1 - jax.nn.one_hot(_logits()[1], 10) @ jax.nn.softmax(_logits()[0]).T
@@ -77,6 +78,7 @@ def test_co_teaching_learns_what_the_other_finds_easy():
     assert taught[kept].max() < taught[~kept].min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_no_classifier_is_better_than_the_floor(spread):
   classes, wrong, n = 10, 0.4, 20_000
@@ -221,6 +223,7 @@ def test_patches_make_a_convolution(side):
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", _models.MODELS)
 def test_the_head_sees_the_features(name):
   network = _models.Network(name, 64, 7)
@@ -259,6 +262,7 @@ def _same(one, other):
 _OTHER = {"exponent": 0.2, "smoothing": 0.1, "belief": 0.4, "sharpness": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{}, _OTHER], ids=["defaults", "others"])
 def test_ranger_is_the_public_recipe(changed):
   problem, settings = _digits(), {**_ranger.SETTINGS, **changed}
@@ -431,6 +435,7 @@ def test_without_asking_it_is_never_asked():
       assert method.between(now, before, method.settings) is before
 
 
+@pytest.mark.slow
 def test_ablations_change_the_losses_as_they_say():
   batch = _logits()
   beliefs = jax.nn.softmax(jax.random.normal(jax.random.key(0), [64, 10]))
@@ -465,6 +470,7 @@ def _walk(method, gradients, start):
   return np.asarray(path), np.asarray(ranger.eval_params(state, params))
 
 
+@pytest.mark.slow
 def test_ablations_change_the_optimizer_as_they_say():
   usual = {"decays", "averages"}
   wanted = dict.fromkeys(_ranger.ABLATIONS, usual) | {
@@ -500,6 +506,7 @@ def test_targets_far_from_their_neighbors_are_dropped():
   assert np.asarray(keep)[~wrong].mean() > 0.8
 
 
+@pytest.mark.slow
 def test_neighbors_back_right_labels_and_targets():
   problem = problems.draw("wine", "boundary labels", 0.2, 0)
   sizes = _method.Sizes(len(problem.train.y), 3)
@@ -515,6 +522,7 @@ def test_neighbors_back_right_labels_and_targets():
   assert weights[wrong].mean() < 0.3 * weights[~wrong].mean()
 
 
+@pytest.mark.slow
 def test_robust_regression_weighs_and_rescales():
   problem = problems.draw("friedman1", "gross errors", 0.2, 0)
   (x, y), sizes = problem.train, _method.Sizes(len(problem.train.y), 0)

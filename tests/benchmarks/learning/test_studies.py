@@ -232,6 +232,7 @@ def test_other_pages_have_the_committed_figures(study):
     assert part in page
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path):
   rows = {"": _table.read(DOCS / "noisy_labels.csv")}
   for name in ("curves", "confusion"):
@@ -252,6 +253,7 @@ def test_pictures_are_drawn(tmp_path):
   assert min(found.values()) > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["averaged", "ranger"])
 def test_a_piece_gives_rows_and_curves(method):
   piece = _runner.piece("sklearn-digits", "mlp", method, _NOISES[1], 0)

@@ -151,6 +151,7 @@ def test_a_method_sees_data_features_and_extra_args():
   assert history.test[0] == _train(_PLAIN, problem, 1, rate=0.0).last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", other_noise.METHODS)
 def test_every_method_of_other_noise_trains(name):
   method = other_noise.METHODS[name]
@@ -161,6 +162,7 @@ def test_every_method_of_other_noise_trains(name):
     assert np.isfinite([history.last, *history.validation]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("networks", [1, 2])
 def test_aggregation_of_examples_by_their_mean_is_plain_training(networks):
   if networks > 1:
