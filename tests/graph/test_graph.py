@@ -21,6 +21,7 @@ COSINE_TOO = pytest.param("cosine", marks=pytest.mark.slow)
 each_metric = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 
 
+@pytest.mark.few(2)
 @each_metric
 @pytest.mark.parametrize("name", graphs.data())
 def test_backends_give_one_graph(name, metric):
@@ -35,6 +36,7 @@ def test_backends_give_one_graph(name, metric):
     np.testing.assert_array_equal(first.indices[distinct], indices[distinct])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
 @pytest.mark.parametrize("name", graphs.data())
 def test_devices_give_the_graph_of_one(name, metric):
@@ -97,6 +99,7 @@ def test_two_processes_give_the_graph_of_one():
       assert digest == graphs.digest(expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
 @pytest.mark.parametrize("build", ["jax", "faiss", "tiles"])
 @pytest.mark.parametrize(("scale", "ratio"), [(1e-30, 1e3), (1, 1e6), (1e30, 1e3)])

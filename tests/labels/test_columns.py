@@ -93,6 +93,7 @@ def outputs(labels):
   yield ranger.labels.forward_corrected_loss(logits, labels, confusion)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("kind", [*INTEGERS, *(f"names: {name}" for name in NAMES)])
 def test_columns_are_read_alike(kind):
   labels = {**INTEGERS, **{f"names: {name}": NAMES[name] for name in NAMES}}[kind]

@@ -70,6 +70,7 @@ def spread(values, weights, center=None):
   return NORMAL * half
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_robust_scale_equals_a_loop(seed):
   rng = np.random.default_rng(seed)

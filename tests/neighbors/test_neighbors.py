@@ -18,6 +18,7 @@ def full_sort(features, k, metric):
   return indices, np.take_along_axis(distances, indices, axis=1)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize(
   "block_size", [7, pytest.param(64, marks=pytest.mark.slow), 1000]

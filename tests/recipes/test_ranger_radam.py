@@ -52,6 +52,7 @@ class Original:
       self.param = self.slow.copy()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("threshold", [4, 5])
 @pytest.mark.parametrize("b2", [0.99, 0.999])
 def test_fifty_steps_equal_numpy(threshold, b2):

@@ -13,7 +13,7 @@ import pytest
 
 import optax_ranger as ranger
 
-N, C = 200, 3
+N, C = 300, 3
 
 
 class Data(NamedTuple):
@@ -85,7 +85,7 @@ def test_ids_shuffled_repeated_or_absent():
 
 
 def test_memorized_features_are_refused():
-  data = _data(0.4, n=600)
+  data = _data(0.4)
   robust, known = _init(data)
   memorized = jnp.eye(C)[data.labels] + 0.01 * data.x
   after = robust.ask(known, memorized, data.labels)
@@ -96,7 +96,7 @@ def test_memorized_features_are_refused():
 
 
 def test_weights_are_sharper_where_the_network_memorizes():
-  data = _data(0.4, n=600)
+  data = _data(0.4)
   robust, known = _init(data)
 
   def logarithms(share):
@@ -113,10 +113,10 @@ def test_weights_are_sharper_where_the_network_memorizes():
 
 
 def test_good_features_are_believed():
-  data = _data(0.4, n=600)
+  data = _data(0.4)
   rng = np.random.default_rng(1)
   blurred = data._replace(
-    x=data.x + 2 * jnp.asarray(rng.standard_normal([600, C]), jnp.float32)
+    x=data.x + 2 * jnp.asarray(rng.standard_normal([N, C]), jnp.float32)
   )
   robust, known = _init(blurred)
   after = robust.ask(known, data.x, data.labels)
@@ -129,7 +129,7 @@ def test_good_features_are_believed():
 
 
 def test_given_features_keep_half_of_the_say():
-  data = _data(0.4, n=300)
+  data = _data(0.4)
   robust, known = _init(data)
   after = robust.ask(known, data.x, data.labels)
   norms = np.linalg.norm(data.x, axis=1, keepdims=True)
@@ -181,7 +181,7 @@ def test_init_under_jit_is_the_same():
 
 
 def test_metrics_see_memorizing():
-  data = _data(0.4, n=600)
+  data = _data(0.4)
   robust, known = _init(data)
   right = robust.metrics(known, jnp.eye(C)[data.true], data.labels)
   memorized = robust.metrics(known, jnp.eye(C)[data.labels], data.labels)
@@ -292,6 +292,7 @@ def test_in_equinox():
   assert (found == data.true).mean() > 0.95
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("explicit", [False, True])
 def test_under_train_step_on_a_mesh(explicit):
   if jax.device_count() < 8:

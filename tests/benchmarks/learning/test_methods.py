@@ -293,6 +293,7 @@ def _known(n=64, **fields):
   return known._replace(**{**whole, **fields})
 
 
+@pytest.mark.slow
 def test_ranger_weighs_corrects_and_pulls_to_beliefs():
   logits, labels, ids = _logits()
   confusion = jnp.asarray(_noise.confusion_of("asymmetric", 0.4, 10), jnp.float32)
@@ -315,6 +316,7 @@ def test_ranger_weighs_corrects_and_pulls_to_beliefs():
   np.testing.assert_allclose(losses, _losses("cross_entropy")[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", _NOISES[1:4:2], ids=lambda noise: noise[0])
 def test_asking_tells_confusion_and_weights(noise):
   problem = _digits(*noise)
@@ -346,6 +348,7 @@ def test_memorized_features_change_nothing():
   _same(after._replace(**told), before)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
   ("asks", "epochs", "when"),
   [
@@ -373,6 +376,7 @@ def test_ranger_asks_evenly_over_the_epochs(monkeypatch, asks, epochs, when):
   assert len(asked) == len(when)
 
 
+@pytest.mark.slow
 def test_features_that_are_the_inputs_are_not_asked():
   problem = _digits()
   before, view = _known(1000), _view(problem)

@@ -40,6 +40,7 @@ def test_ranger_trains_and_learns_the_confusion():
 
 
 # The features of "small" are as many as the pixels of digits.
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("model", "times"), [("linear", 0), ("mlp", 1), ("small", 1)])
 def test_ranger_asks_learned_features(model, times):
   asked = []
@@ -55,6 +56,7 @@ def test_ranger_asks_learned_features(model, times):
   assert asked == [(0, 0), (0, 0), (0, times), (times, times)]
 
 
+@pytest.mark.slow
 def test_epochs_are_chosen_by_noisy_labels_only():
   problem = _digits()
   blind = problem._replace(
