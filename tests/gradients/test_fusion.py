@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
 from tests.laws import registry
 
 N = 6
@@ -53,14 +54,6 @@ def losses(params, batch):
 def per_example(params, batch, losses=losses):
   one = lambda params, row: losses(params, jax.tree.map(lambda x: x[None], row))[0]
   return jax.vmap(jax.grad(one), in_axes=(None, 0))(params, batch)
-
-
-def close(actual, expected, rtol=1e-4):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6),
-    actual,
-    expected,
-  )
 
 
 @pytest.mark.few(3)

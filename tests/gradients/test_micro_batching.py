@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
 
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).standard_normal([4]), jnp.float32)}
 
@@ -36,14 +37,6 @@ def mean_loss(params, batch):
 def token_loss(params, batch):
   weighted = batch["tokens"] * losses(params, batch)
   return weighted.sum() / batch["tokens"].sum(), {"losses": weighted}
-
-
-def close(actual, expected):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-    actual,
-    expected,
-  )
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 10])

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
 
 N = 11
 STEPS = {
@@ -45,14 +46,6 @@ def losses(params, batch, scale):
   logits = params["s"] * jnp.tanh(batch["x"] @ params["w"]) + params["b"][None]
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
   return scale * losses
-
-
-def close(actual, expected):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    actual,
-    expected,
-  )
 
 
 @pytest.mark.parametrize("name", sorted(STEPS))

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
 
 N, D, ITEMS = 24, 5, 40
 _RNG = np.random.default_rng(0)
@@ -195,14 +196,6 @@ def by_hand(optimizer, steps=4):
     here = optax.apply_updates(here, updates)
     visits = visits + 1
   return here, visits
-
-
-def close(actual, expected):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
-    jax.device_get(actual),
-    jax.device_get(expected),
-  )
 
 
 def test_fusion():

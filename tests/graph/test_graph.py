@@ -1,10 +1,5 @@
 """Graphs of whole data sets: every builder against a full sort, and each other."""
 
-import json
-import os
-import pathlib
-import socket
-import subprocess
 import sys
 import tracemalloc
 
@@ -16,6 +11,7 @@ from scipy import sparse
 import optax_ranger as ranger
 from optax_ranger import graph
 from tests.graph import graphs
+from tests.helpers import run_processes
 
 COSINE_TOO = pytest.param("cosine", marks=pytest.mark.slow)
 each_metric = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -67,29 +63,7 @@ def test_devices_hold_their_rows_only():
 
 def test_two_processes_give_the_graph_of_one():
   """Over gloo: five devices in the first, three in the second."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = str(free.getsockname()[1])
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-m", "tests.graph.graphs", port, str(i), "5", "3"],
-      cwd=pathlib.Path(__file__).parents[2],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=100) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, (_, errors) in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, errors[-3000:]
-  shards = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+  shards = run_processes("tests.graph.graphs", [5, 3], timeout=100)
   for name, rows in graphs.data().items():
     alone = graph.build(rows, 5, backend="jax")
     parts = [part for shard in shards for part in shard[name]]

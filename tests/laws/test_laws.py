@@ -21,6 +21,8 @@ import pytest
 
 import optax_ranger as ranger
 from optax_ranger import testing
+from tests.helpers import close
+from tests.helpers import same
 from tests.laws import registry
 
 each_case = pytest.mark.parametrize(
@@ -53,25 +55,6 @@ def _promotion_of_foreign_optimizers(request):
       yield
   else:
     yield
-
-
-def close(actual: Any, expected: Any, rtol: float = 1e-5) -> None:
-  assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  for (path, a), b in zip(
-    tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-  ):
-    a, b = np.asarray(a), np.asarray(b)
-    if a.dtype.kind == "V" or a.dtype.itemsize < 4:
-      a, b, rtol = a.astype(np.float32), b.astype(np.float32), max(rtol, 1e-2)
-    np.testing.assert_allclose(
-      a, b, rtol=rtol, atol=rtol, err_msg=tree_util.keystr(path)
-    )
-
-
-def same(actual: Any, expected: Any) -> None:
-  assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def types(tree: Any) -> list[Any]:

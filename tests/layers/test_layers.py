@@ -16,6 +16,7 @@ import pytest
 
 import optax_ranger as ranger
 from optax_ranger import layers
+from tests.helpers import close
 
 
 class Conv(nnx.Module):
@@ -166,10 +167,6 @@ def loop(name, layer, x, weights):
     else:
       rows.append(kept @ results / kept.sum())
   return np.stack(rows)
-
-
-def close(actual, expected, tolerance=1e-4):
-  np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.few(3)

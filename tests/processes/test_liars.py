@@ -1,14 +1,8 @@
 """Devices that lie: simulated in one process, and in two real ones."""
 
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import pytest
 
+from tests.helpers import run_processes
 from tests.processes import liars
 
 pytestmark = pytest.mark.slow
@@ -37,31 +31,8 @@ def test_two_liars_of_eight_devices_ruin_the_mean(honest):
 
 def test_a_process_that_lies():
   """Two processes over gloo, of six devices and of two; all of the second lie."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = str(free.getsockname()[1])
   devices = [liars.NUM_DEVICES - liars.NUM_LIARS, liars.NUM_LIARS]
-  root = pathlib.Path(__file__).parents[2]
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-m", "tests.processes.liars", port, str(i), *map(str, devices)],
-      cwd=root,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    outputs = [process.communicate(timeout=500) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, (_, errors) in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, errors[-3000:]
-  first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+  first, second = run_processes("tests.processes.liars", devices, timeout=500)
   print("two processes:", first)
   assert first == second  # the same parameters on both
   assert first["honest"] > 0.95

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
 
 NUM_DEVICES = 8
 AGGREGATORS = {
@@ -73,14 +74,6 @@ def sharded(function, mesh=None):
       out_specs=PartitionSpec(),
       check_vma=True,
     )
-  )
-
-
-def close(actual, expected, tolerance=1e-5):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-    actual,
-    expected,
   )
 
 

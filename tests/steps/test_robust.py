@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
 
 N = 9
 # Each with the most members of nine that may lie, and a number that breaks it.
@@ -42,10 +43,6 @@ def flat(rows):
 
 def flat_one(tree, order):
   return np.concatenate([np.asarray(tree[k], np.float64).ravel() for k in order])
-
-
-def close(actual, expected, tolerance=1e-5):
-  np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def corrupt(rows, count, size, way):
@@ -108,7 +105,7 @@ def test_order_statistics_equal_numpy(n, weighted, fraction):
   for key, leaf in rows.items():
     columns = leaf[keep].reshape(keep.sum(), -1).astype(np.float64).T
     expected = [oracle(column, weights[keep]) for column in columns]
-    close(np.ravel(result[key]), expected)
+    close(np.ravel(result[key]), np.asarray(expected))
 
 
 def weiszfeld(points, weights, steps=2000):
@@ -235,7 +232,7 @@ def test_a_boundary_of_the_trimmed_share_lets_nobody_in():
     for size in (1e30, -1e30):
       rows[:k] = size
       result, _ = aggregate(ranger.aggregate_by_trimmed_mean(fraction), rows)
-      close(result, [1.0])
+      close(result, np.ones(1))
 
 
 @each_robust

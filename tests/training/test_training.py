@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close_to_largest
 from tests.laws import registry
 
 NUM_EXAMPLES = 160
@@ -113,15 +114,6 @@ def train(update, steps=20, **options):
   return params, state, metrics
 
 
-def close(actual, expected, rtol=1e-5):
-  """Relative to the largest entry of a leaf; the same on every device."""
-  for leaf, other in zip(
-    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
-  ):
-    leaf, other = np.asarray(leaf), np.asarray(other)
-    np.testing.assert_allclose(leaf, other, rtol=rtol, atol=rtol * np.abs(other).max())
-
-
 def replicas_agree(tree):
   for leaf in jax.tree.leaves(tree):
     if leaf.sharding.is_fully_replicated:
@@ -173,8 +165,8 @@ def test_devices_equal_one(factory, kind):
   params, state = alone(case, **options)
   expected, expected_state = alone(case)
   assert not np.allclose(expected["out"], start()["out"])
-  close(params, expected)
-  close(state, expected_state, rtol=1e-4)
+  close_to_largest(params, expected)
+  close_to_largest(state, expected_state, rtol=1e-4)
   replicas_agree((params, state))
 
 
@@ -226,10 +218,10 @@ def test_every_way_equals_one_device(options, one_device):
   if "mesh" in options:
     options["mesh"] = mesh_of(options["mesh"])
   params, state, metrics = train(recipe(**options))
-  close(params, one_device[0])
-  close(metrics, one_device[2])
+  close_to_largest(params, one_device[0])
+  close_to_largest(metrics, one_device[2])
   for read in (ranger.smoothed_predictions, lambda s: ranger.eval_params(s, params)):
-    close(read(state), read(one_device[1]))
+    close_to_largest(read(state), read(one_device[1]))
   replicas_agree((params, state))
 
 
@@ -257,7 +249,7 @@ def test_uneven_batches_are_exact():
   mesh = mesh_of()
   for update in (step(mesh=mesh), step(mesh=mesh, num_micro_batches=2), step()):
     params, metrics = run(update, np.ones(13, bool))
-    close(params, expected)
+    close_to_largest(params, expected)
     assert int(metrics["num_dropped"]) == 1
     assert float(metrics["weight"]) == weights[good].sum()
 
@@ -399,9 +391,9 @@ def test_pmap_equals_shard_map(one_device):
   expected, expected_state, expected_metrics = train(reference, 6, ragged=False)
   for device in (0, 7):
     own = lambda tree, device=device: jax.tree.map(lambda leaf: leaf[device], tree)
-    close(own(params), expected)
-    close(own(metrics), expected_metrics)
-    close(
+    close_to_largest(own(params), expected)
+    close_to_largest(own(metrics), expected_metrics)
+    close_to_largest(
       ranger.smoothed_predictions(own(state)),
       ranger.smoothed_predictions(expected_state),
     )
@@ -437,8 +429,8 @@ def test_parameters_that_are_split_stay_split(kind, partition):
   expected, expected_state = start(), single.init(start())
   for batch, _ in batches(5):
     expected, expected_state, _ = single(expected, expected_state, batch)
-  close(params, expected)
-  close(state, expected_state, rtol=1e-4)
+  close_to_largest(params, expected)
+  close_to_largest(state, expected_state, rtol=1e-4)
   assert params["hidden"].sharding.is_equivalent_to(columns, 2)
   ema = ranger.eval_params(state, params)["hidden"]
   assert ema.addressable_shards[0].data.shape == (6, 8)
@@ -461,7 +453,7 @@ def test_batches_may_lie_anywhere():
     results.append(update(params, update.init(params), placed)[0])
     jax.tree.map(np.asarray, (params, placed))  # still there
   for result in results[1:]:
-    close(result, results[0], rtol=1e-7)
+    close_to_largest(result, results[0], rtol=1e-7)
 
 
 def test_parameters_and_state_are_donated():
@@ -492,8 +484,8 @@ def test_neighbors_on_other_devices_count(one_device):
   )[0]
   head = ranger.ranger_head(include_self=False)
   one = ranger.train_step(losses, optax.sgd(0.1), step=head, has_aux=True)
-  close(run(plain(step=head)), run(one))
-  close(run(plain(step=head, num_micro_batches=3)), run(one))
+  close_to_largest(run(plain(step=head)), run(one))
+  close_to_largest(run(plain(step=head, num_micro_batches=3)), run(one))
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
+from tests.helpers import same
 
 X = np.random.default_rng(0).standard_normal([16, 3]).astype(np.float32)
 # Of NumPy, since arrays of JAX are gone once they were donated.
@@ -48,16 +50,6 @@ def build(way, optimizer, loss=losses, **options):
   if devices:
     options["mesh"] = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
   return ranger.train_step(loss, optimizer, donate=False, **options)
-
-
-def same(actual, expected):
-  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((actual, expected)))
-
-
-def close(actual, expected):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), actual, expected
-  )
 
 
 def bad_batches():
