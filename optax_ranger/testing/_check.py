@@ -92,7 +92,7 @@ def check(
     ValueError: for names in `skip` that are no laws.
 
   Examples:
-    Adam follows all laws but one: a NaN stays in its state.
+    Plain SGD breaks no law.
 
     >>> import functools, optax, optax_ranger.testing
     >>> step = functools.partial(optax.sgd, learning_rate=0.1)
