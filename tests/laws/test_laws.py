@@ -28,12 +28,6 @@ from tests.laws import registry
 each_case = pytest.mark.parametrize(
   "case", registry.CASES, ids=[case.name for case in registry.CASES]
 )
-# Laws that forms of one step can't break apart from each other: its first case.
-each_step = pytest.mark.parametrize(
-  "case",
-  {case.factory: case for case in reversed(registry.CASES)}.values(),
-  ids=lambda case: case.name,
-)
 _COUNTERS = (
   "num_skipped",
   "num_skipped_in_a_row",
@@ -41,7 +35,6 @@ _COUNTERS = (
   "num_left_out",
   "num_overflowed",
 )
-DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
 
 
 @pytest.fixture(autouse=True)

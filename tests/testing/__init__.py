@@ -1,0 +1,1 @@
+"""Tests of `optax_ranger.testing`."""

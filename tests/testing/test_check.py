@@ -1,0 +1,182 @@
+"""Each law catches a step that breaks it, and `check` reports what it found."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_ranger import testing
+
+_MAPPED = jax.tree.map
+_TRACED = []
+
+
+def step(update=lambda leaf: leaf, init=lambda params: optax.EmptyState(), change=None):
+  """A step of a function of leaves, with a state."""
+
+  def update_all(updates, state, params=None, **extra_args):
+    del params, extra_args
+    new = state if change is None else change(updates, state)
+    return _MAPPED(update, updates), new
+
+  return optax.GradientTransformationExtraArgs(init, update_all)
+
+
+def _traced(leaf):
+  return isinstance(leaf, jax.core.Tracer)
+
+
+def _named_otherwise():
+  update = lambda grads, state, params=None: (grads, state)
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _scaled_by_what_is_left_over():
+  update = lambda updates, state, params=None, **extra_args: (
+    _MAPPED(lambda leaf: leaf * (1 + len(extra_args)), updates),
+    state,
+  )
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
+
+
+def _leaking():
+  return step(lambda leaf: _TRACED.append(leaf) or leaf)
+
+
+def _momentum():
+  add = lambda updates, old: _MAPPED(lambda m, g: 0.9 * m + g, old, updates)
+  return step(init=lambda params: _MAPPED(jnp.zeros_like, params), change=add)
+
+
+def _counting_its_traces():
+  """A compiled loop is traced once; whatever traces it again has another factor."""
+  traces = []
+  return step(lambda leaf: leaf * (traces.append(1) or len(traces)))
+
+
+def _of_two_shapes():
+  shape = lambda params: [2 if _traced(jax.tree.leaves(params)[0]) else 3]
+  return step(init=lambda params: jnp.zeros(shape(params)))
+
+
+def _of_two_types():
+  float_of = lambda updates, old: old + jnp.float32(1)
+  return step(init=lambda params: jnp.int32(0), change=float_of)
+
+
+def _of_known_names():
+  update = lambda updates, state, params=None: (
+    {"w": updates["w"], "b": updates["b"]},
+    state,
+  )
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _scaled(factor=1.0):
+  return step(lambda leaf: leaf * factor if factor > 0 else leaf)
+
+
+_float32 = lambda: step(lambda leaf: leaf.astype(jnp.float32))
+BROKEN = {
+  "protocol": _named_otherwise,
+  "compiled loop": _of_two_types,
+  "unknown extra args change nothing": _scaled_by_what_is_left_over,
+  "pure": lambda: step(init=lambda params: jnp.float32(np.random.rand())),  # noqa: NPY002
+  "state of arrays": lambda: step(init=lambda params: np.zeros(3)),
+  "abstract init": _of_two_shapes,
+  "jit equals eager": lambda: step(lambda leaf: leaf * (2 if _traced(leaf) else 1)),
+  "types are kept, float32": lambda: step(init=lambda params: jnp.asarray(1.0)),
+  "types are kept, bfloat16": _float32,
+  "types are kept, float16": _float32,
+  "types are kept, float64": _float32,
+  "types are kept, complex64": lambda: step(lambda leaf: leaf.real),
+  "bfloat16 agrees with float32": lambda: step(lambda leaf: leaf + 1000 - 1000),
+  "scan equals loop": _counting_its_traces,
+  "vmap equals loop": _counting_its_traces,
+  "pmap equals loop": _counting_its_traces,
+  "None leaves": _of_known_names,
+  "zero-size leaves": lambda: step(lambda leaf: leaf / jnp.abs(leaf).max()),
+  "the empty tree": _of_known_names,
+  "masked leaves": _of_known_names,
+  "explicit mesh": lambda: step(lambda leaf: leaf * (leaf.T @ leaf).sum()),
+  "donation": lambda: step(init=lambda params: params),
+  "checkpoint": _of_two_shapes,
+  "recovers from nan": _momentum,
+  "recovers from inf": _momentum,
+  "recovers from -inf": _momentum,
+  "inject_hyperparams": functools.partial(_scaled, factor=0.5),
+  "no tracer leaks": _leaking,
+}
+
+
+def _subject(broken):
+  if isinstance(broken, functools.partial):
+    return testing.Subject(broken, factory=broken.func, arguments=broken.keywords)
+  return testing.Subject(broken)
+
+
+def test_each_law_has_a_step_that_breaks_it():
+  assert set(BROKEN) == set(testing.LAWS)
+
+
+@pytest.mark.parametrize("law", BROKEN)
+def test_a_broken_step_is_caught(law):
+  with pytest.raises(Exception) as caught:  # noqa: PT011
+    testing.LAWS[law](_subject(BROKEN[law]))
+  assert not isinstance(caught.value, testing.SkippedError)
+
+
+def test_check_reports_each_law_and_where():
+  with jax.numpy_dtype_promotion("standard"):
+    report = testing.check(_momentum(), on_fail="report", skip={"protocol": "known"})
+    assert [one.law for one in report.results] == list(testing.LAWS)
+    assert [one.law for one in report.failed] == [
+      f"recovers from {value}" for value in ("nan", "inf", "-inf")
+    ]
+    assert "state['w']: 1 of 128 entries" in report.failed[0].message
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["skipped", "protocol", "known"]
+    with pytest.raises(AssertionError, match="3 laws failed"):
+      testing.check(_momentum())
+
+
+def test_members_and_extra_args_are_passed_on():
+  mean = lambda updates, state, params=None, *, weight, **extra_args: (
+    jax.tree.map(lambda leaf: weight * leaf.mean(axis=0), updates),
+    state,
+  )
+  init = lambda params: optax.EmptyState()
+  lead = lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype)
+  report = testing.check(
+    optax.GradientTransformationExtraArgs(init, mean),
+    params={"w": jnp.ones([8, 3])},
+    extra={"weight": 2.0},
+    gradients=lambda call, params: testing.random_like(
+      call, jax.tree.map(lead, params)
+    ),
+    on_fail="report",
+  )
+  assert {one.law for one in report.failed} <= {"recovers from nan"} | {
+    "recovers from inf", "recovers from -inf"
+  }  # fmt: skip
+
+
+def test_wrong_use_is_refused():
+  with pytest.raises(TypeError, match="with names for all arguments"):
+    testing.check(functools.partial(optax.sgd, 0.1))
+  with pytest.raises(ValueError, match="a law in skip must be one of"):
+    testing.check(optax.sgd(0.1), skip={"no such law": ""})
+  with pytest.raises(ValueError, match="on_fail must be one of"):
+    testing.check(optax.sgd(0.1), on_fail="ignore")
+
+
+@testing.parametrize_with_laws(functools.partial(_scaled, factor=0.5), skip={
+  "inject_hyperparams": "it branches on a number"
+})  # fmt: skip
+def test_laws_are_tests_under_pytest(law):
+  law()
