@@ -1,4 +1,4 @@
-"""The sources' own examples: linear regression on five points, and a small CNN."""
+"""Published examples: linear regression on five points, and a small CNN."""
 
 from flax import nnx
 import jax
