@@ -107,7 +107,7 @@ def robust_labels(
   given ones, so that the network has memorized none of it.
 
   It helps under random flips, under confusion of certain classes and under labels
-  that people got wrong. It costs up to 0.6 points of accuracy where labels are
+  that people got wrong. It costs up to 0.4 points of accuracy where labels are
   clean. It hurts where distances between the features mean nothing, and where copies
   of an example bear the same wrong label. Labels of which several are right at once
   (multi-label) are refused. For numbers as targets see
