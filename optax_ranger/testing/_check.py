@@ -101,9 +101,10 @@ def check(
     ()
   """
   validate.choice("on_fail", on_fail, ("raise", "report"))
-  subject = _as_subject(step, params, extra, gradients, static_args)
-  results = tuple(_judge(name, subject, _checked(skip)) for name in LAWS)
-  report = Report(results)
+  options = {"params": params, "extra": extra, "gradients": gradients}
+  subject = _as_subject(step, **options, static_args=static_args)
+  skip = _checked(skip)
+  report = Report(tuple(_judge(name, subject, skip) for name in LAWS))
   if report.failed and on_fail == "raise":
     details = "\n\n".join(f"{one.law}:\n{one.message}" for one in report.failed)
     raise AssertionError(f"{len(report.failed)} laws failed\n{report}\n\n{details}")
@@ -111,15 +112,14 @@ def check(
 
 
 def parametrize_with_laws(
-  step: Any,
-  *,
-  params: PyTree = None,
-  extra: Mapping[str, Any] | Callable[[int], dict[str, Any]] | None = None,
-  gradients: Callable[[int, PyTree], PyTree] | None = None,
-  static_args: tuple[str, ...] = (),
-  skip: Mapping[str, str] | None = None,
+  step: Any, *, skip: Mapping[str, str] | None = None, **options: Any
 ) -> Any:
-  """A pytest decorator: one test for each law; see `check` for the arguments.
+  """A pytest decorator: one test for each law.
+
+  Args:
+    step: see `check`.
+    skip: see `check`.
+    **options: ``params``, ``extra``, ``gradients`` and ``static_args`` of `check`.
 
   Returns:
     A mark for a test function that calls its only parameter, ``law()``.
@@ -132,10 +132,7 @@ def parametrize_with_laws(
   """
   import pytest
 
-  subject, skip = (
-    _as_subject(step, params, extra, gradients, static_args),
-    _checked(skip),
-  )
+  subject, skip = _as_subject(step, **options), _checked(skip)
 
   def run(name: str) -> None:
     result = _judge(name, subject, skip)
@@ -168,10 +165,11 @@ def _judge(name: str, subject: _subject.Subject, skip: Mapping[str, str]) -> Res
 
 def _as_subject(
   step: Any,
-  params: PyTree,
-  extra: Mapping[str, Any] | Callable[[int], dict[str, Any]] | None,
-  gradients: Callable[[int, PyTree], PyTree] | None,
-  static_args: tuple[str, ...],
+  *,
+  params: PyTree = None,
+  extra: Any = None,
+  gradients: Any = None,
+  static_args: tuple[str, ...] = (),
 ) -> _subject.Subject:
   given: dict[str, Any] = {"static_args": static_args}
   if params is not None:

@@ -117,12 +117,15 @@ def _abstract_init(subject: Subject) -> None:
 
 @_law("jit equals eager")
 def _jit_equals_eager(subject: Subject) -> None:
-  """The second call outside of ``jax.jit`` gives what the compiled one gives."""
+  """The second and third calls give the same outside of ``jax.jit``."""
   params, update = subject.params, subject.first_run.update
   _, state = subject.run(params, 1)
-  gradients, extra = subject.inputs(1, params)
-  eager = subject.step.update(gradients, state, params, **extra)
-  close("results", update(gradients, state, params, **extra), eager)
+  for call in (1, 2):
+    gradients, extra = subject.inputs(call, params)
+    eager = subject.step.update(gradients, state, params, **extra)
+    compiled = update(gradients, state, params, **extra)
+    close(f"call {call}: results", compiled, eager)
+    state = compiled[1]
 
 
 def _cast(tree: PyTree, dtype: Any) -> PyTree:
@@ -161,15 +164,16 @@ for _dtype in ("float32", "bfloat16", "float16", "float64", "complex64"):
       same_types("state", after, state)
 
 
-@_law("bfloat16 agrees with float32")
-def _half_precision(subject: Subject) -> None:
+@_law("float16 agrees with float32", "float16")
+@_law("bfloat16 agrees with float32", "bfloat16")
+def _half_precision(subject: Subject, dtype: str) -> None:
   """To a tenth, which tells half precision from a wrong formula."""
   params = subject.params
-  rounded = _cast(params, "bfloat16")
+  rounded = _cast(params, dtype)
   state = subject.step.init(rounded)
   for call, expected in enumerate(subject.first_run.results[:3]):
     gradients, extra = subject.inputs(call, params)
-    gradients = _cast(gradients, "bfloat16")
+    gradients = _cast(gradients, dtype)
     updates, state = subject.first_run.update(gradients, state, rounded, **extra)
     close(f"call {call}: updates", _cast(updates, "float32"), expected, 0.1)
 
@@ -193,8 +197,8 @@ def _stack(trees: list[PyTree]) -> PyTree:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-@_law("vmap equals loop", False)
 @_law("pmap equals loop", True)
+@_law("vmap equals loop", False)
 def _map_equals_loop(subject: Subject, over_devices: bool) -> None:
   """Independent runs side by side, or on devices of their own."""
   count = 3
@@ -227,7 +231,7 @@ def _beside(subject: Subject, other: Any) -> tuple[list[PyTree], PyTree]:
   params = {"params": subject.params, "other": other}
   step, state = subject.step, subject.step.init(params)
   results = []
-  for call in range(2):
+  for call in range(4):
     gradients, extra = subject.gradients(call, params), subject.extra(call)
     gradients = {**gradients, "params": subject.gradients(call, subject.params)}
     updates, state = jax.jit(step.update)(gradients, state, params, **extra)
@@ -272,8 +276,9 @@ def _masked_leaves(subject: Subject) -> None:
   same("the masked leaf", updates["other"], gradients["other"])
 
 
-@_law("explicit mesh")
-def _explicit_mesh(subject: Subject) -> None:
+@_law("explicit mesh, last axis", -1)
+@_law("explicit mesh", 0)
+def _explicit_mesh(subject: Subject, axis: int) -> None:
   """State and updates are split as the parameters are, and values stay."""
   count = min(jax.device_count(), 8)
   if count < 2:
@@ -282,17 +287,18 @@ def _explicit_mesh(subject: Subject) -> None:
     (count,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:count]
   )
   params, step = subject.params, subject.step
-  splits = lambda p: p.ndim and p.shape[0] and p.shape[0] % count == 0
+  splits = lambda p: p.ndim and p.shape[axis] and p.shape[axis] % count == 0
   if not any(map(splits, jax.tree.leaves(params))):
-    raise SkippedError(f"no leaf has a first axis that {count} devices divide")
+    raise SkippedError(f"no leaf has an axis {axis} that {count} devices divide")
 
   def place(leaf, like):
-    lead = (None,) * (leaf.ndim - like.ndim)
-    spec = PartitionSpec(*lead, *(["data"] if splits(like) else []))
-    return jax.device_put(leaf, NamedSharding(mesh, spec))
+    spec: list[str | None] = [None] * leaf.ndim
+    if splits(like):
+      spec[leaf.ndim - like.ndim if axis == 0 else -1] = "data"
+    return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
-  expected = subject.first_run.results[:2]
-  inputs = [subject.inputs(call, params) for call in range(2)]
+  expected = subject.first_run.results[:4]
+  inputs = [subject.inputs(call, params) for call in range(4)]
   with jax.set_mesh(mesh):
     placed = jax.tree.map(place, params, params)
     state = jax.jit(step.init)(placed)
@@ -322,7 +328,7 @@ def _donation(subject: Subject) -> None:
 
   params = jax.tree.map(jnp.copy, subject.params)
   state = step.init(params)
-  for call in range(2):
+  for call in range(4):
     gradients, extra = subject.inputs(call, params)
     donated = {"params": params, "state": state}
     params, state = train(params, state, gradients, extra)

@@ -108,7 +108,7 @@ def test_two_processes_equal_one(one_process, two_processes):
   (first, second), kinds = two_processes
   bit_for_bit(first, second)
   params, _ = one_process
-  close_to_largest(first[: len(params)], params)
+  close_to_largest(first[: len(params)], params, rtol=5e-7)
   assert np.abs(params[0]).max() > 0.01  # a bias, zero at the start
   assert kinds == [["all-gather", "all-reduce"]] * 2
 
@@ -117,7 +117,9 @@ def test_two_processes_equal_one(one_process, two_processes):
 @pytest.mark.parametrize("num_devices", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_resumes_on_fewer_devices(num_devices, one_process):
   params, folder = one_process
-  close_to_largest(train(num_devices, "--checkpoints", str(folder), "--resume"), params)
+  close_to_largest(
+    train(num_devices, "--checkpoints", str(folder), "--resume"), params, rtol=5e-7
+  )
 
 
 def window_of_three(mesh, reduce):
@@ -155,7 +157,7 @@ def test_open_windows_move_to_other_devices():
     update = window_of_three(*way)
     params, state = calls(update, params, state, call, call + 1)
     expected, expected_state = calls(single, expected, expected_state, call, call + 1)
-    close_to_largest([params["w"]], [expected["w"]])
+    close_to_largest([params["w"]], [expected["w"]], rtol=5e-7)
     assert int(state.optimizer.mini_step) == (call + 1) % 3
     total, apart = state.optimizer.accumulated["w"], way[1] == "on_emission"
     assert total.shape == ((way[0].size, 5, 4) if apart else (5, 4))
@@ -234,7 +236,7 @@ def test_resumes_on_two_processes(reduce, one_process, tmp_path):
   processes = start(tmp_path, *save, "--resume", devices=(3, 3))
   (first, second), _ = finish(tmp_path, processes)
   bit_for_bit(first, second)
-  close_to_largest(first[: len(params)], params)
+  close_to_largest(first[: len(params)], params, rtol=5e-7)
 
 
 @pytest.mark.slow
@@ -243,4 +245,4 @@ def test_processes_may_share_rows(one_process, tmp_path):
   (first, second), _ = finish(tmp_path, start(tmp_path, "--share-rows"))
   bit_for_bit(first, second)
   params, _ = one_process
-  close_to_largest(first[: len(params)], params)
+  close_to_largest(first[: len(params)], params, rtol=5e-7)

@@ -77,6 +77,10 @@ def _of_known_names():
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def _tiny(leaf):
+  return jnp.asarray(1e-9, leaf.dtype)  # zero in float16
+
+
 def _scaled(factor=1.0):
   return step(lambda leaf: leaf * factor if factor > 0 else leaf)
 
@@ -96,6 +100,9 @@ BROKEN = {
   "types are kept, float64": _float32,
   "types are kept, complex64": lambda: step(lambda leaf: leaf.real),
   "bfloat16 agrees with float32": lambda: step(lambda leaf: leaf + 1000 - 1000),
+  "float16 agrees with float32": lambda: step(
+    lambda leaf: leaf / _tiny(leaf) * _tiny(leaf)
+  ),
   "scan equals loop": _counting_its_traces,
   "vmap equals loop": _counting_its_traces,
   "pmap equals loop": _counting_its_traces,
@@ -104,6 +111,7 @@ BROKEN = {
   "the empty tree": _of_known_names,
   "masked leaves": _of_known_names,
   "explicit mesh": lambda: step(lambda leaf: leaf * (leaf.T @ leaf).sum()),
+  "explicit mesh, last axis": lambda: step(lambda leaf: leaf * (leaf @ leaf.T).sum()),
   "donation": lambda: step(init=lambda params: params),
   "checkpoint": _of_two_shapes,
   "recovers from nan": _momentum,
