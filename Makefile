@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all test-versions locks lint format bench clean
 
 demo: .venv/.installed  ## Trains on digits with 40% wrong labels.
 	@mkdir -p $(OUT)
@@ -14,6 +14,32 @@ test: .venv/.installed  ## Unit tests, laws on each step once, doctests.
 
 test-all: .venv/.installed  ## All forms of each step, several processes, robustness.
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+VERSIONS := lowest-3.11 newest-3.12 newest-3.13 plain-3.12
+
+test-versions: $(VERSIONS:%=test-%)  ## Three Pythons, oldest and newest releases, no extras.
+
+test-%: .venvs/%/.installed
+	.venvs/$*/bin/python -m pytest -n auto --dist loadgroup -m "not slow" $(PYTEST)
+
+# Old releases of others warn of what newer ones have mended.
+test-lowest-%: PYTEST := -W ignore::DeprecationWarning
+
+# Doctests of the package use the extras.
+test-plain-%: PYTEST := tests
+
+.venvs/%/.installed: .ci/*.lock pyproject.toml
+	python$(lastword $(subst -, ,$*)) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install --quiet --disable-pip-version-check -r .ci/$(firstword $(subst -, ,$*)).lock
+	.venvs/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+LOCK := uv pip compile --quiet --universal --no-annotate --group build pyproject.toml
+
+locks:  ## Writes the locks of test-versions anew.
+	$(LOCK) --python-version 3.11 --resolution lowest-direct --extra test --output-file .ci/lowest.lock
+	$(LOCK) --python-version 3.12 --upgrade --extra test --output-file .ci/newest.lock
+	$(LOCK) --python-version 3.12 --upgrade --group plain --output-file .ci/plain.lock
 
 lint: .venv/.installed  ## Checks style, format and types.
 	$(BIN)/ruff check .
@@ -28,7 +54,7 @@ bench: .venv/.installed  ## Measures the figures of the README, side by side.
 	$(BIN)/python -m benchmarks.speed --out $(OUT)
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venvs out
 
 .venv/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

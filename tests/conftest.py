@@ -1,8 +1,10 @@
 """The one place that configures the tests: devices, strictness, shared fixtures."""
 
 import collections
+import importlib.util
 import os
 import pathlib
+import re
 
 # `benchmarks/gpu.sh` runs some of the laws on an accelerator, by this variable.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
@@ -25,6 +27,38 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Where extras are not installed, what imports them isn't collected, and a test that
+# meets them is skipped.
+_EXTRAS = ("equinox", "faiss", "flax", "grain", "matplotlib", "orbax", "pymetis")
+_ABSENT = [
+  name for name in (*_EXTRAS, "sklearn", "tqdm") if not importlib.util.find_spec(name)
+]
+_NEED_THEM = ("benchmarks", "examples", r"tests\.processes")
+_IMPORTS = re.compile(
+  rf"^(?:from|import) (?:{'|'.join((*_ABSENT, *_NEED_THEM))})\b", re.MULTILINE
+)
+
+
+def pytest_report_header():
+  return f"extras not installed: {', '.join(_ABSENT)}" if _ABSENT else ()
+
+
+def pytest_ignore_collect(collection_path):
+  if _ABSENT and collection_path.suffix == ".py":
+    return bool(_IMPORTS.search(collection_path.read_text())) or None
+  return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+  try:
+    return (yield)
+  except ImportError as error:
+    if _ABSENT:
+      pytest.skip(str(error))
+    raise
 
 
 @pytest.fixture(scope="module", autouse=True)

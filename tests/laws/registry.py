@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import functools
+import importlib.util
 import inspect
 import types
 from typing import Any
@@ -14,7 +15,6 @@ import numpy as np
 import optax
 
 import optax_ranger as ranger
-from optax_ranger import layers
 from optax_ranger import testing
 
 NUM_MEMBERS = 6
@@ -285,16 +285,16 @@ def extra_args(case: Case, call: int) -> dict[str, Any]:
   return {**_with_neighbors(call), **_with_regions(call)}
 
 
+_FLAX = ("layers",) if importlib.util.find_spec("flax") else ()
 ROOMS = {
   "": ranger,
   **{
-    f"{name}.": getattr(ranger, name)
+    f"{name}.": importlib.import_module(f"optax_ranger.{name}")
     for name in (
       *("graph", "labels", "neighbors", "recipes", "regions", "steps"),
-      *("testing", "training"),
+      *("testing", "training", *_FLAX),
     )
   },
-  "layers.": layers,
 }
 
 
