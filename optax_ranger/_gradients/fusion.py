@@ -60,12 +60,10 @@ def example_weights(
     ``member_weights`` zero have weight zero.
 
   Guarantees:
-    * The weighted loss has the gradient of the per-example form
-      (``test_fused_equals_per_example``).
-    * A step that is linear but not one weight per example is refused, where
-      that shows on leaves of shape ``[n]`` and ``[n, 2, 3]``
-      (``test_shape_dependent_step_is_refused``). It cannot show for a mask by
-      the parameters' names: chain such a step with the optimizer.
+    * The weighted loss has the gradient of the per-example form.
+    * A step that is linear but not one weight per example is refused, where that shows
+      on leaves of shape ``[n]`` and ``[n, 2, 3]``. It cannot show for a mask by the
+      parameters' names: chain such a step with the optimizer.
 
   Raises:
     NotLinearError: a ``TypeError``, for steps such as ``aggregate_by_max``.
@@ -160,18 +158,10 @@ def value_and_grad(
     the number of examples, or use ``train_step``.
 
   Guarantees:
-    * Linear or not, the gradient is the step's on per-example gradients
-      (``test_fused_equals_per_example``, ``test_non_linear_runs_per_example``).
-    * An example that is not finite changes nothing but a counter
-      (``test_bad_example_is_left_out``), also where the loss has no gradient at
-      zero (``test_bad_example_is_left_out_of_a_singular_loss``).
-    * Memory of a linear step is that of the plain mean
-      (``test_fused_holds_no_per_example_gradients``).
-    * Split over devices, it is the gradient of the whole batch
-      (``test_a_split_batch_has_the_gradient_of_the_whole``).
-    * Sweeps change nothing but time and memory
-      (``test_sweeps_change_nothing``), which follows the micro-batch
-      (``test_memory_follows_the_micro_batch``).
+    * Linear or not, the gradient is the step's on per-example gradients.
+    * An example that is not finite changes nothing but a counter, also where the loss
+      has no gradient at zero.
+    * Memory of a linear step is that of the plain mean.
 
   Raises:
     ValueError: for a step that is not one weight per example, or, in several

@@ -75,11 +75,9 @@ def micro_batched(
     which are counts, are added up, and booleans become a share.
 
   Guarantees:
-    * The gradient of the whole batch, whatever the number of micro-batches
-      (``test_micro_batches_are_the_whole_batch``).
-    * A micro-batch that is not finite counts as weight zero, on its own device
-      only (``test_left_out_on_one_device``).
-    * One reduction across devices (``test_one_all_reduce_for_any_number``).
+    * The gradient of the whole batch, whatever the number of micro-batches.
+    * A micro-batch that is not finite counts as weight zero, on its own device only.
+    * One reduction across devices.
 
   Raises:
     TypeError: for a number of micro-batches that is not a Python integer.

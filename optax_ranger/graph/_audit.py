@@ -138,18 +138,9 @@ def audit(
     labels make it too small, overlapping classes too large.
 
   Guarantees:
-    * It equals counting by hand (``test_audit_equals_counting``), with groups too
-      (``test_audit_leaves_out_the_same_group``); so do margin, mean and
-      contradicted (``test_audit_of_what_training_has_seen``).
-    * With the true chances of the labels, the posterior is that of Bayes' rule
-      (``test_posterior_is_that_of_bayes``).
-    * Within four points it tells how many of 4,000 labels are wrong, from none to
-      six of ten, symmetric or in pairs (``test_audit_tells_how_many_are_wrong``).
-    * Examples of which nothing is known come last and keep their label
-      (``test_audit_without_neighbors``, ``test_bad_predictions_poison_nobody``).
-    * Examples without a label come last and have no vote
-      (``test_audit_of_unlabeled_examples``).
-    * Blocks don't matter (``test_audit_in_blocks``).
+    * It equals counting by hand, with groups too; so do margin, mean and contradicted.
+    * With the true chances of the labels, the posterior is that of Bayes' rule.
+    * Examples of which nothing is known come last and keep their label.
 
   Raises:
     ValueError: for labels or groups of another length, labels outside [-1, C) or

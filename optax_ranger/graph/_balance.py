@@ -33,8 +33,8 @@ def balance_classes(neighbors: Neighbors, labels: Any, num_classes: int) -> Neig
     that labeled examples had before.
 
   Guarantees:
-    * Classes have one mean total weight (``test_balanced_classes_weigh_alike``).
-    * Examples without a label change nothing (``test_balance_ignores_unlabeled``).
+    * Classes have one mean total weight.
+    * Examples without a label change nothing.
 
   Raises:
     ValueError: for labels of another length and, where they are known, for labels

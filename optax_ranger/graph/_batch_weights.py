@@ -59,7 +59,7 @@ def graph_weights(neighbors: Neighbors) -> GraphWeights:
 
   Guarantees:
     * The table is what ``example_weights`` gives for the whole graph with
-      ``normalize="graph"`` (``test_plan_equals_example_weights``).
+      ``normalize="graph"``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -115,8 +115,7 @@ def batch_weights(
     ``BatchWeights(ids [m], weights [m])``.
 
   Guarantees:
-    * The three have the same expectation, and another scaling is told apart
-      from it (``test_expectations_agree``).
+    * The three have the same expectation, and another scaling is told apart from it.
 
   Raises:
     ValueError: for another way, no key where one is needed, k outside [1, K], a

@@ -95,27 +95,12 @@ def build(
     with a mesh, split by rows. Memory is O(n k + n d + block).
 
   Guarantees:
-    * Every exact backend, 8 devices, and two processes give one graph, bit for
-      bit, and ties go to the lower index (``test_backends_give_one_graph``,
-      ``test_devices_give_the_graph_of_one``,
-      ``test_two_processes_give_the_graph_of_one``).
-    * It is exact for clusters that lie thousands of radii apart, for any scale,
-      and for duplicates (``test_exact_where_rounding_is_worst``).
-    * Where float32 does not hold the features, it is the graph of the features in
-      their own type (``test_wide_features_have_the_graph_of_a_full_sort``).
-    * The recall is the one that a full search would tell
-      (``test_recall_is_measured``).
-
-  Edge cases, each of them tested (``test_edge_cases``):
-    =========================  ==================================================
-    duplicates, constants      distance 0, the lowest indices first
-    rows that are not finite   no neighbors (-1), and nobody's neighbor
-    n = k + 1                  everybody else, nearest first
-    float16, small integers    computed in float32
-    64-bit numbers of NumPy    computed in float32, then in float64 where it matters
-    a single cluster           as anywhere
-    a zero row, cosine         at distance 1 from every other
-    =========================  ==================================================
+    * Every exact backend, 8 devices, and two processes give one graph, bit for bit, and
+      ties go to the lower index.
+    * It is exact for clusters that lie thousands of radii apart, for any scale, and for
+      duplicates.
+    * Where float32 does not hold the features, it is the graph of the features in their
+      own type.
 
   Raises:
     ValueError: for features that are not 2-D, k outside [1, n - 1], another
@@ -233,8 +218,7 @@ def measure_recall(
     The recall, in [0, 1].
 
   Guarantees:
-    * It is the one that a full search would tell (``test_recall_is_measured``),
-      whatever the distances say (``test_recall_of_another_index_is_measured``).
+    * It is the one that a full search would tell, whatever the distances say.
 
   Raises:
     ValueError: for indices that are not ``[n, k]``.

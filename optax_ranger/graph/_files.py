@@ -58,7 +58,7 @@ def save(
       out.
 
   Guarantees:
-    * What is loaded is what was saved (``test_files_keep_every_bit``).
+    * What is loaded is what was saved.
 
   Examples:
     >>> import numpy as np, tempfile, pathlib
@@ -99,8 +99,8 @@ def load(path: str | os.PathLike[str], *, features: Any = None) -> Neighbors:
     ``Neighbors``.
 
   Guarantees:
-    * A damaged file, a foreign one, one of a later version, and one of other
-      features are refused, with its name (``test_bad_files_are_refused``).
+    * A damaged file, a foreign one, one of a later version, and one of other features
+      are refused, with its name.
 
   Raises:
     ValueError: for such files.

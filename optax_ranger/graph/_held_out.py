@@ -68,12 +68,10 @@ def held_out_predictions(
     are not finite.
 
   Guarantees:
-    * Each row is the prediction of a fit without its example
-      (``test_held_out_predictions_equal_refitting``).
-    * An example's row does not depend on its own label
-      (``test_own_labels_are_not_seen``), when hyperparameters stay the same.
-    * Rows that are not finite, and examples without a label, change nothing
-      (``test_bad_rows_teach_nothing``).
+    * Each row is the prediction of a fit without its example.
+    * An example's row does not depend on its own label, when hyperparameters stay the
+      same.
+    * Rows that are not finite, and examples without a label, change nothing.
 
   Raises:
     ValueError: for features that are not 2-D, labels of another length, or outside

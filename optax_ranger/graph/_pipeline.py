@@ -28,8 +28,8 @@ class NeighborBatches(Iterator[dict[str, np.ndarray]]):
     places have id -1 and weight 0.
 
   Guarantees:
-    * Every id comes once in an epoch (``test_batches_visit_every_example``).
-    * From any state on, the same tail (``test_pipelines_restore_the_same_tail``).
+    * Every id comes once in an epoch.
+    * From any state on, the same tail.
 
   Raises:
     ValueError: for a batch size outside [1, n], k outside [1, K].
@@ -104,8 +104,7 @@ def add_neighbors(
     ``"neighbor_weight"``, of the shape of the ids and one axis of k more.
 
   Guarantees:
-    * From any checkpoint on, the same tail, shuffled and in batches
-      (``test_pipelines_restore_the_same_tail``).
+    * From any checkpoint on, the same tail, shuffled and in batches.
 
   Raises:
     ImportError: without Grain, which the extra ``grain`` installs.

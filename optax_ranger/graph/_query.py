@@ -47,10 +47,8 @@ def query(
     O(m k + (n + m) d + block).
 
   Guarantees:
-    * It equals a full sort (``test_queries_equal_a_full_sort``), in exact numbers
-      too (``test_wide_queries_keep_their_digits``).
-    * Rows that are left out of a graph find there what the whole graph gives them
-      (``test_queries_agree_with_the_graph``).
+    * It equals a full sort, in exact numbers too.
+    * Rows that are left out of a graph find there what the whole graph gives them.
 
   Raises:
     ValueError: for arrays that are not 2-D or of unequal d, k outside [1, n],

@@ -93,8 +93,7 @@ def refresh(
     ``Neighbors``, like `previous` in everything but its values.
 
   Guarantees:
-    * A step that takes neighbors as an argument is traced once
-      (``test_refresh_compiles_nothing_again``).
+    * A step that takes neighbors as an argument is traced once.
 
   Raises:
     ValueError: for data of another number of examples, and what ``build``

@@ -46,13 +46,9 @@ def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
     where no neighbor has one. No gradient flows through it.
 
   Guarantees:
-    * The weighted mean of the others' normalized beliefs
-      (``test_neighbor_beliefs_equal_a_loop``).
-    * An example's row does not depend on its own belief
-      (``test_no_example_confirms_itself``).
-    * Rows are not negative, and sum to one or are zeros, whatever comes
-      (``test_neighbor_beliefs_are_probabilities_or_none``).
-    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+    * The weighted mean of the others' normalized beliefs.
+    * An example's row does not depend on its own belief.
+    * Rows are not negative, and sum to one or are zeros, whatever comes.
 
   Raises:
     ValueError: for shapes that do not fit.
@@ -128,17 +124,9 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array
     No gradient flows through it.
 
   Guarantees:
-    * Rows are not negative and sum to one, whatever comes
-      (``test_confusion_rows_are_probabilities``).
-    * With the true classes as beliefs it is their confusion matrix, counted
-      (``test_confusion_of_true_classes_is_counted``).
-    * Anchors that are certain of their class tell it, whatever the others between
-      look-alikes bear, as s grows (``test_anchors_tell_the_rows``).
-    * The order of examples does not matter (``test_order_does_not_matter``).
-    * Votes of several raters count as that many examples with a share of the weight
-      (``test_votes_are_counted``).
-    * No usable example makes the identity (``test_nothing_known_is_the_identity``).
-    * Split over devices by rows, the same (``test_split_over_devices_the_same``).
+    * Rows are not negative and sum to one, whatever comes.
+    * With the true classes as beliefs it is their confusion matrix, counted.
+    * Split over devices by rows, the same.
 
   Raises:
     ValueError: for shapes that do not fit, a sharpness that is not positive, and
@@ -201,10 +189,9 @@ def confusion_spread(confusion: Any) -> Array:
     through it.
 
   Guarantees:
-    * 1 for symmetric noise of any rate, 0 for pairs
-      (``test_spread_tells_symmetric_noise_from_pairs``).
-    * Renaming classes changes nothing (``test_spread_of_renamed_classes``).
-    * It lies in [0, 1], whatever comes (``test_spread_lies_between_zero_and_one``).
+    * 1 for symmetric noise of any rate, 0 for pairs.
+    * Renaming classes changes nothing.
+    * It lies in [0, 1], whatever comes.
 
   Raises:
     ValueError: for a matrix that is not square, or empty.
@@ -306,25 +293,10 @@ def forward_corrected_loss(
     example only.
 
   Guarantees:
-    * The minimizer over noisy labels is the clean posterior
-      (``test_forward_loss_finds_the_clean_posterior``).
-    * With the identity it is the softmax cross-entropy
-      (``test_identity_is_cross_entropy``), and with an exponent the generalized
-      one (``test_identity_with_an_exponent_is_gce``).
-    * ``exponent=0`` is the logarithm, exactly, and small ones go there
-      (``test_exponents_join_the_logarithm_at_zero``); ``exponent=1`` is 1 - u
-      (``test_exponent_of_one_is_the_absolute_error``).
-    * The smoothing is what label smoothing adds (``test_smoothing_is_added``).
-    * Finite logits have a finite loss and gradient, zeros in T or not
-      (``test_forward_loss_stays_finite``).
-    * An example without a label has none (``test_no_label_no_loss``).
-    * One-hot rows are integers (``test_one_hot_rows_are_integers``); the minimizer
-      over votes is the clean posterior
-      (``test_soft_loss_finds_the_clean_posterior``).
-    * Tokens are averaged over those that count, whatever stands in the others
-      (``test_tokens_equal_a_loop``).
-    * Split over devices by rows, the same (``test_split_over_devices_the_same``,
-      ``test_soft_labels_and_tokens_split_over_devices``).
+    * The minimizer over noisy labels is the clean posterior.
+    * With the identity it is the softmax cross-entropy, and with an exponent the
+      generalized one.
+    * Finite logits have a finite loss and gradient, zeros in T or not.
 
   Raises:
     ValueError: for shapes that do not fit, an exponent or a smoothing out of

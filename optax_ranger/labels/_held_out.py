@@ -77,12 +77,9 @@ def held_out_beliefs(
     for a row of features that is not finite. No gradient flows through it.
 
   Guarantees:
-    * The kernel's part equals refitting without the example
-      (``test_the_kernel_equals_refitting``).
-    * An example's row does not depend on its own label, but for the settings
-      (``test_own_label_is_not_seen``).
-    * Neither the numbers nor the labels of bad rows reach other rows
-      (``test_bad_rows_change_nothing``).
+    * The kernel's part equals refitting without the example.
+    * An example's row does not depend on its own label, but for the settings.
+    * Neither the numbers nor the labels of bad rows reach other rows.
 
   Raises:
     ValueError: for features that are not 2-D, labels that do not fit.
@@ -149,8 +146,7 @@ def mix_beliefs(beliefs: Sequence[Any], labels: Any) -> Array:
     where no witness has a belief. No gradient flows through it.
 
   Guarantees:
-    * The weights are those of the greatest likelihood
-      (``test_the_mixture_is_the_likeliest``).
+    * The weights are those of the greatest likelihood.
 
   Raises:
     ValueError: for no beliefs, or shapes that do not fit.
@@ -194,9 +190,8 @@ def clean_beliefs(beliefs: Any, confusion: Any, *, steps: int = 30) -> Array:
     where there is no belief. No gradient flows through it.
 
   Guarantees:
-    * With the identity they are the beliefs (``test_no_confusion_no_change``).
-    * They explain the beliefs, where anything does
-      (``test_clean_beliefs_explain_the_beliefs``).
+    * With the identity they are the beliefs.
+    * They explain the beliefs, where anything does.
 
   Raises:
     ValueError: for shapes that do not fit.

@@ -46,11 +46,9 @@ def label_support(neighbors: Neighbors, labels: Any) -> Array:
     has one.
 
   Guarantees:
-    * Neighbors without a label do not lower it
-      (``test_unlabeled_neighbors_do_not_vote``).
-    * One-hot rows are integers (``test_one_hot_rows_are_integers``), and soft labels
-      like their neighbors' mean have support one
-      (``test_support_of_soft_labels_equals_a_loop``).
+    * Neighbors without a label do not lower it.
+    * One-hot rows are integers, and soft labels like their neighbors' mean have support
+      one.
 
   Raises:
     ValueError: for labels of another length, or below -1 where they are known, and

@@ -94,13 +94,9 @@ def refine_targets(
     ``float32 [n, C]`` (float64 for such beliefs). No gradient flows through it.
 
   Guarantees:
-    * Rows are not negative and sum to one, whatever comes
-      (``test_refined_targets_are_probabilities``).
-    * ``support=1`` is the label (``test_full_support_keeps_the_label``).
-    * With the true confusion and belief it is Bayes' posterior
-      (``test_refined_target_is_the_posterior``).
-    * One-hot rows are integers, and others their mean
-      (``test_soft_targets_are_means``).
+    * Rows are not negative and sum to one, whatever comes.
+    * ``support=1`` is the label.
+    * With the true confusion and belief it is Bayes' posterior.
 
   Raises:
     ValueError: for shapes that do not fit, and labels below -1 or beyond int32

@@ -51,11 +51,9 @@ class RegionalAggregator(nnx.Module):
     ``[batch, ...]``, what the local networks return, combined.
 
   Guarantees:
-    * Gradients flow through everything, weights included
-      (``test_gradients_flow_through_everything``).
-    * The same as a loop over regions (``test_the_layer_is_a_loop_over_regions``).
-    * A region without content counts for nothing
-      (``test_empty_regions_of_a_layer_count_for_nothing``).
+    * Gradients flow through everything, weights included.
+    * The same as a loop over regions.
+    * A region without content counts for nothing.
 
   Raises:
     TypeError: for a `local` that is neither a module nor a function.

@@ -35,9 +35,8 @@ def from_graph(
     infinity and weight 0. On the host, in memory O(entries + n k).
 
   Guarantees:
-    * It equals a loop over the entries (``test_from_graph_equals_a_loop``).
-    * Of scikit-learn's graph it makes the neighbors of ``nearest``
-      (``test_from_graph_of_scikit_learn``).
+    * It equals a loop over the entries.
+    * Of scikit-learn's graph it makes the neighbors of ``nearest``.
 
   Raises:
     ValueError: for a matrix that is not square, negative distances, another mode,
@@ -109,7 +108,7 @@ def from_distances(distances: ArrayLike, k: int) -> Neighbors:
     distance infinity and weight 0. On the host, sorted in blocks of rows.
 
   Guarantees:
-    * It equals a full sort (``test_from_distances_equals_a_full_sort``).
+    * It equals a full sort.
 
   Raises:
     ValueError: for a matrix that is not square, negative distances, k outside

@@ -58,14 +58,9 @@ def nearest(
     -1, distance infinity and weight 0.
 
   Guarantees:
-    * The same neighbors as a full sort (``test_neighbors_equal_a_full_sort``), for
-      clusters far apart and at any scale too
-      (``test_exact_where_rounding_is_worst``).
-    * Ties go to the lower index (``test_ties_go_to_the_lower_index``).
-    * 64-bit numbers of NumPy keep their digits
-      (``test_wide_features_have_the_graph_of_a_full_sort``).
-    * Memory does not grow with n squared
-      (``test_neighbor_memory_grows_linearly``).
+    * The same neighbors as a full sort, for clusters far apart and at any scale too.
+    * Ties go to the lower index.
+    * Memory does not grow with n squared.
 
   Raises:
     ValueError: for features that are not 2-D, k outside [1, n - 1], another
@@ -132,7 +127,7 @@ def sample(key: Array, neighbors: Neighbors, k: int) -> Neighbors:
     ``Neighbors`` with arrays of ``[n, k]``, in the order they had.
 
   Guarantees:
-    * The expectation of the weights is kept (``test_sampling_keeps_the_sum``).
+    * The expectation of the weights is kept.
 
   Raises:
     ValueError: for k outside [1, K].

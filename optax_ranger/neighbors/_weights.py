@@ -56,12 +56,9 @@ def weigh(
     beliefs are at most 1; empty places keep weight 0.
 
   Guarantees:
-    * Weights are in [0, 1 / k] (``test_weights_are_bounded``).
-    * An example that nobody agrees with has no weight
-      (``test_disagreement_takes_weight``).
-    * An example without a label has no weight, and backs nobody
-      (``test_examples_without_a_label_back_nobody``).
-    * It compiles itself, once for each shape (``test_eager_calls_compile_once``).
+    * Weights are in [0, 1 / k].
+    * An example that nobody agrees with has no weight.
+    * It compiles itself, once for each shape.
 
   Raises:
     ValueError: for another kernel, a bandwidth that is not positive, labels or
@@ -229,8 +226,8 @@ def weight_report(weights: ArrayLike) -> WeightReport:
     ``WeightReport(effective_sample_size, top_share, zero_share)``, scalars.
 
   Guarantees:
-    * Uniform weights have n effective examples, and one example with all the
-      weight has one (``test_weight_report_limits``).
+    * Uniform weights have n effective examples, and one example with all the weight has
+      one.
 
   Raises:
     ValueError: for weights that are not ``[n]``.

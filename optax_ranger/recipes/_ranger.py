@@ -132,12 +132,10 @@ def ranger(
     a step.
 
   Guarantees:
-    * Without acceleration, accumulation and smoothing it is Nesterov SGD
-      (``test_plain_ranger_is_nesterov_sgd``).
-    * An option that is off leaves no name and no memory in the state, and those
-      of the others where they are (``test_names_do_not_depend_on_other_options``).
-    * A gradient that is not finite gives zeros and changes nothing but a
-      counter (``test_nothing_poisons``).
+    * Without acceleration, accumulation and smoothing it is Nesterov SGD.
+    * An option that is off leaves no name and no memory in the state, and those of the
+      others where they are.
+    * A gradient that is not finite gives zeros and changes nothing but a counter.
 
   Raises:
     ValueError: for arguments out of range, and for one of ``num_examples`` and

@@ -145,13 +145,9 @@ def robust_labels(
     argument. Its memory is O(n C).
 
   Guarantees:
-    * With trust in every label the loss is the cross-entropy
-      (``test_without_noise_it_is_the_cross_entropy``).
-    * Only examples in the batch count, in any order
-      (``test_ids_shuffled_repeated_or_absent``).
-    * Memorized features are refused (``test_memorized_features_are_refused``).
-    * Nothing is compiled anew when it is asked again
-      (``test_asking_again_compiles_nothing``).
+    * With trust in every label the loss is the cross-entropy.
+    * Only examples in the batch count, in any order.
+    * Nothing is compiled anew when it is asked again.
 
   Raises:
     ValueError: for arguments out of range, and shapes that do not fit.

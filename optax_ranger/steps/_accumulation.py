@@ -112,26 +112,10 @@ def accumulate(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * ``every=1`` is `inner` (``test_every_one_is_the_inner_optimizer``).
-    * With weights, the emission is the gradient of the sum of losses over the
-      sum of weights, for any partition (``test_exact_for_any_partition``).
-    * A micro-batch that is not finite counts as weight zero and fills its
-      place (``test_left_out_is_weight_zero``).
-    * A window of zero weight gives zeros and leaves `inner`'s state alone
-      (``test_window_of_zero_weight``).
-    * So does a window of finite gradients whose sum overflows; it is counted
-      (``test_a_sum_that_overflows_is_skipped``).
-    * The mean of ``value=`` is over the micro-batches that count, and non-finite
-      if one of theirs is (``test_inner_gets_the_mean_value_of_the_window``).
-    * With float64 gradients the mean keeps 1e-14
-      (``test_float64_keeps_its_digits``).
-    * A state may go on with another ``every`` in mid-window
-      (``test_another_every_keeps_the_open_window``), but for one of 1.
-    * `inner` runs on emission only (``test_inner_runs_on_emission_only``).
-    * Where accumulators and gradients are one part of a sum on each device of a
-      ``jax.shard_map``, parts are added up on emission only, and all devices
-      leave out what is not finite on one
-      (``test_a_call_that_emits_nothing_sends_scalars``).
+    * With weights, the emission is the gradient of the sum of losses over the sum of
+      weights, for any partition.
+    * A micro-batch that is not finite counts as weight zero and fills its place.
+    * A window of zero weight gives zeros and leaves `inner`'s state alone.
 
   Raises:
     ValueError: for ``every`` below 1, another ``reduce``, a ``weight=`` or

@@ -48,10 +48,9 @@ def aggregate_by_mean() -> optax.GradientTransformationExtraArgs:
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * A member that is not finite, or whose weight is zero, counts for nothing
-      (``test_absent_members_count_for_nothing``).
-    * No member at all gives zeros (``test_no_member_gives_zeros``).
-    * Permuting the members changes nothing (``test_aggregation_permutes``).
+    * A member that is not finite, or whose weight is zero, counts for nothing.
+    * No member at all gives zeros.
+    * Permuting the members changes nothing.
 
   Raises:
     ValueError: when leaves differ in their leading axis, or
@@ -169,10 +168,8 @@ def aggregate_by_regions(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * An empty region counts for nothing
-      (``test_empty_regions_count_for_nothing``).
-    * One region, by mean, is ``aggregate_by_mean``
-      (``test_one_region_is_the_mean``).
+    * An empty region counts for nothing.
+    * One region, by mean, is ``aggregate_by_mean``.
     * The guarantees of ``aggregate_by_mean``.
 
   Raises:
@@ -298,10 +295,8 @@ def aggregate_by_worst_regions(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * ``rate=0`` is ``aggregate_by_regions``
-      (``test_worst_regions_at_rate_zero_are_regions``).
-    * The weights follow the losses as the formula says
-      (``test_worst_regions_equal_numpy``).
+    * ``rate=0`` is ``aggregate_by_regions``.
+    * The weights follow the losses as the formula says.
     * The guarantees of ``aggregate_by_regions``.
 
   Raises:

@@ -64,15 +64,13 @@ def average_neighbors(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * All other examples as neighbors with one weight, and ``"batch"``, give the
-      plain mean in the mean (``test_complete_uniform_neighbors_are_the_mean``).
-    * Permuting the examples permutes the result
-      (``test_average_neighbors_permutes``).
-    * An example that is not finite, or whose weight is zero, is nobody's
-      neighbor, and its row is zero (``test_absent_examples_average_nothing``).
-      With ``"batch"`` the others then make up for one that is not finite, so
-      that the mean over all rows stays the weighted mean over those that are.
-    * A total weight of zero gives zeros (``test_zero_total_weight_is_zero``).
+    * All other examples as neighbors with one weight, and ``"batch"``, give the plain
+      mean in the mean.
+    * Permuting the examples permutes the result.
+    * An example that is not finite, or whose weight is zero, is nobody's neighbor, and
+      its row is zero. With ``"batch"`` the others then make up for one that is not
+      finite, so that the mean over all rows stays the weighted mean over those that
+      are.
 
   Raises:
     ValueError: for another ``normalize``, for missing ``neighbors=``, and for

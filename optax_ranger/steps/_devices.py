@@ -62,14 +62,9 @@ def across_devices(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * The aggregator's result on the gradients of all devices, stacked
-      (``test_across_devices_is_the_aggregator``).
-    * Every device gets the same bits (``test_every_device_gets_the_same_bits``).
-    * A device whose gradient is not finite is absent
-      (``test_a_device_that_is_not_finite_is_absent``).
-    * Members of one leaf at a time (``test_leaves_are_gathered_one_by_one``).
-    * A linear aggregator is one ``psum`` of parameter size
-      (``test_collectives_are_as_promised``).
+    * The aggregator's result on the gradients of all devices, stacked.
+    * Every device gets the same bits.
+    * A device whose gradient is not finite is absent.
 
   Raises:
     ValueError: where gradients are the same on all devices already, and

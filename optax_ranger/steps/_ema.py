@@ -109,20 +109,9 @@ def smooth_by_ema(
     ``params``.
 
   Guarantees:
-    * Updates pass through untouched (``test_ema_passes_updates_through``).
-    * ``decay=0`` keeps the new parameters (``test_ema_without_decay``).
-    * A uniform decay gives the mean of the iterates from ``start`` on
-      (``test_uniform_decay_is_the_mean``).
-    * Half-precision parameters move as float32 ones do
-      (``test_ema_of_half_precision_moves``).
-    * An entry that is not finite leaves its average alone
-      (``test_ema_leaves_bad_entries_alone``).
-    * The average shares no buffer with the parameters (``test_law``, "donation").
-    * One minus the decay is exact, and with float64 parameters the average keeps
-      1e-14 (``test_the_rest_of_a_slow_decay_is_exact``,
-      ``test_ema_of_float64_keeps_its_digits``).
-    * The state may be split over an explicit mesh otherwise than the parameters
-      (``test_state_and_params_may_be_split_unlike``).
+    * Updates pass through untouched.
+    * A uniform decay gives the mean of the iterates from ``start`` on.
+    * An entry that is not finite leaves its average alone.
 
   Raises:
     ValueError: for arguments out of range, for a call without ``params``, and for

@@ -75,10 +75,9 @@ def skip_nonfinite(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Finite updates pass as through `inner`
-      (``test_finite_updates_are_the_inner_ones``).
-    * An update that is not finite, or whose squared norm is infinite in
-      float32, changes nothing but the counter (``test_nothing_poisons``).
+    * Finite updates pass as through `inner`.
+    * An update that is not finite, or whose squared norm is infinite in float32,
+      changes nothing but the counter.
 
   Raises:
     ValueError: for gradients that differ from device to device under
@@ -170,13 +169,9 @@ def skip_anomalies(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * On a skip, the update is zero and `inner`'s state untouched
-      (``test_skip_leaves_the_inner_state_alone``).
-    * Skipped values stay out of the statistics
-      (``test_skipped_values_stay_out_of_the_statistics``).
-    * What is not finite is never accepted
-      (``test_never_accepts_what_is_not_finite``).
-    * Without outliers it is `inner` (``test_without_outliers_it_is_the_inner``).
+    * On a skip, the update is zero and `inner`'s state untouched.
+    * Skipped values stay out of the statistics.
+    * What is not finite is never accepted.
 
   Raises:
     ValueError: for arguments out of range, for a missing ``value=``, and for

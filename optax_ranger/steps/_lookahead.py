@@ -65,13 +65,9 @@ def smooth_by_lookahead(
     ``params``.
 
   Guarantees:
-    * Fast and slow parameters are those of ``optax.lookahead``
-      (``test_lookahead_equals_optax``).
-    * ``step_size=1`` changes no iterate (``test_lookahead_of_whole_steps``).
-    * The slow copy of half-precision parameters keeps what a rounded one would
-      lose (``test_lookahead_of_half_precision_moves``).
-    * An entry that is not finite leaves its slow copy alone
-      (``test_lookahead_leaves_bad_entries_alone``).
+    * Fast and slow parameters are those of ``optax.lookahead``.
+    * The slow copy of half-precision parameters keeps what a rounded one would lose.
+    * An entry that is not finite leaves its slow copy alone.
 
   Raises:
     ValueError: for arguments out of range, for a call without ``params``, and for

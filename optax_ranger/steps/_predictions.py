@@ -110,15 +110,9 @@ def smooth_predictions(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Only the rows of the ids move (``test_only_visited_rows_move``).
-    * Repeated ids count as one visit (``test_repeated_ids_are_one_visit``).
-    * Predictions that are not finite and ids out of range are dropped and counted
-      (``test_bad_predictions_are_dropped``, ``test_wide_ids_are_dropped_and_counted``).
-    * Logits are dropped and counted (``test_logits_are_dropped_and_counted``).
-    * A bfloat16 table has the mean of a float32 one
-      (``test_half_precision_does_not_get_stuck``).
-    * A table that is split over devices equals one that is not
-      (``test_sharded_tables_equal_one``).
+    * Only the rows of the ids move.
+    * Repeated ids count as one visit.
+    * Predictions that are not finite and ids out of range are dropped and counted.
 
   Raises:
     ValueError: for a decay outside [0, 1), another dtype, missing extra args, or

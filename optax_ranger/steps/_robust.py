@@ -45,10 +45,9 @@ def aggregate_by_median() -> optax.GradientTransformationExtraArgs:
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Breakdown point 1/2: while members of less than half of the weight lie,
-      each entry lies within the range of the honest members' entries
-      (``test_median_and_trimmed_mean_stay_in_the_honest_range``); from half on,
-      they can move it anywhere (``test_above_the_breakdown_point_it_breaks``).
+    * Breakdown point 1/2: while members of less than half of the weight lie, each entry
+      lies within the range of the honest members' entries; from half on, they can move
+      it anywhere.
     * The guarantees of ``aggregate_by_mean``.
 
   Raises:
@@ -99,12 +98,10 @@ def aggregate_by_trimmed_mean(fraction: Any) -> optax.GradientTransformationExtr
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Breakdown point ``fraction``: while members of at most that share of the
-      weight lie, each entry lies within the range of the honest members'
-      entries (``test_median_and_trimmed_mean_stay_in_the_honest_range``); more
-      can move it anywhere (``test_above_the_breakdown_point_it_breaks``).
-    * ``fraction=0`` is ``aggregate_by_mean``
-      (``test_nothing_trimmed_is_the_mean``).
+    * Breakdown point ``fraction``: while members of at most that share of the weight
+      lie, each entry lies within the range of the honest members' entries; more can
+      move it anywhere.
+    * ``fraction=0`` is ``aggregate_by_mean``.
     * The guarantees of ``aggregate_by_mean``.
 
   Raises:
@@ -164,14 +161,10 @@ def aggregate_by_geometric_median(
 
   Guarantees:
     * Breakdown point 1/2: while members of less than half of the weight lie, the
-      distance to the honest members stays bounded, however far they are
-      (``test_krum_and_geometric_median_stay_near_the_honest``); with more, they
-      can move it anywhere (``test_above_the_breakdown_point_it_breaks``).
-    * A member whose largest entry is 2^40 times the median member's is absent,
-      as one that is not finite is
-      (``test_members_beyond_all_measure_are_absent``).
-    * A large ``smoothing`` is ``aggregate_by_mean``
-      (``test_smoothing_everything_is_the_mean``).
+      distance to the honest members stays bounded, however far they are; with more,
+      they can move it anywhere.
+    * A member whose largest entry is 2^40 times the median member's is absent, as one
+      that is not finite is.
     * The guarantees of ``aggregate_by_mean``.
 
   Raises:
@@ -250,14 +243,9 @@ def aggregate_by_krum(
 
   Guarantees:
     * With at most ``num_corrupt`` members that lie, every selected one is within
-      :math:`\sqrt{n - f - 2}` times the honest members' diameter of an honest
-      member (``test_krum_and_geometric_median_stay_near_the_honest``);
-      n - f - 1 that agree can move it anywhere
-      (``test_above_the_breakdown_point_it_breaks``).
-    * ``num_corrupt=0, num_selected=n`` is ``aggregate_by_mean``
-      (``test_all_selected_is_the_mean``).
-    * A member whose largest entry is 2^40 times the median member's is absent
-      (``test_members_beyond_all_measure_are_absent``).
+      :math:`\sqrt{n - f - 2}` times the honest members' diameter of an honest member; n
+      - f - 1 that agree can move it anywhere.
+    * ``num_corrupt=0, num_selected=n`` is ``aggregate_by_mean``.
     * The guarantees of ``aggregate_by_mean``.
 
   Raises:

@@ -57,6 +57,9 @@ def train_step(
   .. math::
     g = \sum_{i} c_i \nabla l_i, \qquad c = L^T 1 \text{ over the whole batch}
 
+  An example whose loss, but none of its inputs, is not finite has weight zero; with a
+  `step` and several micro-batches others do not make up for it.
+
   Args:
     per_example_losses: ``(params, batch, **extra) -> losses [n]``, or ``(losses,
       aux)``, as in ``value_and_grad``. If it takes ``smoothed=``, it gets the
@@ -134,23 +137,11 @@ def train_step(
     ``"loss"`` is NaN and ``"weight"`` 0.
 
   Guarantees:
-    * Parameters equal those of one device (``test_devices_equal_one``).
-    * A batch that devices or micro-batches do not divide is padded and masked,
-      and the result is exact (``test_uneven_batches_are_exact``).
-    * One reduction of gradient size for any number of micro-batches
-      (``test_gradients_are_reduced_once``), none while ``accumulate`` waits
-      (``test_a_call_that_emits_nothing_sends_scalars``).
-    * A batch without a usable example changes nothing but counters
-      (``test_a_batch_without_a_finite_example_changes_nothing``).
-    * What is not finite on one device is skipped by all
-      (``test_a_device_that_fails_is_skipped_by_all``).
-    * Several processes have the same parameters, bit for bit
-      (``test_two_processes_equal_one``).
-    * A run goes on on another number of devices, in mid-window too
-      (``test_open_windows_move_to_other_devices``).
-
-    An example whose loss, but none of its inputs, is not finite has weight zero;
-    with a `step` and several micro-batches others do not make up for it.
+    * Parameters equal those of one device.
+    * A batch that devices or micro-batches do not divide is padded and masked, and the
+      result is exact.
+    * One reduction of gradient size for any number of micro-batches, none while
+      ``accumulate`` waits.
 
   Raises:
     ValueError: for arguments that do not fit together, rows of another number

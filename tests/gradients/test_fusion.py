@@ -56,6 +56,12 @@ def per_example(params, batch, losses=losses):
   return jax.vmap(jax.grad(one), in_axes=(None, 0))(params, batch)
 
 
+@pytest.mark.guarantees(
+  "example_weights", "The weighted loss has the gradient of the per-example"
+)
+@pytest.mark.guarantees(
+  "value_and_grad", "Linear or not, the gradient is the step's on per-example"
+)
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
   ("name", "jit"),
@@ -81,6 +87,9 @@ def test_fused_equals_per_example(name, jit):
   assert weights.dtype == jnp.float32
 
 
+@pytest.mark.guarantees(
+  "value_and_grad", "Linear or not, the gradient is the step's on per-example"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", sorted(NON_LINEAR))
 @pytest.mark.parametrize(
@@ -104,6 +113,9 @@ def test_non_linear_runs_per_example(name, micro_batch_size):
     ranger.example_weights(step, N, **EXTRA)
 
 
+@pytest.mark.guarantees(
+  "example_weights", "A step that is linear but not one weight per example is"
+)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
   "step",
@@ -151,6 +163,9 @@ def test_state_comes_third_and_counts():
     assert int(state.num_dropped) == count
 
 
+@pytest.mark.guarantees(
+  "value_and_grad", "An example that is not finite changes nothing but a"
+)
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
   ("name", "where"),
@@ -244,6 +259,9 @@ def test_bfloat16_losses_are_weighed_in_float32():
   close(grads, expected, rtol=2e-2)
 
 
+@pytest.mark.guarantees(
+  "value_and_grad", "Memory of a linear step is that of the plain mean"
+)
 def test_fused_holds_no_per_example_gradients():
   """A 1 MB model: the fused form needs what the plain mean needs, not 64 MB."""
   params = jnp.ones([512, 512])
@@ -279,6 +297,9 @@ def test_batch_sharded_over_devices(axis_type):
   close(result, (value, grads))
 
 
+@pytest.mark.guarantees(
+  "value_and_grad", "An example that is not finite changes nothing but a"
+)
 def test_bad_example_is_left_out_of_a_singular_loss():
   """A norm has no gradient at zero: the bad row must not become zeros."""
   norm = lambda params, batch: jnp.linalg.norm(params * batch, axis=1)
@@ -325,6 +346,9 @@ def test_examples_of_different_devices_are_kept_apart():
     run(lambda params, x: grad_fn(params, x)[1], PartitionSpec())
 
 
+@pytest.mark.guarantees(
+  "value_and_grad", "Split over devices, it is the gradient of the whole batch"
+)
 @pytest.mark.parametrize(
   "map_", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)]
 )

@@ -39,6 +39,9 @@ def token_loss(params, batch):
   return weighted.sum() / batch["tokens"].sum(), {"losses": weighted}
 
 
+@pytest.mark.guarantees(
+  "micro_batched", "The gradient of the whole batch, whatever the number of"
+)
 @pytest.mark.parametrize("n", [1, 7, 8, 10])
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 4, 16])
 def test_micro_batches_are_the_whole_batch(n, num_micro_batches):
@@ -124,6 +127,7 @@ def test_varying_gradients_are_reduced_at_the_end(num_micro_batches):
   assert float(report.weight) == 64
 
 
+@pytest.mark.guarantees("micro_batched", "One reduction across devices")
 def test_one_all_reduce_for_any_number():
   counts = []
   for num_micro_batches in (1, 4, 8):
@@ -137,6 +141,9 @@ def test_one_all_reduce_for_any_number():
   assert len(set(counts)) == 1
 
 
+@pytest.mark.guarantees(
+  "micro_batched", "A micro-batch that is not finite counts as weight zero, on"
+)
 def test_left_out_on_one_device():
   """The device with a NaN leaves its micro-batch out; all keep the same bits."""
   tx = ranger.accumulate(optax.sgd(0.1, momentum=0.9), 2)

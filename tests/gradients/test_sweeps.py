@@ -48,6 +48,9 @@ def losses(params, batch, scale):
   return scale * losses
 
 
+@pytest.mark.guarantees(
+  "value_and_grad", "Sweeps change nothing but time and memory, which follows"
+)
 @pytest.mark.parametrize("name", sorted(STEPS))
 @pytest.mark.parametrize(("num_sweeps", "micro_batch_size"), [(3, 4), (50, 1)])
 @pytest.mark.slow
@@ -116,6 +119,9 @@ def temporaries(step, micro_batch_size, num_sweeps, **extra):
   return compiled.memory_analysis().temp_size_in_bytes / params.nbytes
 
 
+@pytest.mark.guarantees(
+  "value_and_grad", "Sweeps change nothing but time and memory, which follows"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("micro_batch_size", [4, 16])
 @pytest.mark.parametrize("name", ["trimmed", "median", "geometric", "krum"])

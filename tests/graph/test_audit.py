@@ -32,6 +32,9 @@ def missed(found, given, true) -> float:
   return 1 - wrong[found.order[: wrong.sum()]].mean()
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "It equals counting by hand, with groups too; so do margin"
+)
 def test_audit_of_what_training_has_seen():
   rng = np.random.default_rng(0)
   points = rng.standard_normal([30, 2])
@@ -65,6 +68,9 @@ def test_audit_of_what_training_has_seen():
   assert np.isfinite(found.support[2])
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "With the true chances of the labels, the posterior is that"
+)
 def test_posterior_is_that_of_bayes():
   """Chances of labels of known classes and known noise: the label's own chance."""
   rng = np.random.default_rng(0)
@@ -88,6 +94,9 @@ def test_posterior_is_that_of_bayes():
   assert np.abs(margin.support - right).mean() > 0.1
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "Within four points it tells how many of 4,000 labels are"
+)
 @pytest.mark.parametrize(
   ("noise", "share"),
   [
@@ -177,6 +186,9 @@ def test_few_anchors_draw_wrong_labels_to_an_even_share():
   np.testing.assert_array_equal(nothing, np.eye(4))
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "Examples of which nothing is known come last and keep"
+)
 def test_bad_predictions_poison_nobody():
   points, true = blobs(600)
   given = flip(true, "symmetric", 0.3)
@@ -267,6 +279,10 @@ def test_scores_without_witnesses_are_refused(arguments, message):
     graph.audit(None, np.zeros(9, int), **arguments)
 
 
+@pytest.mark.guarantees(
+  "graph.held_out_predictions",
+  "Each row is the prediction of a fit without its example",
+)
 @pytest.mark.parametrize("n", [40, 300])
 def test_held_out_predictions_equal_refitting(n):
   """By the columns' Gramian and, of fewer examples, by their inner products."""
@@ -284,6 +300,10 @@ def test_held_out_predictions_equal_refitting(n):
     np.testing.assert_allclose(found[i], table[i] @ slopes, atol=2e-4)
 
 
+@pytest.mark.guarantees(
+  "graph.held_out_predictions",
+  "An example's row does not depend on its own label, when",
+)
 def test_own_labels_are_not_seen():
   points, true = blobs(300)
   columns = _held_out._columns(
@@ -302,6 +322,9 @@ def test_own_labels_are_not_seen():
   assert np.abs(row(true) - row(other)).max() > 1e-4
 
 
+@pytest.mark.guarantees(
+  "graph.held_out_predictions", "Rows that are not finite, and examples without a label"
+)
 def test_bad_rows_teach_nothing():
   points, true = blobs(300)
   names = np.array([f"class {label}" for label in true], object)

@@ -17,6 +17,9 @@ COSINE_TOO = pytest.param("cosine", marks=pytest.mark.slow)
 each_metric = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 
 
+@pytest.mark.guarantees(
+  "graph.build", "Every exact backend, 8 devices, and two processes give one"
+)
 @pytest.mark.few(2)
 @each_metric
 @pytest.mark.parametrize("name", graphs.data())
@@ -32,6 +35,9 @@ def test_backends_give_one_graph(name, metric):
     np.testing.assert_array_equal(first.indices[distinct], indices[distinct])
 
 
+@pytest.mark.guarantees(
+  "graph.build", "Every exact backend, 8 devices, and two processes give one"
+)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
 @pytest.mark.parametrize("name", graphs.data())
@@ -61,6 +67,9 @@ def test_devices_hold_their_rows_only():
   assert memory.temp_size_in_bytes < 60e6 + 4 * 1024 * 8192 * 2
 
 
+@pytest.mark.guarantees(
+  "graph.build", "Every exact backend, 8 devices, and two processes give one"
+)
 def test_two_processes_give_the_graph_of_one():
   """Over gloo: five devices in the first, three in the second."""
   shards = run_processes("tests.graph.graphs", [5, 3], timeout=100)
@@ -73,6 +82,12 @@ def test_two_processes_give_the_graph_of_one():
       assert digest == graphs.digest(expected)
 
 
+@pytest.mark.guarantees(
+  "graph.build", "It is exact for clusters that lie thousands of radii"
+)
+@pytest.mark.guarantees(
+  "neighbors.nearest", "The same neighbors as a full sort, for clusters far apart"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
 @pytest.mark.parametrize("build", ["jax", "faiss", "tiles"])
@@ -104,6 +119,12 @@ def test_ordinary_data_needs_no_repairs(backend):
   assert build()[1].num_repaired == 0
 
 
+@pytest.mark.guarantees(
+  "graph.build", "The recall is the one that a full search would tell"
+)
+@pytest.mark.guarantees(
+  "graph.measure_recall", "It is the one that a full search would tell, whatever the"
+)
 def test_recall_is_measured():
   rows = np.random.default_rng(0).standard_normal([1200, 24]).astype(np.float32)
   distances, _ = graphs.full_sort(rows, 5, "euclidean")
@@ -143,6 +164,7 @@ EDGES = {
 }
 
 
+@pytest.mark.guarantees("graph.build", "Edge cases")
 @pytest.mark.few(4)
 @pytest.mark.parametrize("metric", ["euclidean", COSINE_TOO])
 @pytest.mark.parametrize(
@@ -251,6 +273,9 @@ def test_sparse_rows_are_never_densified():
   assert peak < 40e6
 
 
+@pytest.mark.guarantees(
+  "graph.measure_recall", "It is the one that a full search would tell, whatever the"
+)
 def test_recall_of_another_index_is_measured():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(4000, 32)).astype(np.float32)

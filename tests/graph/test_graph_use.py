@@ -18,6 +18,9 @@ def small(n: int = 60, k: int = 4, seed: int = 0) -> ranger.Neighbors:
   return graph.build(points, k, backend="jax")
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "It equals counting by hand, with groups too; so do margin"
+)
 def test_audit_equals_counting():
   neighbors = ranger.neighbors.weigh(small(), kernel="gaussian")
   rng = np.random.default_rng(1)
@@ -45,6 +48,7 @@ def test_audit_equals_counting():
   np.testing.assert_allclose(graph.audit(neighbors, labels).support, support, rtol=1e-5)
 
 
+@pytest.mark.guarantees("graph.audit", "Blocks don't matter")
 def test_audit_in_blocks(monkeypatch):
   from optax_ranger.graph import _audit
 
@@ -59,6 +63,9 @@ def test_audit_in_blocks(monkeypatch):
   assert again.num_wrong == pytest.approx(whole.num_wrong, rel=1e-5)
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "Examples of which nothing is known come last and keep"
+)
 def test_audit_without_neighbors():
   neighbors = small()
   empty = np.asarray(neighbors.indices).copy()
@@ -98,6 +105,7 @@ def test_audit_refusals(arguments, message):
     graph.audit(small(), **arguments)
 
 
+@pytest.mark.guarantees("graph.balance_classes", "Classes have one mean total weight")
 def test_balanced_classes_weigh_alike():
   neighbors = small()
   labels = np.zeros(60, np.int32)
@@ -114,6 +122,10 @@ def test_balanced_classes_weigh_alike():
   assert np.ptp([before[labels == c].mean() for c in (0, 1, 3)]) > 0.2
 
 
+@pytest.mark.guarantees(
+  "neighbors.weight_report",
+  "Uniform weights have n effective examples, and one example",
+)
 def test_weight_report_limits():
   even = ranger.neighbors.weight_report(np.full(500, 1e25, np.float32))
   assert even.effective_sample_size == pytest.approx(500)
@@ -128,6 +140,7 @@ def test_weight_report_limits():
     ranger.neighbors.weight_report(np.ones([2, 2]))
 
 
+@pytest.mark.guarantees("graph.save", "What is loaded is what was saved")
 def test_files_keep_every_bit(tmp_path):
   neighbors = ranger.neighbors.weigh(small(), kernel="gaussian")
   features = np.random.default_rng(0).standard_normal([60, 2])
@@ -139,6 +152,9 @@ def test_files_keep_every_bit(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["some.graph"]
 
 
+@pytest.mark.guarantees(
+  "graph.load", "A damaged file, a foreign one, one of a later version, and"
+)
 def test_bad_files_are_refused(tmp_path):
   path = tmp_path / "some.graph"
   features = np.arange(120.0).reshape(60, 2)
@@ -184,6 +200,9 @@ def weighed(n: int = 80, k: int = 6) -> ranger.Neighbors:
   return ranger.neighbors.weigh(small(n, k), kernel="gaussian", labels=labels)
 
 
+@pytest.mark.guarantees(
+  "graph.graph_weights", "The table is what example_weights gives for the whole"
+)
 def test_plan_equals_example_weights():
   neighbors = weighed()
   step = optax.chain(
@@ -200,6 +219,9 @@ def test_plan_equals_example_weights():
   assert float(table.mean()) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.guarantees(
+  "graph.batch_weights", "The three have the same expectation, and another scaling"
+)
 @pytest.mark.parametrize(
   ("way", "k"),
   [("fetched", None), ("fetched", 2), ("in_batch", None), ("amortized", None)],
@@ -259,6 +281,9 @@ def test_empty_places_cost_nothing():
   assert float(whole.table.sum()) == pytest.approx(60, rel=1e-5)
 
 
+@pytest.mark.guarantees(
+  "graph.refresh", "A step that takes neighbors as an argument is traced once"
+)
 def test_refresh_compiles_nothing_again():
   rng = np.random.default_rng(0)
   data = {"x": rng.standard_normal([70, 5]).astype(np.float32)}
@@ -299,6 +324,7 @@ def test_refresh_compiles_nothing_again():
     graph.refresh(features_of, params, {"x": data["x"][:69]}, neighbors)
 
 
+@pytest.mark.guarantees("graph.NeighborBatches", "Every id comes once in an epoch")
 def test_batches_visit_every_example():
   batches = graph.NeighborBatches(small(), 16, k=2, seed=3)
   epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
@@ -314,6 +340,10 @@ def test_batches_visit_every_example():
       assert set(drawn) <= set(np.asarray(neighbors.indices[i]))
 
 
+@pytest.mark.guarantees("graph.NeighborBatches", "From any state on, the same tail")
+@pytest.mark.guarantees(
+  "graph.add_neighbors", "From any checkpoint on, the same tail, shuffled and in"
+)
 @pytest.mark.parametrize("kind", ["numpy", "grain", "grain, batches"])
 def test_pipelines_restore_the_same_tail(kind):
   """From the state after every batch on."""
@@ -383,6 +413,9 @@ def test_labels_as_people_have_them(labels):
   np.testing.assert_array_equal(as_people.order, as_integers.order)
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "Examples without a label come last and have no vote"
+)
 @pytest.mark.parametrize("beliefs", [None, "given"])
 @pytest.mark.parametrize("balance", [False, True])
 def test_audit_of_unlabeled_examples(beliefs, balance):
@@ -420,6 +453,9 @@ def test_audit_of_nothing_labeled():
   np.testing.assert_array_equal(found.order, np.arange(60))
 
 
+@pytest.mark.guarantees(
+  "graph.audit", "It equals counting by hand, with groups too; so do margin"
+)
 @pytest.mark.parametrize("kind", ["integers", "names", "hashes"])
 def test_audit_leaves_out_the_same_group(kind):
   neighbors, rng = small(k=9), np.random.default_rng(0)
@@ -442,6 +478,9 @@ def test_audit_leaves_out_the_same_group(kind):
     graph.audit(neighbors, labels, groups=[1, 2, 3])
 
 
+@pytest.mark.guarantees(
+  "graph.balance_classes", "Examples without a label change nothing"
+)
 def test_balance_ignores_unlabeled():
   weighed = ranger.neighbors.weigh(small(), kernel="gaussian")
   labels = np.random.default_rng(0).integers(0, 3, 60)

@@ -48,6 +48,12 @@ WIDE = {
 }
 
 
+@pytest.mark.guarantees(
+  "graph.build", "Where float32 does not hold the features, it is the graph"
+)
+@pytest.mark.guarantees(
+  "neighbors.nearest", "64-bit numbers of NumPy keep their digits"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_features_have_the_graph_of_a_full_sort(name):

@@ -29,6 +29,7 @@ def full_sort(features, queries, k, metric):
   return indices, distances
 
 
+@pytest.mark.guarantees("graph.query", "It equals a full sort, in exact numbers too")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("name", ["normal", "integers", "clusters"])
 def test_queries_equal_a_full_sort(name, metric):
@@ -45,6 +46,7 @@ def test_queries_equal_a_full_sort(name, metric):
   assert found.indices.dtype == jnp.int32
 
 
+@pytest.mark.guarantees("graph.query", "It equals a full sort, in exact numbers too")
 @pytest.mark.parametrize(
   "name", ["unix nanoseconds", "far from each other", "both ends"]
 )
@@ -58,6 +60,9 @@ def test_wide_queries_keep_their_digits(name):
   np.testing.assert_array_equal(place[np.asarray(found.indices)], wanted)
 
 
+@pytest.mark.guarantees(
+  "graph.query", "Rows that are left out of a graph find there what the"
+)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, np.float64, np.float16])
 def test_queries_agree_with_the_graph(kind, metric):

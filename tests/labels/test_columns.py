@@ -213,6 +213,9 @@ def test_missing_and_odd_labels_are_none_when_traced():
   np.testing.assert_allclose(weights[0], [0, 0, 0.25 / 3], rtol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "labels.label_support", "Neighbors without a label do not lower it"
+)
 @pytest.mark.parametrize(
   "labels", [[0, -1, 0, 1], ["a", None, "a", "b"], np.array([7, -1, 7, 3], np.int8)]
 )

@@ -85,6 +85,9 @@ def loop(neighbors, beliefs):
   return results
 
 
+@pytest.mark.guarantees(
+  "labels.neighbor_beliefs", "The weighted mean of the others' normalized beliefs"
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_neighbor_beliefs_equal_a_loop(seed):
   neighbors, _, beliefs = problem(seed=seed)
@@ -97,6 +100,9 @@ def test_neighbor_beliefs_equal_a_loop(seed):
   np.testing.assert_allclose(beliefs_of(heavy, beliefs), found, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.guarantees(
+  "labels.neighbor_beliefs", "An example's row does not depend on its own belief"
+)
 def test_no_example_confirms_itself():
   """Even where the example is among its own neighbors."""
   neighbors, _, beliefs = problem()
@@ -115,6 +121,9 @@ def test_no_example_confirms_itself():
   assert not np.asarray(beliefs_of(alone, beliefs)).any()
 
 
+@pytest.mark.guarantees(
+  "labels.neighbor_beliefs", "Rows are not negative, and sum to one or are zeros"
+)
 def test_neighbor_beliefs_are_probabilities_or_none():
   rng = np.random.default_rng(0)
   neighbors = ranger.Neighbors(
@@ -143,6 +152,9 @@ def test_neighbor_beliefs_need_no_copy_for_each_neighbor():
   assert temporaries(32) - temporaries(2) < 2000 * 30 * 50 * 4 / 8
 
 
+@pytest.mark.guarantees(
+  "labels.label_confusion", "Rows are not negative and sum to one, whatever comes"
+)
 def test_confusion_rows_are_probabilities():
   """Traced, a sharpness that makes no sense is not refused."""
   rng = np.random.default_rng(0)
@@ -157,6 +169,9 @@ def test_confusion_rows_are_probabilities():
   assert 0.1 < (found == jnp.eye(3)[None]).all(axis=(1, 2)).mean() < 0.9
 
 
+@pytest.mark.guarantees(
+  "labels.label_confusion", "With the true classes as beliefs it is their confusion"
+)
 @pytest.mark.parametrize("sharpness", [0.5, 1, 2.0, np.inf])
 def test_confusion_of_true_classes_is_counted(sharpness):
   rng = np.random.default_rng(0)
@@ -189,6 +204,9 @@ def test_confusion_equals_numpy(sharpness):
     np.testing.assert_array_equal(found.max(axis=1), np.ones(3))
 
 
+@pytest.mark.guarantees(
+  "labels.label_confusion", "Anchors that are certain of their class tell it, whatever"
+)
 def test_anchors_tell_the_rows():
   """A fifth are anchors; of the rest, whom half-belief leaves open, labels mislead."""
   rows = [[1, 0]] * 10 + [[0, 1]] * 10 + [[0.5, 0.5]] * 80
@@ -200,6 +218,9 @@ def test_anchors_tell_the_rows():
   assert error(16.0) < error(8.0) < 0.02 < 0.1 < error(4.0) < error(2.0) < error(1.0)
 
 
+@pytest.mark.guarantees(
+  "labels.label_confusion", "The order of examples does not matter"
+)
 def test_order_does_not_matter():
   _, labels, beliefs = problem(n=200)
   expected = confusion_of(labels, beliefs, 2.0)
@@ -209,6 +230,9 @@ def test_order_does_not_matter():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "labels.label_confusion", "No usable example makes the identity"
+)
 def test_nothing_known_is_the_identity():
   labels, rows = np.zeros([3], np.int32), np.ones([3, 2], np.float32)
   for given in (
@@ -243,6 +267,10 @@ def test_memorized_labels_hide_their_confusion():
   assert error(8.0) < error(2.0) < error(1.0)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "The minimizer over noisy labels is the clean posterior",
+)
 def test_forward_loss_finds_the_clean_posterior():
   """Over all labels, weighted by their chance; by the closed form, and by descent."""
   rng = np.random.default_rng(0)
@@ -279,6 +307,10 @@ def test_forward_loss_finds_the_clean_posterior():
   assert np.abs(noisy - clean).max() > 0.1
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "With the identity it is the softmax cross-entropy, and",
+)
 def test_identity_is_cross_entropy():
   """Where the label is given up, too: the loss is 1e4 there, and has its gradient."""
   rng = np.random.default_rng(0)
@@ -293,6 +325,10 @@ def test_identity_is_cross_entropy():
       np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "Finite logits have a finite loss and gradient, zeros in T",
+)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, 1e38])
 @pytest.mark.parametrize(
   "confusion",
@@ -332,6 +368,9 @@ def test_an_impossible_label_has_the_largest_loss_and_no_gradient():
   np.testing.assert_allclose(slope, [[-0.0098688, 0.0098688]] * 4, rtol=1e-4)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss", "An example without a label has none"
+)
 def test_no_label_no_loss():
   logits = np.array([[1, 2], [np.nan, 1], [np.inf, 1], [np.nan, 1]], np.float32)
   for more in ((), (0.5, 0.1), (1.0, 1.0)):
@@ -352,6 +391,10 @@ def mixtures(n=50):
   return (logits, labels.astype(np.int32), confusion), u, chances
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "exponent=0 is the logarithm, exactly, and small ones go",
+)
 def test_exponents_join_the_logarithm_at_zero():
   """And zero is the logarithm to the last bit, as if there were no exponent."""
   given, u, _ = mixtures()
@@ -376,11 +419,19 @@ def test_exponents_join_the_logarithm_at_zero():
     np.testing.assert_allclose(found, weighted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "exponent=0 is the logarithm, exactly, and small ones go",
+)
 def test_exponent_of_one_is_the_absolute_error():
   given, u, _ = mixtures()
   np.testing.assert_allclose(forward(*given, 1.0), 1 - u, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "With the identity it is the softmax cross-entropy, and",
+)
 def test_identity_with_an_exponent_is_gce():
   (logits, labels, _), _, chances = mixtures()
   own = chances[np.arange(50), labels]
@@ -389,6 +440,9 @@ def test_identity_with_an_exponent_is_gce():
     np.testing.assert_allclose(found, (1 - own**q) / q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss", "The smoothing is what label smoothing adds"
+)
 def test_smoothing_is_added():
   """With the identity it is label smoothing, but for a factor."""
   given, _, chances = mixtures()
@@ -413,6 +467,9 @@ def symmetric(rate, classes=10):
 spread_of = jax.jit(ranger.labels.confusion_spread)
 
 
+@pytest.mark.guarantees(
+  "labels.confusion_spread", "1 for symmetric noise of any rate, 0 for pairs"
+)
 def test_spread_tells_symmetric_noise_from_pairs():
   for rate in (1e-6, 0.2, 0.9):
     np.testing.assert_allclose(spread_of(symmetric(rate)), 1, rtol=1e-4)
@@ -435,6 +492,7 @@ def test_spread_of_few_classes():
   assert (counts, counts.dtype) == (1, jnp.float32)
 
 
+@pytest.mark.guarantees("labels.confusion_spread", "Renaming classes changes nothing")
 def test_spread_of_renamed_classes():
   rng = np.random.default_rng(0)
   matrix = jnp.asarray(rng.dirichlet(np.ones(10), 10), jnp.float32)
@@ -445,6 +503,7 @@ def test_spread_of_renamed_classes():
   np.testing.assert_allclose(spread_of(matrix * 7.0), spread, rtol=1e-5)
 
 
+@pytest.mark.guarantees("labels.confusion_spread", "It lies in [0, 1], whatever comes")
 def test_spread_lies_between_zero_and_one():
   rng = np.random.default_rng(0)
   for _ in range(200):
@@ -458,6 +517,15 @@ def test_spread_lies_between_zero_and_one():
   assert not jax.grad(lambda t: ranger.labels.confusion_spread(t))(symmetric(0.5)).any()
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss", "Split over devices by rows, the same"
+)
+@pytest.mark.guarantees(
+  "labels.label_confusion", "Split over devices by rows, the same"
+)
+@pytest.mark.guarantees(
+  "labels.neighbor_beliefs", "Split over devices by rows, the same"
+)
 @pytest.mark.parametrize(
   ("kind", "whole"),
   [

@@ -38,6 +38,9 @@ def _kernel(points, labels, taught):
   return seen, _held_out._Kernel.of(origin, learned, taught.sum())
 
 
+@pytest.mark.guarantees(
+  "labels.held_out_beliefs", "The kernel's part equals refitting without the example"
+)
 def test_the_kernel_equals_refitting():
   points, labels, _ = _clusters(n=40)
   taught = np.arange(40) % 7 != 3
@@ -55,6 +58,10 @@ def test_the_kernel_equals_refitting():
     np.testing.assert_allclose(found[i], own[i] @ weights, atol=2e-3)
 
 
+@pytest.mark.guarantees(
+  "labels.held_out_beliefs",
+  "An example's row does not depend on its own label, but for",
+)
 def test_own_label_is_not_seen():
   points, labels, _ = _clusters(n=60)
   taught = np.ones(60, bool)
@@ -81,6 +88,10 @@ def test_wrong_labels_are_contradicted():
   assert (beliefs.argmax(axis=1) == true).mean() > 0.95
 
 
+@pytest.mark.guarantees(
+  "labels.held_out_beliefs",
+  "Neither the numbers nor the labels of bad rows reach other",
+)
 def test_bad_rows_change_nothing():
   points, labels, _ = _clusters(n=50)
   bad = np.full([3, 3], np.nan, np.float32)
@@ -150,6 +161,9 @@ def test_wrong_use_is_refused():
     held_out(points, labels, num_classes=3, num_random=2.5)
 
 
+@pytest.mark.guarantees(
+  "labels.mix_beliefs", "The weights are those of the greatest likelihood"
+)
 def test_the_mixture_is_the_likeliest():
   rng = np.random.default_rng(0)
   true = rng.integers(0, 3, 200)
@@ -184,12 +198,18 @@ def test_a_mixture_of_what_is_there():
     ranger.labels.mix_beliefs([there, other[:2]], jnp.array([1, 1, 1]))
 
 
+@pytest.mark.guarantees(
+  "labels.clean_beliefs", "With the identity they are the beliefs"
+)
 def test_no_confusion_no_change():
   beliefs = np.random.default_rng(0).dirichlet([1, 1, 1], 20)
   found = ranger.labels.clean_beliefs(beliefs, np.eye(3))
   np.testing.assert_allclose(found, beliefs, atol=1e-5)
 
 
+@pytest.mark.guarantees(
+  "labels.clean_beliefs", "They explain the beliefs, where anything does"
+)
 def test_clean_beliefs_explain_the_beliefs():
   rng = np.random.default_rng(1)
   confusion = 0.7 * np.eye(4) + 0.3 * rng.dirichlet([1] * 4, 4)

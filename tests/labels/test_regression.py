@@ -70,6 +70,9 @@ def spread(values, weights, center=None):
   return NORMAL * half
 
 
+@pytest.mark.guarantees(
+  "labels.robust_scale", "It equals a loop over sorted residuals, weights as"
+)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_robust_scale_equals_a_loop(seed):
@@ -96,6 +99,9 @@ def test_robust_scale_equals_a_loop(seed):
   )
 
 
+@pytest.mark.guarantees(
+  "labels.robust_scale", "Of normal residuals it is their standard deviation; with"
+)
 def test_robust_scale_of_normal_residuals():
   rng = np.random.default_rng(0)
   residuals = 7 * rng.standard_normal(20_000).astype(np.float32) + 3
@@ -106,6 +112,7 @@ def test_robust_scale_of_normal_residuals():
     assert 2 < scale_of(spoiled) < 21
 
 
+@pytest.mark.guarantees("labels.robust_scale", "Scaled residuals have a scaled scale")
 @settings(max_examples=40, deadline=None)
 @given(
   st.lists(st.integers(-50, 50), min_size=9, max_size=9),
@@ -119,6 +126,9 @@ def test_robust_scale_is_equivariant(residuals, factor, shift):
   assert (expected > 0) == (np.ptp(residuals) > 0)
 
 
+@pytest.mark.guarantees(
+  "labels.robust_scale", "It is finite and not negative for whatever finite"
+)
 def test_odd_residuals_have_a_scale():
   rng = np.random.default_rng(0)
   for _ in range(50):
@@ -170,6 +180,7 @@ def support_by_loop(neighbors, targets, scale=None):
   return known.any(axis=1) / (1 + (total / np.maximum(known.sum(axis=1), 1)) ** 2)
 
 
+@pytest.mark.guarantees("labels.target_support", "It equals a loop")
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_target_support_equals_a_loop(scale):
   neighbors, targets = problem()
@@ -183,6 +194,9 @@ def test_target_support_equals_a_loop(scale):
     assert 0.3 < np.median(found) < 1
 
 
+@pytest.mark.guarantees(
+  "labels.target_support", "An example's own target does not move its median"
+)
 def test_no_target_confirms_itself():
   """Even where the example is among its own neighbors, and whatever its weight."""
   neighbors, targets = problem(width=1)
@@ -214,6 +228,7 @@ def test_target_support_finds_gross_errors():
   assert np.median(support[~wrong]) > 0.95
 
 
+@pytest.mark.guarantees("labels.target_support", "It lies in [0, 1], whatever comes")
 def test_target_support_of_odd_targets():
   rng = np.random.default_rng(0)
   neighbors, _ = problem()
@@ -241,6 +256,9 @@ def test_target_support_of_odd_targets():
   assert whole.dtype == jnp.float32
 
 
+@pytest.mark.guarantees(
+  "labels.target_support", "Shifted and scaled targets have the same"
+)
 def test_target_support_is_invariant():
   neighbors, targets = problem(width=1)
   whole = np.round(8 * np.nan_to_num(targets[:, 0], posinf=0)).astype(np.float32)
@@ -259,6 +277,9 @@ total = lambda *given: loss_of(*given).sum()
 value_and_slope = jax.jit(lambda *given: (loss_of(*given), jax.grad(total)(*given)))
 
 
+@pytest.mark.guarantees(
+  "labels.robust_regression_loss", "Loss and gradient equal their formulas"
+)
 @pytest.mark.parametrize("shape", [(20,), (20, 3), (20, 4, 3)])
 def test_robust_loss_equals_its_formula(shape):
   rng = np.random.default_rng(0)
@@ -274,6 +295,10 @@ def test_robust_loss_equals_its_formula(shape):
   np.testing.assert_allclose(found[1], slopes, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "labels.robust_regression_loss",
+  "The slope is at most a, and falls beyond the threshold",
+)
 def test_gross_errors_pull_less():
   residuals = np.geomspace(1e-3, 1e9, 60).astype(np.float32)
   for scale in (0.01, 1.0, 100.0):
@@ -286,6 +311,10 @@ def test_gross_errors_pull_less():
     assert (np.diff(slopes[~far]) > 0).all()
 
 
+@pytest.mark.guarantees(
+  "labels.robust_regression_loss",
+  "For a large threshold it is the squared error over \\tau /",
+)
 def test_a_large_threshold_is_the_squared_error():
   residuals = np.linspace(-3, 3, 20).astype(np.float32)
   found = value_and_slope(residuals, np.zeros(20, np.float32), 2.0, 1e4, 5.0)
@@ -293,6 +322,10 @@ def test_a_large_threshold_is_the_squared_error():
   np.testing.assert_allclose(found[1], 10 * residuals / 2e4, rtol=1e-4)
 
 
+@pytest.mark.guarantees(
+  "labels.robust_regression_loss",
+  "Scaling predictions, targets and scale scales the loss",
+)
 @settings(max_examples=30, deadline=None)
 @given(st.floats(-1e6, 1e6, width=32), st.sampled_from([2.0**-20, 0.5, 2.0**40]))
 def test_robust_loss_is_equivariant(residual, factor):
@@ -305,6 +338,9 @@ def test_robust_loss_is_equivariant(residual, factor):
   np.testing.assert_allclose(scaled[1], plain[1], rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.guarantees(
+  "labels.robust_regression_loss", "Finite predictions have a finite loss and gradient"
+)
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-45, 1e-38, 1.0, 3e38, np.inf, np.nan])
 def test_robust_loss_stays_finite(scale):
   predictions = np.array([0, 1e-45, 1e-38, 1, 3e38, -3e38] * 10, np.float32)
@@ -318,6 +354,9 @@ def test_robust_loss_stays_finite(scale):
   assert np.isfinite(bad[1][2])
 
 
+@pytest.mark.guarantees(
+  "labels.robust_regression_loss", "Targets that are none, or masked, count nowhere"
+)
 def test_targets_that_do_not_count():
   rng = np.random.default_rng(0)
   predictions, targets = rng.standard_normal([2, 5, 4]).astype(np.float32)
@@ -403,6 +442,11 @@ def test_refusals_of_regression(call, error, message):
     call()
 
 
+@pytest.mark.guarantees(
+  "labels.robust_regression_loss", "Split over devices by rows, the same"
+)
+@pytest.mark.guarantees("labels.robust_scale", "Split over devices by rows, the same")
+@pytest.mark.guarantees("labels.target_support", "Split over devices by rows, the same")
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("whole", ["nothing", "targets"])

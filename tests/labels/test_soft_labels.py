@@ -42,6 +42,13 @@ def votes_of(n, classes=3, seed=0):
   return votes.astype(np.float32)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "One-hot rows are integers; the minimizer over votes is the",
+)
+@pytest.mark.guarantees(
+  "labels.label_support", "One-hot rows are integers, and soft labels like their"
+)
 def test_one_hot_rows_are_integers():
   rng = np.random.default_rng(0)
   labels = rng.integers(-1, 3, 30).astype(np.int32)
@@ -80,6 +87,10 @@ def minimizer(labels, loss, steps=400):
   return jax.nn.softmax(logits)
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "One-hot rows are integers; the minimizer over votes is the",
+)
 def test_soft_loss_finds_the_clean_posterior():
   """And the logarithm of the expected chance does not: it becomes certain."""
   clean = np.array([0.5, 0.3, 0.2], np.float32)
@@ -108,6 +119,9 @@ def test_soft_losses_are_means():
     assert not found[1][-3:].any()
 
 
+@pytest.mark.guarantees(
+  "labels.refine_targets", "One-hot rows are integers, and others their mean"
+)
 def test_soft_targets_are_means():
   """Of the targets of each label, weighed by its share."""
   rng = np.random.default_rng(0)
@@ -135,6 +149,9 @@ def test_no_soft_label_no_part():
   )
 
 
+@pytest.mark.guarantees(
+  "labels.label_confusion", "Votes of several raters count as that many examples with a"
+)
 def test_votes_are_counted():
   rng = np.random.default_rng(0)
   ballots = rng.integers(0, 3, [10, 4])
@@ -147,6 +164,9 @@ def test_votes_are_counted():
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.guarantees(
+  "labels.label_support", "One-hot rows are integers, and soft labels like their"
+)
 def test_support_of_soft_labels_equals_a_loop():
   votes, neighbors = votes_of(20).astype(np.float64), neighbors_of(20)
   votes[4] = votes[5] = [0.4, 0.6, 0]
@@ -204,6 +224,10 @@ def tokens(seed=0):
   return logits, labels, mask
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss",
+  "Tokens are averaged over those that count, whatever stands",
+)
 def test_tokens_equal_a_loop():
   logits, labels, mask = tokens()
   found, slopes = both(logits, labels, CONFUSION, 0.3, 0.1, mask)
@@ -252,6 +276,9 @@ def test_a_mask_of_examples_and_no_tokens():
     forward(jnp.zeros([3, 4, 2]), labels, jnp.eye(2))
 
 
+@pytest.mark.guarantees(
+  "labels.forward_corrected_loss", "Split over devices by rows, the same"
+)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("whole", ["nothing", "labels"])

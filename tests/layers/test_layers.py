@@ -169,6 +169,7 @@ def loop(name, layer, x, weights):
   return np.stack(rows)
 
 
+@pytest.mark.guarantees("layers.RegionalAggregator", "The same as a loop over regions")
 @pytest.mark.few(3)
 @each_case_and_aggregator
 @pytest.mark.parametrize("shared", [True, False])
@@ -185,6 +186,9 @@ def test_the_layer_is_a_loop_over_regions(name, shared, aggregator):
   close(result, loop(name, layer, x, weights))
 
 
+@pytest.mark.guarantees(
+  "layers.RegionalAggregator", "Gradients flow through everything, weights included"
+)
 @pytest.mark.few(2)
 @each_case_and_aggregator
 def test_gradients_flow_through_everything(name, aggregator):
@@ -217,6 +221,9 @@ def test_gradients_flow_through_everything(name, aggregator):
       np.testing.assert_allclose(grads[1][region], slope, rtol=5e-2, atol=2e-2)
 
 
+@pytest.mark.guarantees(
+  "layers.RegionalAggregator", "A region without content counts for nothing"
+)
 def test_empty_regions_of_a_layer_count_for_nothing():
   """Nothing is near the fourth center; its 0 / 0 reaches neither value nor gradient."""
   layer = build("centers", shared=False)

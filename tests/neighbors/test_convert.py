@@ -12,6 +12,7 @@ def draw(n=60, d=5, seed=0):
   return np.random.default_rng(seed).standard_normal([n, d]).astype(np.float32)
 
 
+@pytest.mark.guarantees("neighbors.from_graph", "It equals a loop over the entries")
 @pytest.mark.parametrize(
   "form", [sparse.csr_array, sparse.coo_matrix, sparse.csc_array]
 )
@@ -35,6 +36,9 @@ def test_from_graph_equals_a_loop(form, k):
     np.testing.assert_allclose(found.weights[i], wanted, rtol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "neighbors.from_graph", "Of scikit-learn's graph it makes the neighbors of nearest"
+)
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_from_graph_of_scikit_learn(metric, include_self):
@@ -77,6 +81,7 @@ def test_stored_zeros_and_repeated_entries():
   assert empty.indices.tolist() == [[-1]] * 3
 
 
+@pytest.mark.guarantees("neighbors.from_distances", "It equals a full sort")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64, "ties"])
 @pytest.mark.parametrize("cells", [50, 2**22])
 def test_from_distances_equals_a_full_sort(dtype, cells, monkeypatch):

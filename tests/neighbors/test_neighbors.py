@@ -18,6 +18,9 @@ def full_sort(features, k, metric):
   return indices, np.take_along_axis(distances, indices, axis=1)
 
 
+@pytest.mark.guarantees(
+  "neighbors.nearest", "The same neighbors as a full sort, for clusters far apart"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize(
@@ -33,6 +36,7 @@ def test_neighbors_equal_a_full_sort(metric, block_size):
   np.testing.assert_allclose(found.weights, np.full([150, 5], 0.2), rtol=1e-6)
 
 
+@pytest.mark.guarantees("neighbors.nearest", "Ties go to the lower index")
 @pytest.mark.parametrize("block_size", [4, 64])
 def test_ties_go_to_the_lower_index(block_size):
   points = np.arange(24, dtype=np.float32) % 3
@@ -42,6 +46,7 @@ def test_ties_go_to_the_lower_index(block_size):
   np.testing.assert_array_equal(found.distances, np.zeros([24, 4]))
 
 
+@pytest.mark.guarantees("neighbors.nearest", "Memory does not grow with n squared")
 def test_neighbor_memory_grows_linearly():
   from optax_ranger.neighbors import _search
 
@@ -135,6 +140,7 @@ def test_agreement_equals_numpy():
   np.testing.assert_allclose(of(labels=labels, beliefs=beliefs), both, rtol=1e-5)
 
 
+@pytest.mark.guarantees("neighbors.weigh", "Weights are in [0, 1 / k]")
 def test_weights_are_bounded():
   beliefs = np.random.default_rng(0).dirichlet(np.ones(3), 4).astype(np.float32)
   for kernel in ("uniform", "inverse_distance", "gaussian"):
@@ -143,6 +149,9 @@ def test_weights_are_bounded():
     assert (weights <= 1 / 3).all()
 
 
+@pytest.mark.guarantees(
+  "neighbors.weigh", "An example that nobody agrees with has no weight"
+)
 def test_disagreement_takes_weight():
   neighbors = ranger.neighbors.weigh(line(), labels=np.array([0, 0, 0, 1]))
   weights = ranger.example_weights(ranger.ranger_head(), 4, neighbors=neighbors)
@@ -158,6 +167,7 @@ def test_beliefs_that_are_not_finite_weigh_nothing():
   assert not weights[1].any()
 
 
+@pytest.mark.guarantees("neighbors.sample", "The expectation of the weights is kept")
 def test_sampling_keeps_the_sum():
   """Over 4,000 draws the mean weighted sum is the whole one; half of it is not."""
   neighbors = ranger.neighbors.weigh(line(), kernel="gaussian")
@@ -192,6 +202,9 @@ def test_label_support_finds_flipped_labels():
   assert (support <= 1).all()
 
 
+@pytest.mark.guarantees(
+  "neighbors.weigh", "An example without a label has no weight, and backs"
+)
 def test_examples_without_a_label_back_nobody():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(300, 4)).astype(np.float32)
@@ -214,6 +227,7 @@ EAGER = {
 }
 
 
+@pytest.mark.guarantees("neighbors.weigh", "It compiles itself, once for each shape")
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", EAGER)
 def test_eager_calls_compile_once(name, caplog):

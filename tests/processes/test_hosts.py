@@ -103,6 +103,9 @@ def two_processes(tmp_path_factory):
   return finish(folder, start(folder))
 
 
+@pytest.mark.guarantees(
+  "train_step", "Several processes have the same parameters, bit for bit"
+)
 def test_two_processes_equal_one(one_process, two_processes):
   """Accumulation, smoothing, predictions, and rows that are not shared evenly."""
   (first, second), kinds = two_processes
@@ -140,6 +143,9 @@ def calls(update, params, state, first, last):
   return jax.tree.map(np.asarray, (params, state))
 
 
+@pytest.mark.guarantees(
+  "train_step", "A run goes on on another number of devices, in mid-window"
+)
 def test_open_windows_move_to_other_devices():
   """From the parts of eight devices to those of others, and to one sum, and back."""
   ways = [

@@ -36,6 +36,9 @@ ALL = {
 }
 
 
+@pytest.mark.guarantees(
+  "ranger", "Without acceleration, accumulation and smoothing it is"
+)
 def test_plain_ranger_is_nesterov_sgd():
   params, _ = run(ranger.ranger(0.01, acceleration=1.0, hyper_rate=0.0))
   expected, _ = run(optax.sgd(0.01, momentum=0.9, nesterov=True))
@@ -100,6 +103,9 @@ def test_checkpoint_survives_the_insertion_of_a_step():
   jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
 
+@pytest.mark.guarantees(
+  "ranger", "An option that is off leaves no name and no memory in the"
+)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("off", ALL)
 def test_names_do_not_depend_on_other_options(off, every):

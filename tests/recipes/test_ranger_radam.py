@@ -52,6 +52,9 @@ class Original:
       self.param = self.slow.copy()
 
 
+@pytest.mark.guarantees(
+  "ranger_radam", "Fifty steps equal the original in NumPy and in PyTorch"
+)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("threshold", [4, 5])
 @pytest.mark.parametrize("b2", [0.99, 0.999])
@@ -76,6 +79,9 @@ def test_fifty_steps_equal_numpy(threshold, b2):
       np.testing.assert_allclose(slow[name], one.slow, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "ranger_radam", "Fifty steps equal the original in NumPy and in PyTorch"
+)
 def test_fifty_steps_equal_pytorch_optimizer():
   """With `degenerated_to_sgd`: without it, the package's first steps go uphill."""
   reason = "the PyTorch package is not installed: pip install torch pytorch_optimizer"
@@ -117,6 +123,9 @@ def first_direction(output_axis, gradient):
   return tx.update(gradient, tx.init(gradient), gradient)[0]
 
 
+@pytest.mark.guarantees(
+  "ranger_radam", "Centralized gradients have a mean of zero over the inputs"
+)
 def test_centralize_equals_optax():
   gradient = narrow(draw(0))
   expected, _ = optax.centralize().update(gradient, optax.EmptyState())
@@ -127,6 +136,9 @@ def test_centralize_equals_optax():
   )
 
 
+@pytest.mark.guarantees(
+  "ranger_radam", "Centralized gradients have a mean of zero over the inputs"
+)
 def test_centralized_mean_is_zero():
   gradient = narrow(draw(0))
   result = first_direction(-1, gradient)
@@ -139,6 +151,7 @@ def test_centralized_mean_is_zero():
   np.testing.assert_allclose(untouched["kernel"], gradient["kernel"], rtol=1e-5)
 
 
+@pytest.mark.guarantees("ranger_radam", "Rectification is exact to float32")
 @pytest.mark.parametrize("b2", [0.9, 0.99, 0.999, 0.9999])
 def test_rectification_loses_no_digits(b2):
   """On constant gradients the direction is the rectification and its biases."""
@@ -168,6 +181,7 @@ def test_a_small_decay_never_rectifies():
     np.testing.assert_allclose(updates, 3, rtol=1e-5)
 
 
+@pytest.mark.guarantees("skip_nonfinite", "Finite updates pass as through inner")
 def test_finite_updates_are_the_inner_ones():
   inner = optax.sgd(0.1, momentum=0.9)
   step = ranger.skip_nonfinite(inner)
@@ -201,6 +215,9 @@ STACKS = {
 }
 
 
+@pytest.mark.guarantees(
+  "ranger_radam", "Stacked layers are updated as the same layers apart"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("output_axis", [-1, 0, None])
 @pytest.mark.parametrize("form", ["tree", "function", "number"])

@@ -48,6 +48,9 @@ def test_it_tells_how_many_and_which():
     np.testing.assert_allclose(known.weights.mean(), 1, rtol=1e-5)
 
 
+@pytest.mark.guarantees(
+  "robust_labels", "With trust in every label the loss is the cross-entropy"
+)
 def test_without_noise_it_is_the_cross_entropy():
   data = _data(0.0)
   robust = ranger.robust_labels(C, smoothing=0.0, belief=0.0)
@@ -61,6 +64,9 @@ def test_without_noise_it_is_the_cross_entropy():
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.guarantees(
+  "robust_labels", "Only examples in the batch count, in any order"
+)
 def test_ids_shuffled_repeated_or_absent():
   data = _data()
   robust, known = _init(data)
@@ -84,6 +90,7 @@ def test_ids_shuffled_repeated_or_absent():
   np.testing.assert_allclose(unlabeled[0], 0.15 * said, rtol=1e-5)
 
 
+@pytest.mark.guarantees("robust_labels", "Memorized features are refused")
 def test_memorized_features_are_refused():
   data = _data(0.4)
   robust, known = _init(data)
@@ -148,6 +155,9 @@ def test_given_features_keep_half_of_the_say():
   assert float(after.learned_noise) == pytest.approx(1 - right.mean(), abs=1e-3)
 
 
+@pytest.mark.guarantees(
+  "robust_labels", "Nothing is compiled anew when it is asked again"
+)
 def test_asking_again_compiles_nothing():
   data = _data()
   robust, known = _init(data)
@@ -329,17 +339,17 @@ def test_rows_split_over_devices():
   if jax.device_count() < 8:
     pytest.skip("needs 8 devices")
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-  data = _data(0.4)
+  data = _data(0.4, n=N // 8 * 8)
   robust, known = _init(data)
   split = NamedSharding(mesh, PartitionSpec("data"))
   with jax.set_mesh(mesh):
     x, labels = jax.device_put(data.x, split), jax.device_put(data.labels, split)
     found = robust.init(x, labels)
     asked = robust.ask(found, x, labels)
-    losses = robust.losses(found, x, labels, jax.device_put(jnp.arange(N), split))
+    losses = robust.losses(found, x, labels, jax.device_put(jnp.arange(len(x)), split))
   np.testing.assert_allclose(found.trust, known.trust, atol=1e-3)
   np.testing.assert_allclose(
     asked.weights, robust.ask(known, data.x, data.labels).weights, atol=1e-2
   )
-  expected = robust.losses(known, data.x, data.labels, jnp.arange(N))
+  expected = robust.losses(known, data.x, data.labels, jnp.arange(len(x)))
   np.testing.assert_allclose(losses, expected, atol=1e-3)

@@ -91,6 +91,9 @@ def draw(n=12, seed=0):
   )
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_worst_regions", "The weights follow the losses as the formula says"
+)
 def test_worst_regions_equal_numpy():
   rate, member = 0.7, np.array([1, 2, 0] * 4, np.float64)
   step = ranger.aggregate_by_worst_regions(4, rate)  # the fourth is always empty
@@ -114,6 +117,7 @@ def test_worst_regions_equal_numpy():
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.guarantees("aggregate_by_worst_regions", "rate=0 is aggregate_by_regions")
 def test_worst_regions_at_rate_zero_are_regions():
   rows, regions, losses = draw()
   worst, plain = ranger.aggregate_by_worst_regions(3, 0), ranger.aggregate_by_regions(3)

@@ -70,6 +70,9 @@ def test_ngs_equals_numpy():
   assert max(explosion for _, _, explosion in expected) > 5
 
 
+@pytest.mark.guarantees(
+  "scale_by_ngs", "hyper_rate=0 equals optax.sgd with Nesterov momentum"
+)
 @pytest.mark.parametrize("acceleration", [1.0, 0.25])
 def test_no_hyper_rate_is_nesterov_sgd(acceleration):
   gradients = draw(20)
@@ -85,6 +88,9 @@ def test_no_hyper_rate_is_nesterov_sgd(acceleration):
     np.testing.assert_array_equal(result, acceleration * expected)
 
 
+@pytest.mark.guarantees(
+  "accelerate", "hyper_rate=0 equals inner, times the acceleration"
+)
 @pytest.mark.parametrize("per_leaf", [False, True])
 def test_no_hyper_rate_is_the_inner_optimizer(per_leaf):
   inner = optax.sgd(0.03, momentum=0.9)
@@ -99,6 +105,12 @@ def test_no_hyper_rate_is_the_inner_optimizer(per_leaf):
     jax.tree.map(np.testing.assert_array_equal, result, halved)
 
 
+@pytest.mark.guarantees(
+  "accelerate", "The factor is positive, finite and within bounds, whatever"
+)
+@pytest.mark.guarantees(
+  "scale_by_ngs", "The factor is positive, finite and within bounds, whatever"
+)
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
@@ -120,6 +132,9 @@ def test_acceleration_stays_within_bounds(values):
     assert (factors <= 2.0).all()
 
 
+@pytest.mark.guarantees(
+  "scale_by_ngs", "The factor does not depend on the gradient's unit, as long"
+)
 def test_acceleration_is_scale_free():
   gradients = draw(20)
   _, factors = run(ranger.scale_by_ngs(), gradients)
@@ -220,6 +235,9 @@ def test_an_explosion_is_braked_at_once():
   assert not loss < 1e20
 
 
+@pytest.mark.guarantees(
+  "scale_by_ngs", "Where gradients are pure noise of some hundred dimensions"
+)
 @pytest.mark.parametrize("shrink", [0.2, 1.0])
 def test_noise_alone_does_not_bleed(shrink):
   """Drift of the logarithm of the factor over 2,000 steps of pure noise."""

@@ -26,6 +26,7 @@ def run(step, gradients, params=None, **extra):
   return results, state
 
 
+@pytest.mark.guarantees("accumulate", "every=1 is inner")
 def test_every_one_is_the_inner_optimizer():
   inner = optax.sgd(0.1, momentum=0.9)
   gradients = draw(5)
@@ -51,6 +52,9 @@ def test_equals_multi_steps_on_clean_input(inner):
     np.testing.assert_allclose(result, updates, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "accumulate", "With weights, the emission is the gradient of the sum of"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 5), (4, 4), (3, 1, 4), (8,)])
 def test_exact_for_any_partition(sizes):
@@ -83,6 +87,9 @@ def test_sum_is_the_weighted_sum():
   )
 
 
+@pytest.mark.guarantees(
+  "accumulate", "A micro-batch that is not finite counts as weight zero and"
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("bad_weight", [False, True])
 def test_left_out_is_weight_zero(value, bad_weight):
@@ -101,6 +108,9 @@ def test_left_out_is_weight_zero(value, bad_weight):
   assert int(expected_state.num_left_out) == 0
 
 
+@pytest.mark.guarantees(
+  "accumulate", "A window of zero weight gives zeros and leaves inner's"
+)
 def test_window_of_zero_weight():
   step = ranger.accumulate(optax.adam(0.1), 2)
   params = jnp.ones([3])
@@ -138,6 +148,7 @@ def test_every_may_be_a_schedule_of_optimizer_steps():
   assert int(state.gradient_step) == 3
 
 
+@pytest.mark.guarantees("accumulate", "inner runs on emission only")
 def test_inner_runs_on_emission_only():
   """The inner update stands inside one branch of a conditional, and nowhere else."""
   inner = optax.GradientTransformation(
@@ -281,6 +292,9 @@ def test_a_spike_anywhere_in_the_window_is_seen(where, bad):
   np.testing.assert_array_equal(updates, -1)
 
 
+@pytest.mark.guarantees(
+  "accumulate", "The mean of value= is over the micro-batches that count"
+)
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 @pytest.mark.parametrize(
   ("values", "weights", "grads", "mean"),
@@ -360,6 +374,9 @@ def test_an_open_window_of_another_every_is_refused(every, calls):
       ranger.accumulate(optax.sgd(1.0), other).update(jnp.array(1.0), state)
 
 
+@pytest.mark.guarantees(
+  "accumulate", "A state may go on with another every in mid-window, but"
+)
 @pytest.mark.parametrize(("every", "calls", "then"), [(3, 2, 2), (4, 3, 2), (2, 1, 4)])
 def test_another_every_keeps_the_open_window(every, calls, then):
   """It closes once it is full by the new count, and nothing of it is lost."""
@@ -373,6 +390,9 @@ def test_another_every_keeps_the_open_window(every, calls, then):
   assert int(state.mini_step) == float(state.weight_sum) == 0
 
 
+@pytest.mark.guarantees(
+  "accumulate", "So does a window of finite gradients whose sum overflows"
+)
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
   ("dtype", "shape", "large", "reduce", "every", "extra"),
@@ -425,6 +445,7 @@ def test_other_extra_args_are_not():
   step.update(params, step.init(params), params, **dict.fromkeys(others, 1.0))
 
 
+@pytest.mark.guarantees("accumulate", "With float64 gradients the mean keeps 1e-14")
 @pytest.mark.parametrize("every", [1, 2, 7])
 @pytest.mark.parametrize("shape", [(), (3,), (4, 32)])
 def test_float64_keeps_its_digits(every, shape):

@@ -76,6 +76,9 @@ def test_regions_equal_numpy(within, across):
   np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_mean", "A member that is not finite, or whose weight is zero"
+)
 @pytest.mark.few(4)
 @each_aggregation
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -100,6 +103,7 @@ def test_absent_members_count_for_nothing(name, value):
   assert int(state.num_dropped) == 0
 
 
+@pytest.mark.guarantees("aggregate_by_mean", "No member at all gives zeros")
 @each_aggregation
 @pytest.mark.parametrize("n", [0, 3])
 def test_no_member_gives_zeros(name, n):
@@ -110,6 +114,7 @@ def test_no_member_gives_zeros(name, n):
   np.testing.assert_array_equal(result, np.zeros(4))
 
 
+@pytest.mark.guarantees("aggregate_by_mean", "Permuting the members changes nothing")
 @pytest.mark.few(3)
 @each_aggregation
 @settings(max_examples=20, deadline=None)
@@ -130,6 +135,7 @@ def test_aggregation_permutes(name, seed):
   np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.guarantees("aggregate_by_regions", "An empty region counts for nothing")
 def test_empty_regions_count_for_nothing():
   rows, regions, _ = draw()
   few, _ = aggregate(ranger.aggregate_by_regions(3), rows, regions=jnp.asarray(regions))
@@ -147,6 +153,9 @@ def test_ids_out_of_range_are_absent():
   np.testing.assert_allclose(result, rows[0], rtol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_regions", "One region, by mean, is aggregate_by_mean"
+)
 def test_one_region_is_the_mean():
   rows, _, weights = draw()
   extra = {"member_weights": jnp.asarray(weights)}

@@ -53,6 +53,9 @@ def test_average_neighbors_equals_a_loop(include_self, normalize, absent):
   np.testing.assert_allclose(averaged, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "average_neighbors", "All other examples as neighbors with one weight, and"
+)
 def test_complete_uniform_neighbors_are_the_mean():
   rng = np.random.default_rng(1)
   features = jnp.asarray(rng.standard_normal([7, 2]), jnp.float32)
@@ -63,6 +66,9 @@ def test_complete_uniform_neighbors_are_the_mean():
   np.testing.assert_allclose(mean, gradients.mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "average_neighbors", "Permuting the examples permutes the result"
+)
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**16), size=st.sampled_from([(2, 1), (5, 4), (9, 3)]))
 def test_average_neighbors_permutes(seed, size):
@@ -86,6 +92,9 @@ def test_average_neighbors_permutes(seed, size):
   )
 
 
+@pytest.mark.guarantees(
+  "average_neighbors", "An example that is not finite, or whose weight is zero, is"
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("by_weight", [True, False])
 def test_absent_examples_average_nothing(value, by_weight):
@@ -103,6 +112,7 @@ def test_absent_examples_average_nothing(value, by_weight):
   assert int(state.num_dropped) == (not by_weight)
 
 
+@pytest.mark.guarantees("average_neighbors", "A total weight of zero gives zeros")
 def test_zero_total_weight_is_zero():
   neighbors = registry.neighbors()._replace(weights=jnp.zeros([6, 2]))
   for normalize in ("batch", None):

@@ -82,6 +82,9 @@ def stacked(name, rows, weights=WEIGHTS):
   return step.update(rows, step.init(rows), member_weights=weights, **EXTRA)
 
 
+@pytest.mark.guarantees(
+  "across_devices", "The aggregator's result on the gradients of all devices"
+)
 @pytest.mark.few(3)
 @each_aggregator
 @pytest.mark.parametrize(
@@ -109,6 +112,7 @@ def test_across_devices_is_the_aggregator(name, way):
   close(result, stacked(name, rows))
 
 
+@pytest.mark.guarantees("across_devices", "Every device gets the same bits")
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
   "name",
@@ -135,6 +139,9 @@ def test_every_device_gets_the_same_bits(name):
     assert len({np.asarray(copy).tobytes() for copy in leaf}) == 1
 
 
+@pytest.mark.guarantees(
+  "across_devices", "A device whose gradient is not finite is absent"
+)
 @pytest.mark.few(2)
 @each_aggregator
 @pytest.mark.parametrize(
@@ -188,6 +195,9 @@ def collectives(name, rows):
   return found
 
 
+@pytest.mark.guarantees(
+  "across_devices", "A linear aggregator is one psum of parameter size"
+)
 def test_collectives_are_as_promised():
   rows = {
     "a": jnp.ones([NUM_DEVICES, 101]),
@@ -202,6 +212,7 @@ def test_collectives_are_as_promised():
     assert collectives(name, rows) == {"all-gather": 3, "all-reduce": 1}, name
 
 
+@pytest.mark.guarantees("across_devices", "Members of one leaf at a time")
 @pytest.mark.slow
 def test_leaves_are_gathered_one_by_one():
   """Twenty leaves of 64 kB: temporaries of a few leaves' members, not of twenty's."""

@@ -26,6 +26,7 @@ def draw(count, seed=0):
   return [jnp.asarray(rng.standard_normal([3]), jnp.float32) for _ in range(count)]
 
 
+@pytest.mark.guarantees("skip_anomalies", "Without outliers it is inner")
 def test_without_outliers_it_is_the_inner():
   inner = optax.sgd(0.1, momentum=0.9)
   results, states = run(ranger.skip_anomalies(inner), draw(50))
@@ -34,6 +35,9 @@ def test_without_outliers_it_is_the_inner():
   assert int(states[-1].num_skipped) == 0
 
 
+@pytest.mark.guarantees(
+  "skip_anomalies", "On a skip, the update is zero and inner's state untouched"
+)
 @pytest.mark.parametrize("bad", [1e4, np.nan, np.inf])
 def test_skip_leaves_the_inner_state_alone(bad):
   gradients = draw(40)
@@ -49,6 +53,7 @@ def test_skip_leaves_the_inner_state_alone(bad):
   assert skipped[29:32] == [(0, 0), (1, 1), (1, 0)]
 
 
+@pytest.mark.guarantees("skip_anomalies", "Skipped values stay out of the statistics")
 def test_skipped_values_stay_out_of_the_statistics():
   gradients = draw(40)
   spiked = [g * 1e4 if 25 <= i < 30 else g for i, g in enumerate(gradients)]
@@ -86,6 +91,7 @@ def test_value_may_be_watched():
     step.update(jnp.zeros([3]), states[-1])
 
 
+@pytest.mark.guarantees("skip_anomalies", "What is not finite is never accepted")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("watch", ["norm", "value"])
 def test_never_accepts_what_is_not_finite(bad, watch):

@@ -37,6 +37,7 @@ def test_predictions_equal_numpy():
   np.testing.assert_allclose(ranger.smoothed_predictions(state), table, rtol=1e-5)
 
 
+@pytest.mark.guarantees("smooth_predictions", "Only the rows of the ids move")
 def test_only_visited_rows_move():
   step = ranger.smooth_predictions(4, 2, decay=0.5)
   state = visit(step, step.init({}), [3, 1], np.full([2, 2], 0.5, np.float32))
@@ -44,6 +45,7 @@ def test_only_visited_rows_move():
   assert moved.tolist() == [False, True, False, True]
 
 
+@pytest.mark.guarantees("smooth_predictions", "Repeated ids count as one visit")
 def test_repeated_ids_are_one_visit():
   step = ranger.smooth_predictions(3, 2, decay=0.5)
   start = visit(step, step.init({}), [2], np.array([[1.0, 0.0]], np.float32))
@@ -53,6 +55,9 @@ def test_repeated_ids_are_one_visit():
   np.testing.assert_allclose(several.smoothed, once.smoothed)
 
 
+@pytest.mark.guarantees(
+  "smooth_predictions", "Predictions that are not finite and ids out of range are"
+)
 def test_bad_predictions_are_dropped():
   step = ranger.smooth_predictions(3, 2, decay=0.5)
   rows = np.array([[np.nan, 1], [1, 0], [1, 0], [1, 0], [1, 0]], np.float32)
@@ -77,6 +82,9 @@ def test_narrow_ids_are_no_trap():
   assert np.flatnonzero(state.smoothed).tolist() == [5, 200]
 
 
+@pytest.mark.guarantees(
+  "smooth_predictions", "A bfloat16 table has the mean of a float32 one"
+)
 @pytest.mark.parametrize("decay", [0.7, 0.99])
 def test_half_precision_does_not_get_stuck(decay):
   """From 1 to the constant 0.75: rounded to the nearest, 0.99 would stay at 1."""
@@ -113,6 +121,9 @@ def test_rounding_at_random_is_fair():
   assert abs(found.mean() - value) > 4 * place / 2 / np.sqrt(n)
 
 
+@pytest.mark.guarantees(
+  "smooth_predictions", "A table that is split over devices equals one that is not"
+)
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
   ("batch", "kind", "dtype"),
@@ -251,6 +262,9 @@ ROWS = np.array(
 )
 
 
+@pytest.mark.guarantees(
+  "labels.refine_targets", "Rows are not negative and sum to one, whatever comes"
+)
 @pytest.mark.few(3)
 @pytest.mark.parametrize("support", [None, 0.0, 1.0, 0.3, np.nan, 7.0])
 @pytest.mark.parametrize(
@@ -272,6 +286,7 @@ def test_refined_targets_are_probabilities(support, confusion):
       np.testing.assert_allclose(targets[0], ROWS[0], rtol=1e-5)
 
 
+@pytest.mark.guarantees("labels.refine_targets", "support=1 is the label")
 def test_full_support_keeps_the_label():
   rng = np.random.default_rng(0)
   labels = jnp.asarray(rng.integers(0, 4, 6))
@@ -280,6 +295,9 @@ def test_full_support_keeps_the_label():
   np.testing.assert_array_equal(targets, jax.nn.one_hot(labels, 4))
 
 
+@pytest.mark.guarantees(
+  "labels.refine_targets", "With the true confusion and belief it is Bayes' posterior"
+)
 def test_refined_target_is_the_posterior():
   """Counted over a million draws of class, then of label."""
   rng = np.random.default_rng(0)
@@ -311,6 +329,9 @@ def test_wide_ids_move_no_row():
   np.testing.assert_array_equal(state.smoothed, 0)
 
 
+@pytest.mark.guarantees(
+  "smooth_predictions", "Predictions that are not finite and ids out of range are"
+)
 @pytest.mark.parametrize(
   "ids",
   [
@@ -374,6 +395,7 @@ LOGITS = {
 }
 
 
+@pytest.mark.guarantees("smooth_predictions", "Logits are dropped and counted")
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_dropped_and_counted(kind, dtype):

@@ -163,6 +163,12 @@ def test_krum_equals_numpy(num_selected, seed):
   close(flat_one(result, rows), expected)
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_median", "Breakdown point 1/2: while members of less than half of"
+)
+@pytest.mark.guarantees(
+  "aggregate_by_trimmed_mean", "Breakdown point fraction: while members of at most that"
+)
 @pytest.mark.parametrize("name", ["median", "trimmed"])
 @pytest.mark.parametrize(
   "way",
@@ -184,6 +190,13 @@ def test_median_and_trimmed_mean_stay_in_the_honest_range(name, way, size):
     assert (result[key] <= honest.max(axis=0) + room).all()
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_geometric_median",
+  "Breakdown point 1/2: while members of less than half of",
+)
+@pytest.mark.guarantees(
+  "aggregate_by_krum", "With at most num_corrupt members that lie, every selected"
+)
 @pytest.mark.parametrize("name", ["geometric", "krum", "multi-krum"])
 @pytest.mark.parametrize(
   "way",
@@ -205,6 +218,19 @@ def test_krum_and_geometric_median_stay_near_the_honest(name, way, size):
   assert away <= 2 * diameter
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_geometric_median",
+  "Breakdown point 1/2: while members of less than half of",
+)
+@pytest.mark.guarantees(
+  "aggregate_by_krum", "With at most num_corrupt members that lie, every selected"
+)
+@pytest.mark.guarantees(
+  "aggregate_by_median", "Breakdown point 1/2: while members of less than half of"
+)
+@pytest.mark.guarantees(
+  "aggregate_by_trimmed_mean", "Breakdown point fraction: while members of at most that"
+)
 @each_robust
 @pytest.mark.parametrize("size", [1e3, pytest.param(1e6, marks=pytest.mark.slow)])
 def test_above_the_breakdown_point_it_breaks(name, size):
@@ -247,6 +273,13 @@ def test_units_do_not_matter(name, scale):
   assert int(state.num_dropped) == 0
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_geometric_median",
+  "A member whose largest entry is 2^40 times the median",
+)
+@pytest.mark.guarantees(
+  "aggregate_by_krum", "A member whose largest entry is 2^40 times the median"
+)
 @pytest.mark.parametrize("name", ["geometric", "krum", "multi-krum"])
 def test_members_beyond_all_measure_are_absent(name):
   rows = draw()
@@ -274,14 +307,21 @@ def _is_the_mean(step):
     close(result[key], expected[key])
 
 
+@pytest.mark.guarantees("aggregate_by_trimmed_mean", "fraction=0 is aggregate_by_mean")
 def test_nothing_trimmed_is_the_mean():
   _is_the_mean(ranger.aggregate_by_trimmed_mean(0.0))
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_geometric_median", "A large smoothing is aggregate_by_mean"
+)
 def test_smoothing_everything_is_the_mean():
   _is_the_mean(ranger.aggregate_by_geometric_median(smoothing=1e9))
 
 
+@pytest.mark.guarantees(
+  "aggregate_by_krum", "num_corrupt=0, num_selected=n is aggregate_by_mean"
+)
 def test_all_selected_is_the_mean():
   _is_the_mean(ranger.aggregate_by_krum(0, N))
 

@@ -20,6 +20,7 @@ def test_ema_equals_numpy():
   np.testing.assert_allclose(ranger.eval_params(state, params), ema, rtol=1e-6)
 
 
+@pytest.mark.guarantees("smooth_by_ema", "Updates pass through untouched")
 def test_ema_passes_updates_through():
   step, params = ranger.smooth_by_ema(0.5), {"w": jnp.ones([3])}
   given = {"w": jnp.array([1.0, np.nan, 2.0])}
@@ -27,12 +28,16 @@ def test_ema_passes_updates_through():
   np.testing.assert_array_equal(updates["w"], given["w"])
 
 
+@pytest.mark.guarantees("smooth_by_ema", "decay=0 keeps the new parameters")
 def test_ema_without_decay():
   tx = optax.chain(optax.sgd(0.1), ranger.smooth_by_ema(0.0))
   for params, smoothed in iterates(tx, jnp.ones([3]), 4):
     np.testing.assert_array_equal(smoothed, params)
 
 
+@pytest.mark.guarantees(
+  "smooth_by_ema", "Half-precision parameters move as float32 ones do"
+)
 def test_ema_of_half_precision_moves():
   """2,000 steps from 1 to 2 with decay 0.999: 1.865, not 1."""
   step = ranger.smooth_by_ema(0.999)
@@ -51,6 +56,9 @@ def test_ema_of_half_precision_moves():
   np.testing.assert_allclose(smoothed.astype(np.float32), [1.865], atol=2.0**-8)
 
 
+@pytest.mark.guarantees(
+  "smooth_by_ema", "An entry that is not finite leaves its average alone"
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_ema_leaves_bad_entries_alone(value):
   step, params = ranger.smooth_by_ema(0.5), jnp.ones([3])
@@ -130,6 +138,9 @@ def iterates(tx, params, steps, seed=0):
   return found
 
 
+@pytest.mark.guarantees(
+  "smooth_by_ema", "A uniform decay gives the mean of the iterates from start"
+)
 @pytest.mark.parametrize(("start", "every"), [(0, 1), (3, 1), (0, 2), (4, 3)])
 def test_uniform_decay_is_the_mean(start, every):
   step = ranger.smooth_by_ema(ranger.uniform_decay_schedule(), start=start, every=every)
@@ -163,6 +174,9 @@ def test_decay_may_be_a_schedule_of_the_averages():
   np.testing.assert_allclose(found[5][1], expected, rtol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "Fast and slow parameters are those of optax.lookahead"
+)
 @pytest.mark.parametrize("every", [1, 2, 6])
 @pytest.mark.parametrize("step_size", [0.0, 0.5, 0.8])
 def test_lookahead_equals_optax(every, step_size):
@@ -183,6 +197,7 @@ def test_lookahead_equals_optax(every, step_size):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.guarantees("smooth_by_lookahead", "step_size=1 changes no iterate")
 def test_lookahead_of_whole_steps():
   plain = iterates(optax.sgd(0.1), jnp.ones([3]), 9)
   tx = optax.chain(optax.sgd(0.1), ranger.smooth_by_lookahead(3, 1.0))
@@ -192,6 +207,9 @@ def test_lookahead_of_whole_steps():
     np.testing.assert_allclose(params, expected, rtol=1e-6)
 
 
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "The slow copy of half-precision parameters keeps what a"
+)
 def test_lookahead_of_half_precision_moves():
   """Steps of one bfloat16 place, of which the slow copy takes a tenth."""
   step = ranger.smooth_by_lookahead(1, 0.1)
@@ -210,6 +228,9 @@ def test_lookahead_of_half_precision_moves():
   np.testing.assert_allclose(params.astype(np.float32), state.slow, atol=2.0**-7)
 
 
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "An entry that is not finite leaves its slow copy alone"
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_lookahead_leaves_bad_entries_alone(value):
   step, params = ranger.smooth_by_lookahead(2, 0.5), jnp.ones([3])
@@ -255,6 +276,9 @@ def test_smoothing_ticks_on_emission_only():
       )
 
 
+@pytest.mark.guarantees(
+  "smooth_by_ema", "One minus the decay is exact, and with float64 parameters"
+)
 @pytest.mark.parametrize("decay", [1 - 1e-6, 0.999, 0.3])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
 def test_ema_of_float64_keeps_its_digits(decay, shape):
@@ -275,6 +299,9 @@ def test_ema_of_float64_keeps_its_digits(decay, shape):
       np.testing.assert_allclose(state.ema, ema, rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.guarantees(
+  "smooth_by_ema", "One minus the decay is exact, and with float64 parameters"
+)
 @pytest.mark.parametrize("decay", [1 - 1e-6, np.float64(1 - 1e-6), 1 - 1e-7])
 def test_the_rest_of_a_slow_decay_is_exact(decay):
   """In float32 as well, in which the decay itself is off by a part of its rest."""

@@ -152,6 +152,7 @@ def alone(case, **options):
   return params, state
 
 
+@pytest.mark.guarantees("train_step", "Parameters equal those of one device")
 @pytest.mark.slow
 @pytest.mark.parametrize("factory", sorted(STEPS))
 @pytest.mark.parametrize(
@@ -225,6 +226,9 @@ def test_every_way_equals_one_device(options, one_device):
   replicas_agree((params, state))
 
 
+@pytest.mark.guarantees(
+  "train_step", "A batch that devices or micro-batches do not divide is"
+)
 def test_uneven_batches_are_exact():
   """Weighted means over 13 examples of which one is bad, on eight devices."""
   step = lambda **options: ranger.train_step(
@@ -292,6 +296,9 @@ def plain(optimizer=None, **options):
   return ranger.train_step(losses, optimizer, has_aux=True, mesh=mesh_of(), **options)
 
 
+@pytest.mark.guarantees(
+  "train_step", "One reduction of gradient size for any number of"
+)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_gradients_are_reduced_once(kind):
@@ -332,6 +339,12 @@ def test_a_split_state_is_scattered_and_gathered_once():
   assert momentum.addressable_shards[0].data.size == momentum.size // 8
 
 
+@pytest.mark.guarantees(
+  "accumulate", "Where accumulators and gradients are one part of a sum on"
+)
+@pytest.mark.guarantees(
+  "train_step", "One reduction of gradient size for any number of"
+)
 def test_a_call_that_emits_nothing_sends_scalars():
   tx = ranger.accumulate(optax.sgd(0.1), every=4)
   update = plain(tx, reduce="on_emission")
@@ -343,6 +356,9 @@ def test_a_call_that_emits_nothing_sends_scalars():
   assert max(one.num_bytes for one in rest) <= 4 * 48
 
 
+@pytest.mark.guarantees(
+  "train_step", "What is not finite on one device is skipped by all"
+)
 def test_a_device_that_fails_is_skipped_by_all():
   """An overflow inside the model on one device; the inputs are finite."""
   for options in ({}, {"reduce": "on_emission"}):
@@ -575,6 +591,9 @@ def dead_batch_update(tx):
   return update, params, update.init(params)
 
 
+@pytest.mark.guarantees(
+  "train_step", "A batch without a usable example changes nothing but"
+)
 @pytest.mark.parametrize("what", ["params", "loss"])
 def test_a_batch_without_a_finite_example_changes_nothing(what):
   tx = optax.chain(ranger.scale_by_ngs(acceleration=1.0), optax.scale(-0.1))
