@@ -1,6 +1,7 @@
 """The recipe against wrong labels."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -16,12 +17,14 @@ import optax_ranger as ranger
 N, C = 300, 3
 
 
-class Data(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
   x: jax.Array
   labels: jax.Array
   true: np.ndarray
 
 
+@functools.cache
 def _data(share=0.3, n=N, seed=0):
   rng = np.random.default_rng(seed)
   true = rng.integers(0, C, n)
@@ -30,6 +33,7 @@ def _data(share=0.3, n=N, seed=0):
   return Data(jnp.asarray(x, jnp.float32), jnp.asarray(labels, jnp.int32), true)
 
 
+@functools.cache
 def _init(data):
   robust = ranger.robust_labels(C)
   return robust, robust.init(data.x, data.labels)
@@ -122,8 +126,8 @@ def test_weights_are_sharper_where_the_network_memorizes():
 def test_good_features_are_believed():
   data = _data(0.4)
   rng = np.random.default_rng(1)
-  blurred = data._replace(
-    x=data.x + 2 * jnp.asarray(rng.standard_normal([N, C]), jnp.float32)
+  blurred = dataclasses.replace(
+    data, x=data.x + 2 * jnp.asarray(rng.standard_normal([N, C]), jnp.float32)
   )
   robust, known = _init(blurred)
   after = robust.ask(known, data.x, data.labels)

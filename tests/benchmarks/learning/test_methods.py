@@ -337,6 +337,7 @@ def test_asking_tells_confusion_and_weights(noise):
   assert weights[wrong].mean() < 0.2 * weights[~wrong].mean()
 
 
+@pytest.mark.slow
 def test_memorized_features_change_nothing():
   problem = _digits()
   before = _memory(problem)
@@ -348,7 +349,7 @@ def test_memorized_features_change_nothing():
   _same(after._replace(**told), before)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   ("asks", "epochs", "when"),
   [

@@ -40,7 +40,7 @@ def test_ranger_trains_and_learns_the_confusion():
 
 
 # The features of "small" are as many as the pixels of digits.
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("model", "times"), [("linear", 0), ("mlp", 1), ("small", 1)])
 def test_ranger_asks_learned_features(model, times):
   asked = []
