@@ -87,7 +87,7 @@ def train_robustly(images, labels, seed: int, epochs: int):
 
 METHODS = {"plain": ("AdamW", train_plainly), "ranger": ("Ranger", train_robustly)}
 # Which of the five steps are on; the others are chained into the optimizer.
-STEPS = {"plain": "none", "ranger": "1 neighbors, 5 smoothing: beliefs of classes"}
+STEPS = {"plain": "none", "ranger": "1 (neighbors), 5 (predictions)"}
 
 
 def batches(n: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -211,9 +211,7 @@ def main() -> None:
       }
 
   print(f"digits, {args.noise:.0%} wrong labels, {args.seeds} seeds, test accuracy")
-  print(
-    f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}  steps that are on"
-  )
+  print(f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}  steps used")
   for name, result in results.items():
     last = f"{result['last_mean']:.3f} \u00b1 {result['last_std']:.3f}"
     print(

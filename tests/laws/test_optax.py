@@ -39,7 +39,7 @@ def broken(step) -> str:
   bad = [law for law in failed if law.startswith("recovers")]
   if len(bad) == 3:
     failed = [law for law in failed if law not in bad] + ["recovers"]
-  return ", ".join(failed) or "none"
+  return "; ".join(failed) or "none"
 
 
 @pytest.mark.slow
