@@ -23,7 +23,7 @@ test-%: .venvs/%/.installed
 	.venvs/$*/bin/python -m pytest -n auto --dist loadgroup -m "not slow" $(PYTEST)
 
 # Old releases of others warn of what newer ones have mended.
-test-lowest-%: PYTEST := -W ignore::DeprecationWarning
+test-lowest-%: PYTEST := -W ignore::DeprecationWarning -W "ignore:Sharding info not provided:UserWarning"
 
 # Doctests of the package use the extras.
 test-plain-%: PYTEST := tests
