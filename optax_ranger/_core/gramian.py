@@ -106,7 +106,6 @@ def squared_distances(gramian: Array) -> Array:
   """Squared distances between the members, [n, n], in the Gramian's unit."""
   squares = jnp.diagonal(gramian)
   squared = squares[:, None] + squares[None] - 2 * gramian
-  squared = jnp.where(jnp.eye(len(squares), dtype=bool), 0, squared)
   return jnp.maximum(squared, jnp.zeros_like(squared))
 
 

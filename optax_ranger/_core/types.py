@@ -11,7 +11,10 @@ import optax
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray | float | int | bool
 PyTree = Any
+# A number that may be traced, such as a hyperparameter.
+Scalar = ArrayLike
 Schedule = Callable[[Any], Any]
+ScalarOrSchedule = Scalar | Schedule
 
 
 class Neighbors(NamedTuple):

@@ -13,6 +13,7 @@ from optax_ranger._core.sharding import first_sharded
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import Neighbors
+from optax_ranger._core.types import Scalar
 from optax_ranger.labels import _rows
 from optax_ranger.neighbors import _weights
 
@@ -84,7 +85,7 @@ def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
   return jax.lax.stop_gradient(_rows.normalized(total))
 
 
-def label_confusion(labels: Any, beliefs: Any, *, sharpness: Any = 8.0) -> Array:
+def label_confusion(labels: Any, beliefs: Any, *, sharpness: Scalar = 8.0) -> Array:
   r"""Estimates how labels get confused: the chance of each label, given the class.
 
   Each class's row is told by the examples that are most confident of that class,
@@ -228,8 +229,8 @@ def forward_corrected_loss(
   labels: Any,
   confusion: Any,
   *,
-  exponent: Any = 0.0,
-  smoothing: Any = 0.0,
+  exponent: Scalar = 0.0,
+  smoothing: Scalar = 0.0,
   mask: Any = None,
 ) -> Array:
   r"""Returns the loss of each label under what the network says of it.

@@ -13,6 +13,7 @@ from optax_ranger._core.sharding import first_sharded
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import Neighbors
+from optax_ranger._core.types import Scalar
 from optax_ranger.labels import _rows
 from optax_ranger.neighbors import _weights
 
@@ -201,8 +202,8 @@ def robust_regression_loss(
   targets: Any,
   scale: Any,
   *,
-  threshold: Any = 1.7,
-  slope: Any = 1.0,
+  threshold: Scalar = 1.7,
+  slope: Scalar = 1.0,
   mask: Any = None,
 ) -> Array:
   r"""Returns the loss of each prediction, on which gross errors pull the less.

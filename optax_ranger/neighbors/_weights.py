@@ -17,6 +17,7 @@ from optax_ranger._core.sharding import take_rows
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import ArrayLike
 from optax_ranger._core.types import Neighbors
+from optax_ranger._core.types import Scalar
 
 _KERNELS = ("uniform", "inverse_distance", "gaussian")
 
@@ -25,7 +26,7 @@ def weigh(
   neighbors: Neighbors,
   *,
   kernel: str = "uniform",
-  bandwidth: Any = None,
+  bandwidth: Scalar | None = None,
   labels: ArrayLike | None = None,
   beliefs: ArrayLike | None = None,
 ) -> Neighbors:

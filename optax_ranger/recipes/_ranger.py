@@ -10,7 +10,11 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.tree import inner_product
+from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
+from optax_ranger._core.types import ScalarOrSchedule
+from optax_ranger._core.types import Schedule
 from optax_ranger._core.types import transformation
 from optax_ranger.steps import _acceleration
 from optax_ranger.steps import _accumulation
@@ -65,20 +69,20 @@ def ranger_head(
 def ranger(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  momentum: Any = 0.9,
-  acceleration: Any = 1e-3,
-  hyper_rate: Any = 0.05,
+  momentum: Scalar = 0.9,
+  acceleration: Scalar = 1e-3,
+  hyper_rate: Scalar = 0.05,
   bounds: tuple[Any, Any] = (1e-6, 1e6),
-  weight_decay: Any = 0.0,
+  weight_decay: float | Array = 0.0,
   weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-  clip_norm: Any = None,
-  skip_spikes: Any = None,
-  every: Any = 1,
-  ema_decay: Any = None,
-  ema_warmup: Any = 10,
+  clip_norm: Scalar | None = None,
+  skip_spikes: Scalar | None = None,
+  every: int | Schedule = 1,
+  ema_decay: ScalarOrSchedule | None = None,
+  ema_warmup: Scalar = 10,
   num_examples: int | None = None,
   num_classes: int | None = None,
-  prediction_decay: Any = 0.7,
+  prediction_decay: Scalar = 0.7,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Ranger of five steps, from the mean gradient on: steps 2, 3 and 5.
 

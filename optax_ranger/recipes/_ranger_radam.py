@@ -17,6 +17,7 @@ from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 from optax_ranger.steps import _lookahead
 
@@ -44,13 +45,13 @@ class RangerRadamState(NamedTuple):
 def ranger_radam(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  b1: Any = 0.95,
-  b2: Any = 0.999,
-  eps: Any = 1e-5,
-  threshold: Any = 5.0,
-  weight_decay: Any = 0.0,
-  every: Any = 6,
-  step_size: Any = 0.5,
+  b1: Scalar = 0.95,
+  b2: Scalar = 0.999,
+  eps: Scalar = 1e-5,
+  threshold: Scalar = 5.0,
+  weight_decay: Scalar = 0.0,
+  every: Scalar = 6,
+  step_size: Scalar = 0.5,
   output_axis: int | None = -1,
   stack_axes: int | PyTree | Callable[[PyTree], PyTree] = 0,
 ) -> optax.GradientTransformationExtraArgs:

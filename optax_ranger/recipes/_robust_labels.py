@@ -15,6 +15,7 @@ from optax_ranger._core import validate
 from optax_ranger._core.sharding import automatic
 from optax_ranger._core.sharding import replicate
 from optax_ranger._core.types import Array
+from optax_ranger._core.types import Scalar
 from optax_ranger.labels import _rows
 
 # Shares of noise: learned features that see less than this part of what the given
@@ -78,10 +79,10 @@ class RobustLabels(NamedTuple):
 def robust_labels(
   num_classes: int,
   *,
-  exponent: Any = 0.45,
-  smoothing: Any = 0.2,
-  belief: Any = 0.15,
-  sharpness: Any = 2.0,
+  exponent: Scalar = 0.45,
+  smoothing: Scalar = 0.2,
+  belief: Scalar = 0.15,
+  sharpness: Scalar = 2.0,
 ) -> RobustLabels:
   r"""Makes losses that withstand wrong labels, without clean labels or tuning.
 

@@ -8,10 +8,11 @@ import optax
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
+from optax_ranger._core.types import Scalar
 
 
 def geometric_restart_schedule(
-  initial: Any, maximum: Any, period: Any
+  initial: Scalar, maximum: Scalar, period: Scalar
 ) -> optax.Schedule:
   r"""Makes a schedule that divides the rate by the same number at every restart.
 

@@ -12,6 +12,7 @@ from optax_ranger._core import host
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import ArrayLike
+from optax_ranger._core.types import Scalar
 
 
 class Clusters(NamedTuple):
@@ -166,7 +167,11 @@ def _edge(edge: Any, places: Any, xp: Any) -> Any:
 
 
 def by_time(
-  times: ArrayLike, num_regions: int, *, low: Any = None, high: Any = None
+  times: ArrayLike,
+  num_regions: int,
+  *,
+  low: Scalar | None = None,
+  high: Scalar | None = None,
 ) -> Array:
   """Splits moments in time into windows of equal length.
 

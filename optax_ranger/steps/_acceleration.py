@@ -15,6 +15,7 @@ from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import zeros_like
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 from optax_ranger.steps import _factor
 
@@ -40,12 +41,12 @@ class NgsState(NamedTuple):
 
 
 def scale_by_ngs(
-  momentum: Any = 0.9,
+  momentum: Scalar = 0.9,
   *,
-  acceleration: Any = 1e-3,
-  hyper_rate: Any = 0.05,
-  shrink: Any = 0.2,
-  hurry: Any = 10.0,
+  acceleration: Scalar = 1e-3,
+  hyper_rate: Scalar = 0.05,
+  shrink: Scalar = 0.2,
+  hurry: Scalar = 10.0,
   bounds: tuple[Any, Any] = (1e-6, 1e6),
   per_leaf: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -217,10 +218,10 @@ class AccelerateState(NamedTuple):
 def accelerate(
   inner: optax.GradientTransformation,
   *,
-  acceleration: Any = 1e-3,
-  hyper_rate: Any = 0.05,
-  shrink: Any = 0.2,
-  hurry: Any = 10.0,
+  acceleration: Scalar = 1e-3,
+  hyper_rate: Scalar = 0.05,
+  shrink: Scalar = 0.2,
+  hurry: Scalar = 10.0,
   bounds: tuple[Any, Any] = (1e-6, 1e6),
   per_leaf: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

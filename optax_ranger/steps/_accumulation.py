@@ -18,6 +18,7 @@ from optax_ranger._core.shards import axes_of
 from optax_ranger._core.tree import all_finite
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 
 # What `update` takes for itself; other extra args go to the inner step.
@@ -356,7 +357,7 @@ def _step_reduced(
   return stepped, emitted, accumulated, inner_state
 
 
-def large_step(learning_rate: Any, every: int, *, rule: str = "linear") -> Any:
+def large_step(learning_rate: Scalar, every: int, *, rule: str = "linear") -> Any:
   r"""Scales a learning rate that was found for one micro-batch to the large step.
 
   The sources give the accumulated step a rate of its own, :math:`\eta'`; these

@@ -23,6 +23,7 @@ from optax_ranger._core.members import weighted_sum
 from optax_ranger._core.sharding import replicate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 
 _WAYS = ("mean", "sum", "max")
@@ -261,7 +262,7 @@ class WorstRegionsState(NamedTuple):
 
 
 def aggregate_by_worst_regions(
-  num_regions: int, rate: Any = 0.01
+  num_regions: int, rate: Scalar = 0.01
 ) -> optax.GradientTransformationExtraArgs:
   r"""Aggregates by regions whose weights follow the regions with the worst loss.
 

@@ -16,6 +16,8 @@ from optax_ranger._core.tree import unboxed
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
+from optax_ranger._core.types import ScalarOrSchedule
 from optax_ranger._core.types import transformation
 
 
@@ -72,7 +74,7 @@ def uniform_decay_schedule() -> Callable[[Any], Array]:
 
 
 def smooth_by_ema(
-  decay: Any, *, warmup: Any = 0, start: Any = 0, every: Any = 1
+  decay: ScalarOrSchedule, *, warmup: Scalar = 0, start: Scalar = 0, every: Scalar = 1
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps a moving average of the parameters; updates pass through.
 

@@ -17,6 +17,7 @@ from optax_ranger._core.tree import inner_product
 from optax_ranger._core.tree import zeros_like
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 
 
@@ -128,11 +129,11 @@ def skip_nonfinite(
 def skip_anomalies(
   inner: optax.GradientTransformation,
   *,
-  threshold: Any = 6.0,
-  decay: Any = 0.98,
-  warmup: Any = 20,
+  threshold: Scalar = 6.0,
+  decay: Scalar = 0.98,
+  warmup: Scalar = 20,
   watch: str = "norm",
-  max_in_a_row: Any = None,
+  max_in_a_row: Scalar | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Skips an update whose gradient norm, or loss, is not finite or an outlier.
 

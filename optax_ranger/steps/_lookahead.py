@@ -15,6 +15,7 @@ from optax_ranger._core.tree import unboxed
 from optax_ranger._core.tree import wide_copy
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 
 
@@ -37,7 +38,7 @@ class LookaheadState(NamedTuple):
 
 
 def smooth_by_lookahead(
-  every: Any = 6, step_size: Any = 0.5
+  every: Scalar = 6, step_size: Scalar = 0.5
 ) -> optax.GradientTransformationExtraArgs:
   r"""Lets the parameters run ahead, and pulls them back to a slow copy.
 

@@ -21,6 +21,7 @@ from optax_ranger._core.tree import find_states
 from optax_ranger._core.tree import unboxed
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 
 # Of the sum of probabilities: several roundings to bfloat16.
@@ -54,7 +55,7 @@ class PredictionState(NamedTuple):
 def smooth_predictions(
   num_examples: int,
   num_classes: int,
-  decay: Any = 0.7,
+  decay: Scalar = 0.7,
   *,
   dtype: str = "float32",
   sharding: jax.sharding.Sharding | None = None,

@@ -23,6 +23,7 @@ from optax_ranger._core.sharding import is_sharded
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 
 
@@ -72,7 +73,9 @@ def aggregate_by_median() -> optax.GradientTransformationExtraArgs:
   return aggregator(lambda members: _sorted_mean(members, share), one_by_one=True)
 
 
-def aggregate_by_trimmed_mean(fraction: Any) -> optax.GradientTransformationExtraArgs:
+def aggregate_by_trimmed_mean(
+  fraction: Scalar,
+) -> optax.GradientTransformationExtraArgs:
   r"""Leaves out the lowest and the highest entries, and averages the others.
 
   Entry by entry, the members are sorted, and those parts of them count that lie
@@ -127,7 +130,7 @@ def aggregate_by_trimmed_mean(fraction: Any) -> optax.GradientTransformationExtr
 
 
 def aggregate_by_geometric_median(
-  rounds: Any = 32, smoothing: Any = 1e-3
+  rounds: Scalar = 32, smoothing: Scalar = 1e-3
 ) -> optax.GradientTransformationExtraArgs:
   r"""Replaces the members' gradients by the point nearest to all of them.
 
@@ -213,7 +216,7 @@ def aggregate_by_geometric_median(
 
 
 def aggregate_by_krum(
-  num_corrupt: Any, num_selected: Any = 1
+  num_corrupt: Scalar, num_selected: Scalar = 1
 ) -> optax.GradientTransformationExtraArgs:
   r"""Averages the members that lie in the midst of their nearest others.
 

@@ -125,8 +125,8 @@ def train_step(
     there is a `batch_size`. Extra args named ``neighbors``, ``member_weights``,
     ``regions``, ``example_ids``, ``features``, ``labels`` and ``beliefs``, and
     `row_args`, hold one row an example; all others are the same on all devices. A
-    typed key (``jax.random.key``) reaches the losses folded with the number of the
-    device and of the micro-batch, where there are several. Metrics: ``"loss"``, the
+    typed key (``jax.random.key``) reaches the losses folded with the index of the
+    micro-batch and, unless ``partition="jit"``, of the device. Metrics: ``"loss"``, the
     weighted mean over finite examples, ``"weight"``, ``"num_dropped"`` in this call,
     and what ``aux`` has.
     The optimizer gets ``weight=``, the sum of ``member_weights``, and

@@ -26,6 +26,16 @@ def draw(count, seed=0):
   return [jnp.asarray(rng.standard_normal([3]), jnp.float32) for _ in range(count)]
 
 
+def test_a_counter_stops_at_the_largest_number():
+  """A run of billions of skips doesn't count backward."""
+  step, top = ranger.skip_nonfinite(optax.sgd(0.1)), np.iinfo(np.int32).max
+  state, params = step.init(jnp.zeros([3])), jnp.zeros([3])
+  for count, expected in ((top - 1, top), (top, top)):
+    state = state._replace(num_skipped=jnp.int32(count))
+    _, state = step.update(params + jnp.nan, state, params)
+    assert int(state.num_skipped) == expected
+
+
 @pytest.mark.guarantees("skip_anomalies", "Without outliers it is inner")
 def test_without_outliers_it_is_the_inner():
   inner = optax.sgd(0.1, momentum=0.9)
