@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import chex
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -205,7 +206,7 @@ def test_gradients_flow_through_everything(name, aggregator):
     return (nnx.merge(graphdef, params, rest, copy=True)(x, *extra) ** 2).sum()
 
   grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, given, x, rest)
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  chex.assert_tree_all_finite(grads)
   names = {"log_weights"} if learned else set()
   assert names <= set(grads[0])
   moved = [grads[0], grads[2]] + ([grads[1]] if learned else [])

@@ -1,5 +1,6 @@
 """Published examples: linear regression on five points, and a small CNN."""
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -72,26 +73,21 @@ def test_geometric_restarts_as_published():
   steps = np.arange(30)
   expected = [0.3 * (0.3 / 0.4) ** (t // 7) for t in steps]
   np.testing.assert_allclose([schedule(int(t)) for t in steps], expected, rtol=1e-6)
-  traces = []
-  jitted = jax.jit(lambda count: (traces.append(1), schedule(count))[1])
+  jitted = jax.jit(chex.assert_max_traces(schedule, 1))
   np.testing.assert_allclose([jitted(t) for t in steps], expected, rtol=1e-6)
   np.testing.assert_allclose(jax.vmap(schedule)(steps), expected, rtol=1e-6)
-  assert len(traces) == 1
   assert schedule(jnp.int32(2**31 - 1)) == 0
 
 
 def test_geometric_restarts_are_swept_without_recompiling():
-  traces = []
-
   @jax.jit
+  @chex.assert_max_traces(1)
   def rate(initial, maximum, period, count):
-    traces.append(1)
     return ranger.geometric_restart_schedule(initial, maximum, period)(count)
 
   assert rate(0.5, 1.0, 4, 3) == 0.5
   assert rate(0.5, 1.0, 3, 3) == 0.25
   assert rate(0.5, 0.5, 3, 100) == 0.5
-  assert len(traces) == 1
 
 
 class Cnn(nnx.Module):

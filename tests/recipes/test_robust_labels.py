@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -165,25 +166,22 @@ def test_given_features_keep_half_of_the_say():
 def test_asking_again_compiles_nothing():
   data = _data()
   robust, known = _init(data)
-  traces = []
 
   @jax.jit
+  @chex.assert_max_traces(1)
   def ask(known, features, labels):
-    traces.append(1)
     return robust.ask(known, features, labels)
 
   known = ask(known, data.x, data.labels)
   known = ask(known, 2 * data.x + 1, data.labels)
-  assert len(traces) == 1
 
   @jax.jit
+  @chex.assert_max_traces(1)
   def losses(known, logits, labels, ids):
-    traces.append(1)
     return robust.losses(known, logits, labels, ids)
 
   losses(known, data.x, data.labels, jnp.arange(N))
   losses(ask(known, data.x, data.labels), data.x, data.labels, jnp.arange(N))
-  assert len(traces) == 2
 
 
 def test_init_under_jit_is_the_same():
@@ -222,16 +220,13 @@ def test_bad_data_poisons_nobody():
   data = _data()
   robust = ranger.robust_labels(C)
   known = robust.init(data.x.at[3].set(jnp.nan), data.labels)
-  assert all(
-    bool(jnp.isfinite(leaf).all())
-    for leaf in known._replace(learned_noise=jnp.float32(0))
-  )
+  chex.assert_tree_all_finite(known._replace(learned_noise=jnp.float32(0)))
   np.testing.assert_array_equal(known.beliefs[3], 0)
   bad = robust.ask(known, jnp.full([N, 4], jnp.nan), data.labels)
-  assert bool(jnp.isfinite(bad.weights).all())
+  chex.assert_tree_all_finite(bad.weights)
   logits = data.x.at[0].set(jnp.nan)
   losses = robust.losses(known, logits, data.labels, jnp.arange(N))
-  assert bool(jnp.isfinite(losses[1:]).all())
+  chex.assert_tree_all_finite(losses[1:])
 
 
 def test_wrong_use_is_refused():

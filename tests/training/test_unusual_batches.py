@@ -113,6 +113,27 @@ def test_examples_with_bad_gradients_are_not_usable_where_they_are_apart():
   assert metrics["num_dropped"] == 16
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("step", [None, ranger.aggregate_by_mean()])
+def test_a_loss_that_is_infinite_by_itself_has_weight_zero(step, num_micro_batches):
+  """Its gradient, which is finite, does not count."""
+  x = jnp.array([[1.0, 2.0], [6.0, 1.0], [3.0, 4.0], [1.0, 1.0]])
+
+  def losses(params, batch):
+    return (params[None] * batch).sum(axis=1) + jnp.where(batch[:, 0] > 5, jnp.inf, 0)
+
+  update = ranger.train_step(
+    losses, optax.sgd(1.0), step=step, num_micro_batches=num_micro_batches
+  )
+  params = jnp.zeros([2])
+  params, _, metrics = update(params, update.init(params), x)
+  # With a step, micro-batches are weighed before all losses are known.
+  count = 4 if step and num_micro_batches > 1 else 3
+  np.testing.assert_allclose(params, [-5 / count, -7 / count], rtol=1e-6)
+  assert metrics["weight"] == 3
+  assert metrics["num_dropped"] == 1
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
   "step",
