@@ -142,6 +142,16 @@ def test_acceleration_is_scale_free():
   np.testing.assert_allclose(scaled, factors, rtol=1e-6)
 
 
+def test_float16_updates_stop_at_the_largest_number():
+  """Momentum of large gradients leaves the range of float16."""
+  step = ranger.scale_by_ngs(acceleration=1.0, hyper_rate=0.0)
+  gradients = jnp.full([3], 6e4, jnp.float16)
+  state = step.init(gradients)
+  for _ in range(3):
+    updates, state = step.update(gradients, state)
+  np.testing.assert_array_equal(updates, jnp.finfo(jnp.float16).max)
+
+
 def test_factors_are_swept_without_recompiling():
   traces = []
 
