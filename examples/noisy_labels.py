@@ -212,7 +212,7 @@ def main() -> None:
 
   print(f"digits, {args.noise:.0%} wrong labels, {args.seeds} seeds, test accuracy")
   print(
-    f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}    parts of Ranger"
+    f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}  parts of Ranger"
   )
   for name, result in results.items():
     last = f"{result['last_mean']:.3f} \u00b1 {result['last_std']:.3f}"
