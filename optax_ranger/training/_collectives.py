@@ -24,6 +24,8 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+# Axes of a mesh, and those that form a group, whole ('x') or in part ('x':(1)2).
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -125,11 +127,19 @@ def _num_bytes(result: str, line: str, kind: str, started: bool) -> int:
     # An asynchronous start makes (operands, results), and some counters.
     sizes = sizes[1:2] if len(sizes) < 4 else sizes[len(sizes) // 2 :]
   total = sum(sizes)
-  if kind == "reduce-scatter":
-    groups = _GROUPS.search(line)
-    if groups:
-      total *= int(groups[2]) if groups[2] else len(groups[1].split(","))
-  return total
+  return total * _group_size(line) if kind == "reduce-scatter" else total
+
+
+def _group_size(line: str) -> int:
+  """How many devices take part in a collective operation together."""
+  groups, mesh = _GROUPS.search(line), _MESH.search(line)
+  if groups:
+    return int(groups[2]) if groups[2] else len(groups[1].split(","))
+  if mesh is None:
+    return 1
+  sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+  parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
+  return math.prod(int(part or sizes[axis]) for axis, part in parts)
 
 
 def _width(dtype: str) -> int:

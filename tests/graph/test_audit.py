@@ -117,6 +117,8 @@ def test_audit_tells_how_many_are_wrong(noise, share):
   for witnesses in (neighbors, None):
     found = graph.audit(witnesses, given, predictions=predictions, score="posterior")
     assert found.num_wrong / 4000 == pytest.approx(wrong, abs=0.04)
+    # It is the sum of the chances that labels are wrong.
+    assert found.num_wrong == pytest.approx((1 - found.support).sum(), rel=1e-4)
   votes = graph.audit(neighbors, given)
   assert votes.num_wrong / 4000 == pytest.approx(wrong, abs=0.08)
 

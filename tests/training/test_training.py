@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from optax_ranger.training import _collectives
 from tests.helpers import close_to_largest
 from tests.laws import registry
 
@@ -335,6 +336,24 @@ def test_a_split_state_is_scattered_and_gathered_once():
   assert num_bytes(found, kind="all-reduce") < 100
   momentum = update.init(start()).optimizer[0].trace["hidden"]
   assert momentum.addressable_shards[0].data.size == momentum.size // 8
+
+
+@pytest.mark.parametrize(
+  ("groups", "size"),
+  [
+    ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ("[2,4]<=[8]", 4),
+    ("mesh['data'=8] {'data'}", 8),
+    ("mesh['data'=4,'model'=2] {'model','data'}", 8),
+    ("mesh['data'=4,'model'=2] {'data'}", 4),
+    ("mesh['data'=8] {'data':(1)2}", 2),
+  ],
+)
+def test_groups_of_devices_are_read(groups, size):
+  """As XLA has printed them in several releases."""
+  line = f"%a = f32[2] reduce-scatter(%b), replica_groups={groups}, dimensions={{0}}"
+  found = _collectives._num_bytes("f32[2]", line, "reduce-scatter", False)
+  assert found == 2 * 4 * size
 
 
 @pytest.mark.guarantees(

@@ -86,6 +86,17 @@ def test_nothing_moves_without_a_usable_example(way, name):
   assert np.isfinite(after["w"]).all()
 
 
+def test_weight_decay_outside_of_a_window_moves_nothing_either():
+  tx = optax.chain(
+    ranger.accumulate(optax.sgd(1.0), every=2), optax.add_decayed_weights(-0.1)
+  )
+  update = ranger.train_step(lambda params, batch: params * batch, tx)
+  for x, moves in ((jnp.ones(4), True), (jnp.full(4, jnp.nan), False)):
+    params = jnp.array([1.0])
+    new, _, _ = update(params + 0, update.init(params), x)
+    assert bool(new != params) == moves
+
+
 def test_a_step_that_is_not_linear_moves_nothing_either():
   update = ranger.train_step(
     losses, optax.adam(0.1), step=ranger.aggregate_by_median(), donate=False
