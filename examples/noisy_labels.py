@@ -87,7 +87,7 @@ def train_robustly(images, labels, seed: int, epochs: int):
 
 METHODS = {"plain": ("AdamW", train_plainly), "ranger": ("Ranger", train_robustly)}
 # Which of the five steps are on; the others are chained into the optimizer.
-STEPS = {"plain": "none", "ranger": "1 (neighbors), 5 (predictions)"}
+STEPS = {"plain": "none", "ranger": "steps 1 (neighbors) and 5 (predictions)"}
 
 
 def batches(n: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -286,6 +286,8 @@ def test_each_guarantee_is_held_by_a_test():
         for mark in node.decorator_list:
           if ast.unparse(mark).startswith("pytest.mark.guarantees("):
             name, text = (argument.value for argument in mark.args)
+            if name.startswith("layers.") and "layers." not in registry.ROOMS:
+              continue
             those = [
               line for line in promised.get(name, ()) if plain(line).startswith(text)
             ]
