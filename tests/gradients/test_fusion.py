@@ -435,3 +435,15 @@ def test_rows_that_are_not_declared_are_refused_per_example(step):
   grad_fn = ranger.value_and_grad(losses, step, row_args=("scale",))
   _, found = grad_fn(jnp.ones(3), batch, scale=scale)
   np.testing.assert_allclose(found, np.full(3, 8.0), rtol=1e-4)  # that of the middle
+
+
+def test_rows_of_large_numbers_are_finite():
+  """Their sum is not; the rows are used."""
+  losses = lambda params, batch: (params[None] * (batch * 1e-37)).sum(axis=1)
+  step = ranger.aggregate_by_mean()
+  batch, params = jnp.full([4, 3], 3e38), jnp.ones(3)
+  _, grads, state = ranger.value_and_grad(losses, step)(
+    params, batch, state=step.init(params)
+  )
+  np.testing.assert_allclose(grads, 30.0, rtol=1e-5)
+  assert int(state.num_dropped) == 0

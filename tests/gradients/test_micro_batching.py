@@ -247,3 +247,18 @@ def test_a_statistic_of_features_is_not_taken_for_rows(num_micro_batches):
   (_, aux), _, _ = ranger.micro_batched(grad_fn, num_micro_batches)(jnp.ones(4), batch)
   assert aux["mean"].shape == (4,)
   np.testing.assert_allclose(aux["mean"], batch.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_counts_are_added_up_whatever_the_weights():
+  """Integers of a value are counts; booleans become a share."""
+
+  def value_and_grad(params, batch):
+    value = {"positive": (batch > 0).sum(dtype=jnp.int32), "first": batch[0] > 0}
+    return value, params
+
+  function = ranger.micro_batched(
+    value_and_grad, 2, weigh=lambda batch: batch.sum() + 9
+  )
+  value, _, _ = jax.jit(function)(jnp.ones(2), jnp.array([1.0, 2.0, -1.0, 3.0]))
+  assert value["positive"] == 3
+  assert value["first"] == pytest.approx(12 / 23)
