@@ -61,9 +61,9 @@ def example_weights(
 
   Guarantees:
     * The weighted loss has the gradient of the per-example form.
-    * A step that is linear but not one weight per example is refused, where that shows
-      on leaves of shape ``[n]`` and ``[n, 2, 3]``. It cannot show for a mask by the
-      parameters' names: chain such a step with the optimizer.
+    * A linear step that is not one weight per example is refused if leaves of shape
+      ``[n]`` and ``[n, 2, 3]`` reveal it. They don't reveal a mask by parameter names:
+      chain such a step with the optimizer.
 
   Raises:
     NotLinearError: a ``TypeError``, for steps such as ``aggregate_by_max``.
@@ -158,10 +158,11 @@ def value_and_grad(
     the number of examples, or use ``train_step``.
 
   Guarantees:
-    * Linear or not, the gradient is the step's on per-example gradients.
-    * An example that is not finite changes nothing but a counter, also where the loss
-      has no gradient at zero.
-    * Memory of a linear step is that of the plain mean.
+    * The gradient is that of the step on per-example gradients, for linear steps and
+      others.
+    * A non-finite example changes only a counter, also if the loss has no gradient at
+      zero.
+    * A linear step needs the memory of the plain mean.
 
   Raises:
     ValueError: for a step that is not one weight per example, or, in several

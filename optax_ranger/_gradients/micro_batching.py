@@ -75,8 +75,8 @@ def micro_batched(
     which are counts, are added up, and booleans become a share.
 
   Guarantees:
-    * The gradient of the whole batch, whatever the number of micro-batches.
-    * A micro-batch that is not finite counts as weight zero, on its own device only.
+    * The result is the gradient of the whole batch, for any number of micro-batches.
+    * A non-finite micro-batch has weight zero, on its own device only.
     * One reduction across devices.
 
   Raises:

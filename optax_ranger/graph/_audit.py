@@ -140,7 +140,7 @@ def audit(
   Guarantees:
     * It equals counting by hand, with groups too; so do margin, mean and contradicted.
     * With the true chances of the labels, the posterior is that of Bayes' rule.
-    * Examples of which nothing is known come last and keep their label.
+    * Examples without neighbors or predictions come last and keep their label.
 
   Raises:
     ValueError: for labels or groups of another length, labels outside [-1, C) or

@@ -33,7 +33,7 @@ def balance_classes(neighbors: Neighbors, labels: Any, num_classes: int) -> Neig
     that labeled examples had before.
 
   Guarantees:
-    * Classes have one mean total weight.
+    * The mean total weight is the same for all classes.
     * Examples without a label change nothing.
 
   Raises:

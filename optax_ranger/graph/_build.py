@@ -218,7 +218,7 @@ def measure_recall(
     The recall, in [0, 1].
 
   Guarantees:
-    * It is the one that a full search would tell, whatever the distances say.
+    * It equals the recall of a full search, also if the given distances are wrong.
 
   Raises:
     ValueError: for indices that are not ``[n, k]``.

@@ -71,7 +71,7 @@ def held_out_predictions(
     * Each row is the prediction of a fit without its example.
     * An example's row does not depend on its own label, when hyperparameters stay the
       same.
-    * Rows that are not finite, and examples without a label, change nothing.
+    * Non-finite rows and examples without a label do not change other predictions.
 
   Raises:
     ValueError: for features that are not 2-D, labels of another length, or outside

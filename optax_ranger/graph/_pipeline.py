@@ -29,7 +29,7 @@ class NeighborBatches(Iterator[dict[str, np.ndarray]]):
 
   Guarantees:
     * Every id comes once in an epoch.
-    * From any state on, the same tail.
+    * A pipeline that is restored from a checkpoint continues with the same batches.
 
   Raises:
     ValueError: for a batch size outside [1, n], k outside [1, K].
@@ -104,7 +104,8 @@ def add_neighbors(
     ``"neighbor_weight"``, of the shape of the ids and one axis of k more.
 
   Guarantees:
-    * From any checkpoint on, the same tail, shuffled and in batches.
+    * A pipeline that is restored from a checkpoint continues with the same elements,
+      shuffled or batched.
 
   Raises:
     ImportError: without Grain, which the extra ``grain`` installs.

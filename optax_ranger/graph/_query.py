@@ -48,7 +48,8 @@ def query(
 
   Guarantees:
     * It equals a full sort, in exact numbers too.
-    * Rows that are left out of a graph find there what the whole graph gives them.
+    * Rows that are left out of a graph have the neighbors there that the whole graph
+      gives them.
 
   Raises:
     ValueError: for arrays that are not 2-D or of unequal d, k outside [1, n],

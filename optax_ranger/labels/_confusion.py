@@ -49,7 +49,7 @@ def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
   Guarantees:
     * The weighted mean of the others' normalized beliefs.
     * An example's row does not depend on its own belief.
-    * Rows are not negative, and sum to one or are zeros, whatever comes.
+    * Rows are non-negative, and sum to one or are zeros, for any input.
 
   Raises:
     ValueError: for shapes that do not fit.
@@ -125,7 +125,7 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Scalar = 8.0) -> Ar
     No gradient flows through it.
 
   Guarantees:
-    * Rows are not negative and sum to one, whatever comes.
+    * Rows are non-negative and sum to one, for any input.
     * With the true classes as beliefs it is their confusion matrix, counted.
     * Split over devices by rows, the same.
 
@@ -192,7 +192,7 @@ def confusion_spread(confusion: Any) -> Array:
   Guarantees:
     * 1 for symmetric noise of any rate, 0 for pairs.
     * Renaming classes changes nothing.
-    * It lies in [0, 1], whatever comes.
+    * It is in [0, 1] for any input.
 
   Raises:
     ValueError: for a matrix that is not square, or empty.

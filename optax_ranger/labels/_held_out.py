@@ -79,7 +79,7 @@ def held_out_beliefs(
   Guarantees:
     * The kernel's part equals refitting without the example.
     * An example's row does not depend on its own label, but for the settings.
-    * Neither the numbers nor the labels of bad rows reach other rows.
+    * Neither the features nor the labels of non-finite rows affect other rows.
 
   Raises:
     ValueError: for features that are not 2-D, labels that do not fit.
@@ -191,7 +191,7 @@ def clean_beliefs(beliefs: Any, confusion: Any, *, steps: int = 30) -> Array:
 
   Guarantees:
     * With the identity they are the beliefs.
-    * They explain the beliefs, where anything does.
+    * Passed through the confusion, they give the beliefs, where any clean beliefs do.
 
   Raises:
     ValueError: for shapes that do not fit.

@@ -62,7 +62,7 @@ def target_support(neighbors: Neighbors, targets: Any, *, scale: Any = None) -> 
   Guarantees:
     * It equals a loop.
     * An example's own target does not move its median.
-    * It lies in [0, 1], whatever comes.
+    * It is in [0, 1] for any input.
 
   Raises:
     ValueError: for shapes that do not fit, and a scale that is not positive.

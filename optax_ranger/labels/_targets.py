@@ -94,7 +94,7 @@ def refine_targets(
     ``float32 [n, C]`` (float64 for such beliefs). No gradient flows through it.
 
   Guarantees:
-    * Rows are not negative and sum to one, whatever comes.
+    * Rows are non-negative and sum to one, for any input.
     * ``support=1`` is the label.
     * With the true confusion and belief it is Bayes' posterior.
 

@@ -52,8 +52,8 @@ class RegionalAggregator(nnx.Module):
 
   Guarantees:
     * Gradients flow through everything, weights included.
-    * The same as a loop over regions.
-    * A region without content counts for nothing.
+    * The result equals a loop over regions.
+    * Empty regions are left out.
 
   Raises:
     TypeError: for a `local` that is neither a module nor a function.

@@ -58,7 +58,7 @@ def weigh(
 
   Guarantees:
     * Weights are in [0, 1 / k].
-    * An example that nobody agrees with has no weight.
+    * An example whose neighbors all disagree with it has no weight.
     * It compiles itself, once for each shape.
 
   Raises:

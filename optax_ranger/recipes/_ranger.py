@@ -137,9 +137,9 @@ def ranger(
 
   Guarantees:
     * Without acceleration, accumulation and smoothing it is Nesterov SGD.
-    * An option that is off leaves no name and no memory in the state, and those of the
-      others where they are.
-    * A gradient that is not finite gives zeros and changes nothing but a counter.
+    * An option that is off has no entry in the state, and does not move the entries of
+      others.
+    * A non-finite gradient gives zeros and changes only a counter.
 
   Raises:
     ValueError: for arguments out of range, and for one of ``num_examples`` and

@@ -116,8 +116,8 @@ def ranger_radam(
     * Fifty steps equal the original in NumPy and in PyTorch, with its
       ``degenerated_to_sgd=True``.
     * Rectification is exact to float32.
-    * A gradient that is not finite gives zeros and changes nothing but a counter; the
-      original is lost to it.
+    * A non-finite gradient gives zeros and changes only a counter; it ruins a run of
+      the original.
 
   Raises:
     ValueError: for arguments out of range, a call without ``params``, and

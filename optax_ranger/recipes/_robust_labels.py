@@ -146,9 +146,9 @@ def robust_labels(
     argument. Its memory is O(n C).
 
   Guarantees:
-    * With trust in every label the loss is the cross-entropy.
-    * Only examples in the batch count, in any order.
-    * Nothing is compiled anew when it is asked again.
+    * If every label is trusted, the loss is the cross-entropy.
+    * The losses of a batch depend on its examples only, in any order.
+    * Asking again compiles nothing.
 
   Raises:
     ValueError: for arguments out of range, and shapes that do not fit.

@@ -96,8 +96,8 @@ def scale_by_ngs(
   Guarantees:
     * ``hyper_rate=0`` equals ``optax.sgd`` with Nesterov momentum, times the
       acceleration.
-    * The factor is positive, finite and within bounds, whatever comes.
-    * A gradient that is not finite gives zeros and changes nothing but a counter.
+    * The factor is positive, finite and within bounds for any gradients.
+    * A non-finite gradient gives zeros and changes only a counter.
 
   Raises:
     ValueError: for arguments out of range, and for gradients that differ from
@@ -266,9 +266,9 @@ def accelerate(
 
   Guarantees:
     * ``hyper_rate=0`` equals ``inner``, times the acceleration.
-    * The factor is positive, finite and within bounds, whatever comes.
-    * A gradient that is not finite gives zeros and changes nothing but a counter;
-      ``inner`` never sees it.
+    * The factor is positive, finite and within bounds for any gradients.
+    * A non-finite gradient gives zeros and changes only a counter; ``inner`` never sees
+      it.
 
   Raises:
     ValueError: for arguments out of range, and for gradients that differ from

@@ -115,8 +115,8 @@ def accumulate(
   Guarantees:
     * With weights, the emission is the gradient of the sum of losses over the sum of
       weights, for any partition.
-    * A micro-batch that is not finite counts as weight zero and fills its place.
-    * A window of zero weight gives zeros and leaves `inner`'s state alone.
+    * A non-finite micro-batch has weight zero and takes its place in the window.
+    * A window of weight zero gives zeros and does not change the state of `inner`.
 
   Raises:
     ValueError: for ``every`` below 1, another ``reduce``, a ``weight=`` or

@@ -49,8 +49,8 @@ def aggregate_by_mean() -> optax.GradientTransformationExtraArgs:
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * A member that is not finite, or whose weight is zero, counts for nothing.
-    * No member at all gives zeros.
+    * Non-finite members and members of weight zero are left out.
+    * Without a member the result is zeros.
     * Permuting the members changes nothing.
 
   Raises:
@@ -169,7 +169,7 @@ def aggregate_by_regions(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * An empty region counts for nothing.
+    * Empty regions are left out.
     * One region, by mean, is ``aggregate_by_mean``.
     * The guarantees of ``aggregate_by_mean``.
 

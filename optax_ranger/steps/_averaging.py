@@ -64,13 +64,12 @@ def average_neighbors(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * All other examples as neighbors with one weight, and ``"batch"``, give the plain
-      mean in the mean.
+    * If all other examples are neighbors of equal weight, then with ``"batch"`` the
+      mean of the result is the plain mean.
     * Permuting the examples permutes the result.
-    * An example that is not finite, or whose weight is zero, is nobody's neighbor, and
-      its row is zero. With ``"batch"`` the others then make up for one that is not
-      finite, so that the mean over all rows stays the weighted mean over those that
-      are.
+    * A non-finite example, or one of weight zero, is no neighbor of another, and its
+      row is zero. With ``"batch"`` the other rows are scaled up, so that the mean over
+      all rows is the weighted mean over the finite ones.
 
   Raises:
     ValueError: for another ``normalize``, for missing ``neighbors=``, and for

@@ -62,9 +62,9 @@ def across_devices(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * The aggregator's result on the gradients of all devices, stacked.
+    * The result is that of the aggregator on the stacked gradients of all devices.
     * Every device gets the same bits.
-    * A device whose gradient is not finite is absent.
+    * A device with a non-finite gradient is left out.
 
   Raises:
     ValueError: where gradients are the same on all devices already, and

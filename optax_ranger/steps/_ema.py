@@ -113,7 +113,7 @@ def smooth_by_ema(
   Guarantees:
     * Updates pass through untouched.
     * A uniform decay gives the mean of the iterates from ``start`` on.
-    * An entry that is not finite leaves its average alone.
+    * A non-finite entry does not change its average.
 
   Raises:
     ValueError: for arguments out of range, for a call without ``params``, and for

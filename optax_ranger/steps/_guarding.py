@@ -76,9 +76,9 @@ def skip_nonfinite(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Finite updates pass as through `inner`.
-    * An update that is not finite, or whose squared norm is infinite in float32,
-      changes nothing but the counter.
+    * Finite updates are those of `inner`.
+    * A non-finite update, or one whose squared norm is infinite in float32, changes
+      only the counter.
 
   Raises:
     ValueError: for gradients that differ from device to device under
@@ -170,9 +170,9 @@ def skip_anomalies(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * On a skip, the update is zero and `inner`'s state untouched.
-    * Skipped values stay out of the statistics.
-    * What is not finite is never accepted.
+    * A skipped update is zero and does not change the state of `inner`.
+    * Skipped values do not enter the statistics.
+    * Non-finite updates are never accepted.
 
   Raises:
     ValueError: for arguments out of range, for a missing ``value=``, and for

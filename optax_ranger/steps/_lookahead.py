@@ -68,7 +68,7 @@ def smooth_by_lookahead(
   Guarantees:
     * Fast and slow parameters are those of ``optax.lookahead``.
     * The slow copy of half-precision parameters keeps what a rounded one would lose.
-    * An entry that is not finite leaves its slow copy alone.
+    * A non-finite entry does not change its slow copy.
 
   Raises:
     ValueError: for arguments out of range, for a call without ``params``, and for

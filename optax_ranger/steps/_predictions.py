@@ -111,9 +111,9 @@ def smooth_predictions(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Only the rows of the ids move.
+    * Only the rows of the given ids change.
     * Repeated ids count as one visit.
-    * Predictions that are not finite and ids out of range are dropped and counted.
+    * Non-finite predictions and ids out of range are dropped and counted.
 
   Raises:
     ValueError: for a decay outside [0, 1), another dtype, missing extra args, or

@@ -46,9 +46,9 @@ def aggregate_by_median() -> optax.GradientTransformationExtraArgs:
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Breakdown point 1/2: while members of less than half of the weight lie, each entry
-      lies within the range of the honest members' entries; from half on, they can move
-      it anywhere.
+    * Breakdown point 1/2: while less than half of the weight is corrupted, each entry
+      is within the range of the honest members' entries. From half on, it can be
+      anywhere.
     * The guarantees of ``aggregate_by_mean``.
 
   Raises:
@@ -101,9 +101,9 @@ def aggregate_by_trimmed_mean(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Breakdown point ``fraction``: while members of at most that share of the weight
-      lie, each entry lies within the range of the honest members' entries; more can
-      move it anywhere.
+    * Breakdown point ``fraction``: while at most that share of the weight is corrupted,
+      each entry is within the range of the honest members' entries. With more, it can
+      be anywhere.
     * ``fraction=0`` is ``aggregate_by_mean``.
     * The guarantees of ``aggregate_by_mean``.
 
@@ -163,9 +163,9 @@ def aggregate_by_geometric_median(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * Breakdown point 1/2: while members of less than half of the weight lie, the
-      distance to the honest members stays bounded, however far they are; with more,
-      they can move it anywhere.
+    * Breakdown point 1/2: while less than half of the weight is corrupted, the distance
+      to the honest members is bounded, however far the corrupted ones are. With more,
+      the result can be anywhere.
     * A member whose largest entry is 2^40 times the median member's is absent, as one
       that is not finite is.
     * The guarantees of ``aggregate_by_mean``.
@@ -245,9 +245,9 @@ def aggregate_by_krum(
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * With at most ``num_corrupt`` members that lie, every selected one is within
-      :math:`\sqrt{n - f - 2}` times the honest members' diameter of an honest member; n
-      - f - 1 that agree can move it anywhere.
+    * With at most ``num_corrupt`` corrupted members, each selected member is within
+      :math:`\sqrt{n - f - 2}` times the diameter of the honest members of an honest
+      one. With n - f - 1 corrupted members that agree, the result can be anywhere.
     * ``num_corrupt=0, num_selected=n`` is ``aggregate_by_mean``.
     * The guarantees of ``aggregate_by_mean``.
 

@@ -138,8 +138,8 @@ def train_step(
 
   Guarantees:
     * Parameters equal those of one device.
-    * A batch that devices or micro-batches do not divide is padded and masked, and the
-      result is exact.
+    * A batch size that is no multiple of devices and micro-batches is padded and
+      masked; the result is exact.
     * One reduction of gradient size for any number of micro-batches, none while
       ``accumulate`` waits.
 

@@ -61,7 +61,7 @@ def per_example(params, batch, losses=losses):
   "example_weights", "The weighted loss has the gradient of the per-example"
 )
 @pytest.mark.guarantees(
-  "value_and_grad", "Linear or not, the gradient is the step's on per-example"
+  "value_and_grad", "The gradient is that of the step on per-example gradients"
 )
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_fused_equals_per_example(name, jit):
 
 
 @pytest.mark.guarantees(
-  "value_and_grad", "Linear or not, the gradient is the step's on per-example"
+  "value_and_grad", "The gradient is that of the step on per-example gradients"
 )
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", sorted(NON_LINEAR))
@@ -115,7 +115,7 @@ def test_non_linear_runs_per_example(name, micro_batch_size):
 
 
 @pytest.mark.guarantees(
-  "example_weights", "A step that is linear but not one weight per example is"
+  "example_weights", "A linear step that is not one weight per example is"
 )
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_state_comes_third_and_counts():
 
 
 @pytest.mark.guarantees(
-  "value_and_grad", "An example that is not finite changes nothing but a"
+  "value_and_grad", "A non-finite example changes only a counter, also if the"
 )
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_bfloat16_losses_are_weighed_in_float32():
 
 
 @pytest.mark.guarantees(
-  "value_and_grad", "Memory of a linear step is that of the plain mean"
+  "value_and_grad", "A linear step needs the memory of the plain mean"
 )
 def test_fused_holds_no_per_example_gradients():
   """A 1 MB model: the fused form needs what the plain mean needs, not 64 MB."""
@@ -299,7 +299,7 @@ def test_batch_sharded_over_devices(axis_type):
 
 
 @pytest.mark.guarantees(
-  "value_and_grad", "An example that is not finite changes nothing but a"
+  "value_and_grad", "A non-finite example changes only a counter, also if the"
 )
 def test_bad_example_is_left_out_of_a_singular_loss():
   """A norm has no gradient at zero: the bad row must not become zeros."""

@@ -40,7 +40,7 @@ def token_loss(params, batch):
 
 
 @pytest.mark.guarantees(
-  "micro_batched", "The gradient of the whole batch, whatever the number of"
+  "micro_batched", "The result is the gradient of the whole batch, for any"
 )
 @pytest.mark.parametrize("n", [1, 7, 8, 10])
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 4, 16])
@@ -142,7 +142,7 @@ def test_one_all_reduce_for_any_number():
 
 
 @pytest.mark.guarantees(
-  "micro_batched", "A micro-batch that is not finite counts as weight zero, on"
+  "micro_batched", "A non-finite micro-batch has weight zero, on its own"
 )
 def test_left_out_on_one_device():
   """The device with a NaN leaves its micro-batch out; all keep the same bits."""

@@ -49,7 +49,7 @@ def losses(params, batch, scale):
 
 
 @pytest.mark.guarantees(
-  "value_and_grad", "Sweeps change nothing but time and memory, which follows"
+  "value_and_grad", "Sweeps change only time and memory; memory is proportional"
 )
 @pytest.mark.parametrize("name", sorted(STEPS))
 @pytest.mark.parametrize(("num_sweeps", "micro_batch_size"), [(3, 4), (50, 1)])
@@ -120,7 +120,7 @@ def temporaries(step, micro_batch_size, num_sweeps, **extra):
 
 
 @pytest.mark.guarantees(
-  "value_and_grad", "Sweeps change nothing but time and memory, which follows"
+  "value_and_grad", "Sweeps change only time and memory; memory is proportional"
 )
 @pytest.mark.few(2)
 @pytest.mark.parametrize("micro_batch_size", [4, 16])

@@ -189,7 +189,7 @@ def test_few_anchors_draw_wrong_labels_to_an_even_share():
 
 
 @pytest.mark.guarantees(
-  "graph.audit", "Examples of which nothing is known come last and keep"
+  "graph.audit", "Examples without neighbors or predictions come last and"
 )
 def test_bad_predictions_poison_nobody():
   points, true = blobs(600)
@@ -325,7 +325,8 @@ def test_own_labels_are_not_seen():
 
 
 @pytest.mark.guarantees(
-  "graph.held_out_predictions", "Rows that are not finite, and examples without a label"
+  "graph.held_out_predictions",
+  "Non-finite rows and examples without a label do not change",
 )
 def test_bad_rows_teach_nothing():
   points, true = blobs(300)

@@ -123,7 +123,7 @@ def test_ordinary_data_needs_no_repairs(backend):
   "graph.build", "The recall is the one that a full search would tell"
 )
 @pytest.mark.guarantees(
-  "graph.measure_recall", "It is the one that a full search would tell, whatever the"
+  "graph.measure_recall", "It equals the recall of a full search, also if the given"
 )
 def test_recall_is_measured():
   rows = np.random.default_rng(0).standard_normal([1200, 24]).astype(np.float32)
@@ -274,7 +274,7 @@ def test_sparse_rows_are_never_densified():
 
 
 @pytest.mark.guarantees(
-  "graph.measure_recall", "It is the one that a full search would tell, whatever the"
+  "graph.measure_recall", "It equals the recall of a full search, also if the given"
 )
 def test_recall_of_another_index_is_measured():
   rng = np.random.default_rng(0)

@@ -48,7 +48,9 @@ def test_audit_equals_counting():
   np.testing.assert_allclose(graph.audit(neighbors, labels).support, support, rtol=1e-5)
 
 
-@pytest.mark.guarantees("graph.audit", "Blocks don't matter")
+@pytest.mark.guarantees(
+  "graph.audit", "The result does not depend on the size of blocks"
+)
 def test_audit_in_blocks(monkeypatch):
   from optax_ranger.graph import _audit
 
@@ -64,7 +66,7 @@ def test_audit_in_blocks(monkeypatch):
 
 
 @pytest.mark.guarantees(
-  "graph.audit", "Examples of which nothing is known come last and keep"
+  "graph.audit", "Examples without neighbors or predictions come last and"
 )
 def test_audit_without_neighbors():
   neighbors = small()
@@ -105,7 +107,9 @@ def test_audit_refusals(arguments, message):
     graph.audit(small(), **arguments)
 
 
-@pytest.mark.guarantees("graph.balance_classes", "Classes have one mean total weight")
+@pytest.mark.guarantees(
+  "graph.balance_classes", "The mean total weight is the same for all classes"
+)
 def test_balanced_classes_weigh_alike():
   neighbors = small()
   labels = np.zeros(60, np.int32)
@@ -340,9 +344,11 @@ def test_batches_visit_every_example():
       assert set(drawn) <= set(np.asarray(neighbors.indices[i]))
 
 
-@pytest.mark.guarantees("graph.NeighborBatches", "From any state on, the same tail")
 @pytest.mark.guarantees(
-  "graph.add_neighbors", "From any checkpoint on, the same tail, shuffled and in"
+  "graph.NeighborBatches", "A pipeline that is restored from a checkpoint continues"
+)
+@pytest.mark.guarantees(
+  "graph.add_neighbors", "A pipeline that is restored from a checkpoint continues"
 )
 @pytest.mark.parametrize("kind", ["numpy", "grain", "grain, batches"])
 def test_pipelines_restore_the_same_tail(kind):

@@ -61,7 +61,7 @@ def test_wide_queries_keep_their_digits(name):
 
 
 @pytest.mark.guarantees(
-  "graph.query", "Rows that are left out of a graph find there what the"
+  "graph.query", "Rows that are left out of a graph have the neighbors there"
 )
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, np.float64, np.float16])

@@ -122,7 +122,7 @@ def test_no_example_confirms_itself():
 
 
 @pytest.mark.guarantees(
-  "labels.neighbor_beliefs", "Rows are not negative, and sum to one or are zeros"
+  "labels.neighbor_beliefs", "Rows are non-negative, and sum to one or are zeros, for"
 )
 def test_neighbor_beliefs_are_probabilities_or_none():
   rng = np.random.default_rng(0)
@@ -153,7 +153,7 @@ def test_neighbor_beliefs_need_no_copy_for_each_neighbor():
 
 
 @pytest.mark.guarantees(
-  "labels.label_confusion", "Rows are not negative and sum to one, whatever comes"
+  "labels.label_confusion", "Rows are non-negative and sum to one, for any input"
 )
 def test_confusion_rows_are_probabilities():
   """Traced, a sharpness that makes no sense is not refused."""
@@ -205,7 +205,7 @@ def test_confusion_equals_numpy(sharpness):
 
 
 @pytest.mark.guarantees(
-  "labels.label_confusion", "Anchors that are certain of their class tell it, whatever"
+  "labels.label_confusion", "As s grows, anchors that are certain of their class"
 )
 def test_anchors_tell_the_rows():
   """A fifth are anchors; of the rest, whom half-belief leaves open, labels mislead."""
@@ -231,7 +231,7 @@ def test_order_does_not_matter():
 
 
 @pytest.mark.guarantees(
-  "labels.label_confusion", "No usable example makes the identity"
+  "labels.label_confusion", "Without a usable example it is the identity"
 )
 def test_nothing_known_is_the_identity():
   labels, rows = np.zeros([3], np.int32), np.ones([3, 2], np.float32)
@@ -503,7 +503,7 @@ def test_spread_of_renamed_classes():
   np.testing.assert_allclose(spread_of(matrix * 7.0), spread, rtol=1e-5)
 
 
-@pytest.mark.guarantees("labels.confusion_spread", "It lies in [0, 1], whatever comes")
+@pytest.mark.guarantees("labels.confusion_spread", "It is in [0, 1] for any input")
 def test_spread_lies_between_zero_and_one():
   rng = np.random.default_rng(0)
   for _ in range(200):

@@ -89,8 +89,7 @@ def test_wrong_labels_are_contradicted():
 
 
 @pytest.mark.guarantees(
-  "labels.held_out_beliefs",
-  "Neither the numbers nor the labels of bad rows reach other",
+  "labels.held_out_beliefs", "Neither the features nor the labels of non-finite rows"
 )
 def test_bad_rows_change_nothing():
   points, labels, _ = _clusters(n=50)
@@ -208,7 +207,7 @@ def test_no_confusion_no_change():
 
 
 @pytest.mark.guarantees(
-  "labels.clean_beliefs", "They explain the beliefs, where anything does"
+  "labels.clean_beliefs", "Passed through the confusion, they give the beliefs, where"
 )
 def test_clean_beliefs_explain_the_beliefs():
   rng = np.random.default_rng(1)

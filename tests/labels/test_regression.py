@@ -228,7 +228,7 @@ def test_target_support_finds_gross_errors():
   assert np.median(support[~wrong]) > 0.95
 
 
-@pytest.mark.guarantees("labels.target_support", "It lies in [0, 1], whatever comes")
+@pytest.mark.guarantees("labels.target_support", "It is in [0, 1] for any input")
 def test_target_support_of_odd_targets():
   rng = np.random.default_rng(0)
   neighbors, _ = problem()
@@ -355,7 +355,7 @@ def test_robust_loss_stays_finite(scale):
 
 
 @pytest.mark.guarantees(
-  "labels.robust_regression_loss", "Targets that are none, or masked, count nowhere"
+  "labels.robust_regression_loss", "Missing and masked targets are left out"
 )
 def test_targets_that_do_not_count():
   rng = np.random.default_rng(0)

@@ -226,7 +226,7 @@ def tokens(seed=0):
 
 @pytest.mark.guarantees(
   "labels.forward_corrected_loss",
-  "Tokens are averaged over those that count, whatever stands",
+  "The loss is the mean over unmasked tokens; masked ones",
 )
 def test_tokens_equal_a_loop():
   logits, labels, mask = tokens()

@@ -177,19 +177,19 @@ def _poison(case, gradients, value):
 
 
 @pytest.mark.guarantees(
-  "accelerate", "A gradient that is not finite gives zeros and changes"
+  "accelerate", "A non-finite gradient gives zeros and changes only a"
 )
 @pytest.mark.guarantees(
-  "ranger", "A gradient that is not finite gives zeros and changes"
+  "ranger", "A non-finite gradient gives zeros and changes only a"
 )
 @pytest.mark.guarantees(
-  "ranger_radam", "A gradient that is not finite gives zeros and changes"
+  "ranger_radam", "A non-finite gradient gives zeros and changes only a"
 )
 @pytest.mark.guarantees(
-  "scale_by_ngs", "A gradient that is not finite gives zeros and changes"
+  "scale_by_ngs", "A non-finite gradient gives zeros and changes only a"
 )
 @pytest.mark.guarantees(
-  "skip_nonfinite", "An update that is not finite, or whose squared norm is"
+  "skip_nonfinite", "A non-finite update, or one whose squared norm is infinite"
 )
 @each_case
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_every_public_function_is_documented():
 
 
 @pytest.mark.guarantees(
-  "smooth_by_ema", "The state may be split over an explicit mesh otherwise"
+  "smooth_by_ema", "On an explicit mesh, the state may have another sharding"
 )
 @each_case
 @pytest.mark.parametrize(

@@ -170,7 +170,9 @@ def loop(name, layer, x, weights):
   return np.stack(rows)
 
 
-@pytest.mark.guarantees("layers.RegionalAggregator", "The same as a loop over regions")
+@pytest.mark.guarantees(
+  "layers.RegionalAggregator", "The result equals a loop over regions"
+)
 @pytest.mark.few(3)
 @each_case_and_aggregator
 @pytest.mark.parametrize("shared", [True, False])
@@ -222,9 +224,7 @@ def test_gradients_flow_through_everything(name, aggregator):
       np.testing.assert_allclose(grads[1][region], slope, rtol=5e-2, atol=2e-2)
 
 
-@pytest.mark.guarantees(
-  "layers.RegionalAggregator", "A region without content counts for nothing"
-)
+@pytest.mark.guarantees("layers.RegionalAggregator", "Empty regions are left out")
 def test_empty_regions_of_a_layer_count_for_nothing():
   """Nothing is near the fourth center; its 0 / 0 reaches neither value nor gradient."""
   layer = build("centers", shared=False)

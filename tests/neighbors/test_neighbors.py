@@ -150,7 +150,7 @@ def test_weights_are_bounded():
 
 
 @pytest.mark.guarantees(
-  "neighbors.weigh", "An example that nobody agrees with has no weight"
+  "neighbors.weigh", "An example whose neighbors all disagree with it has no"
 )
 def test_disagreement_takes_weight():
   neighbors = ranger.neighbors.weigh(line(), labels=np.array([0, 0, 0, 1]))
@@ -203,7 +203,7 @@ def test_label_support_finds_flipped_labels():
 
 
 @pytest.mark.guarantees(
-  "neighbors.weigh", "An example without a label has no weight, and backs"
+  "neighbors.weigh", "An example without a label has no weight, and supports no"
 )
 def test_examples_without_a_label_back_nobody():
   rng = np.random.default_rng(0)

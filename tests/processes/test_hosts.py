@@ -144,7 +144,7 @@ def calls(update, params, state, first, last):
 
 
 @pytest.mark.guarantees(
-  "train_step", "A run goes on on another number of devices, in mid-window"
+  "train_step", "A run can continue on another number of devices, also in"
 )
 def test_open_windows_move_to_other_devices():
   """From the parts of eight devices to those of others, and to one sum, and back."""

@@ -104,7 +104,7 @@ def test_checkpoint_survives_the_insertion_of_a_step():
 
 
 @pytest.mark.guarantees(
-  "ranger", "An option that is off leaves no name and no memory in the"
+  "ranger", "An option that is off has no entry in the state, and does"
 )
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("off", ALL)

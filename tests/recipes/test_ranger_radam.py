@@ -181,7 +181,7 @@ def test_a_small_decay_never_rectifies():
     np.testing.assert_allclose(updates, 3, rtol=1e-5)
 
 
-@pytest.mark.guarantees("skip_nonfinite", "Finite updates pass as through inner")
+@pytest.mark.guarantees("skip_nonfinite", "Finite updates are those of inner")
 def test_finite_updates_are_the_inner_ones():
   inner = optax.sgd(0.1, momentum=0.9)
   step = ranger.skip_nonfinite(inner)

@@ -54,7 +54,7 @@ def test_it_tells_how_many_and_which():
 
 
 @pytest.mark.guarantees(
-  "robust_labels", "With trust in every label the loss is the cross-entropy"
+  "robust_labels", "If every label is trusted, the loss is the cross-entropy"
 )
 def test_without_noise_it_is_the_cross_entropy():
   data = _data(0.0)
@@ -70,7 +70,7 @@ def test_without_noise_it_is_the_cross_entropy():
 
 
 @pytest.mark.guarantees(
-  "robust_labels", "Only examples in the batch count, in any order"
+  "robust_labels", "The losses of a batch depend on its examples only, in any"
 )
 def test_ids_shuffled_repeated_or_absent():
   data = _data()
@@ -95,7 +95,9 @@ def test_ids_shuffled_repeated_or_absent():
   np.testing.assert_allclose(unlabeled[0], 0.15 * said, rtol=1e-5)
 
 
-@pytest.mark.guarantees("robust_labels", "Memorized features are refused")
+@pytest.mark.guarantees(
+  "robust_labels", "Features that have memorized the labels are refused"
+)
 def test_memorized_features_are_refused():
   data = _data(0.4)
   robust, known = _init(data)
@@ -160,9 +162,7 @@ def test_given_features_keep_half_of_the_say():
   assert float(after.learned_noise) == pytest.approx(1 - right.mean(), abs=1e-3)
 
 
-@pytest.mark.guarantees(
-  "robust_labels", "Nothing is compiled anew when it is asked again"
-)
+@pytest.mark.guarantees("robust_labels", "Asking again compiles nothing")
 def test_asking_again_compiles_nothing():
   data = _data()
   robust, known = _init(data)

@@ -106,10 +106,10 @@ def test_no_hyper_rate_is_the_inner_optimizer(per_leaf):
 
 
 @pytest.mark.guarantees(
-  "accelerate", "The factor is positive, finite and within bounds, whatever"
+  "accelerate", "The factor is positive, finite and within bounds for any"
 )
 @pytest.mark.guarantees(
-  "scale_by_ngs", "The factor is positive, finite and within bounds, whatever"
+  "scale_by_ngs", "The factor is positive, finite and within bounds for any"
 )
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None)
@@ -133,7 +133,7 @@ def test_acceleration_stays_within_bounds(values):
 
 
 @pytest.mark.guarantees(
-  "scale_by_ngs", "The factor does not depend on the gradient's unit, as long"
+  "scale_by_ngs", "The factor does not depend on the scale of the gradient"
 )
 def test_acceleration_is_scale_free():
   gradients = draw(20)
@@ -246,7 +246,7 @@ def test_an_explosion_is_braked_at_once():
 
 
 @pytest.mark.guarantees(
-  "scale_by_ngs", "Where gradients are pure noise of some hundred dimensions"
+  "scale_by_ngs", "If gradients are pure noise of a hundred dimensions or"
 )
 @pytest.mark.parametrize("shrink", [0.2, 1.0])
 def test_noise_alone_does_not_bleed(shrink):

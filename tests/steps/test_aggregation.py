@@ -77,7 +77,7 @@ def test_regions_equal_numpy(within, across):
 
 
 @pytest.mark.guarantees(
-  "aggregate_by_mean", "A member that is not finite, or whose weight is zero"
+  "aggregate_by_mean", "Non-finite members and members of weight zero are left"
 )
 @pytest.mark.few(4)
 @each_aggregation
@@ -103,7 +103,7 @@ def test_absent_members_count_for_nothing(name, value):
   assert int(state.num_dropped) == 0
 
 
-@pytest.mark.guarantees("aggregate_by_mean", "No member at all gives zeros")
+@pytest.mark.guarantees("aggregate_by_mean", "Without a member the result is zeros")
 @each_aggregation
 @pytest.mark.parametrize("n", [0, 3])
 def test_no_member_gives_zeros(name, n):
@@ -135,7 +135,7 @@ def test_aggregation_permutes(name, seed):
   np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.guarantees("aggregate_by_regions", "An empty region counts for nothing")
+@pytest.mark.guarantees("aggregate_by_regions", "Empty regions are left out")
 def test_empty_regions_count_for_nothing():
   rows, regions, _ = draw()
   few, _ = aggregate(ranger.aggregate_by_regions(3), rows, regions=jnp.asarray(regions))

@@ -54,7 +54,7 @@ def test_average_neighbors_equals_a_loop(include_self, normalize, absent):
 
 
 @pytest.mark.guarantees(
-  "average_neighbors", "All other examples as neighbors with one weight, and"
+  "average_neighbors", "If all other examples are neighbors of equal weight, then"
 )
 def test_complete_uniform_neighbors_are_the_mean():
   rng = np.random.default_rng(1)
@@ -93,7 +93,7 @@ def test_average_neighbors_permutes(seed, size):
 
 
 @pytest.mark.guarantees(
-  "average_neighbors", "An example that is not finite, or whose weight is zero, is"
+  "average_neighbors", "A non-finite example, or one of weight zero, is no"
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("by_weight", [True, False])

@@ -83,7 +83,7 @@ def stacked(name, rows, weights=WEIGHTS):
 
 
 @pytest.mark.guarantees(
-  "across_devices", "The aggregator's result on the gradients of all devices"
+  "across_devices", "The result is that of the aggregator on the stacked"
 )
 @pytest.mark.few(3)
 @each_aggregator
@@ -140,7 +140,7 @@ def test_every_device_gets_the_same_bits(name):
 
 
 @pytest.mark.guarantees(
-  "across_devices", "A device whose gradient is not finite is absent"
+  "across_devices", "A device with a non-finite gradient is left out"
 )
 @pytest.mark.few(2)
 @each_aggregator
@@ -212,7 +212,9 @@ def test_collectives_are_as_promised():
     assert collectives(name, rows) == {"all-gather": 3, "all-reduce": 1}, name
 
 
-@pytest.mark.guarantees("across_devices", "Members of one leaf at a time")
+@pytest.mark.guarantees(
+  "across_devices", "The gradients of one leaf are gathered at a time"
+)
 @pytest.mark.slow
 def test_leaves_are_gathered_one_by_one():
   """Twenty leaves of 64 kB: temporaries of a few leaves' members, not of twenty's."""

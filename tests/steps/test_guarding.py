@@ -36,7 +36,9 @@ def test_a_counter_stops_at_the_largest_number():
     assert int(state.num_skipped) == expected
 
 
-@pytest.mark.guarantees("skip_anomalies", "Without outliers it is inner")
+@pytest.mark.guarantees(
+  "skip_anomalies", "Without outliers, updates are those of inner"
+)
 def test_without_outliers_it_is_the_inner():
   inner = optax.sgd(0.1, momentum=0.9)
   results, states = run(ranger.skip_anomalies(inner), draw(50))
@@ -46,7 +48,7 @@ def test_without_outliers_it_is_the_inner():
 
 
 @pytest.mark.guarantees(
-  "skip_anomalies", "On a skip, the update is zero and inner's state untouched"
+  "skip_anomalies", "A skipped update is zero and does not change the state of"
 )
 @pytest.mark.parametrize("bad", [1e4, np.nan, np.inf])
 def test_skip_leaves_the_inner_state_alone(bad):
@@ -63,7 +65,7 @@ def test_skip_leaves_the_inner_state_alone(bad):
   assert skipped[29:32] == [(0, 0), (1, 1), (1, 0)]
 
 
-@pytest.mark.guarantees("skip_anomalies", "Skipped values stay out of the statistics")
+@pytest.mark.guarantees("skip_anomalies", "Skipped values do not enter the statistics")
 def test_skipped_values_stay_out_of_the_statistics():
   gradients = draw(40)
   spiked = [g * 1e4 if 25 <= i < 30 else g for i, g in enumerate(gradients)]
@@ -101,7 +103,7 @@ def test_value_may_be_watched():
     step.update(jnp.zeros([3]), states[-1])
 
 
-@pytest.mark.guarantees("skip_anomalies", "What is not finite is never accepted")
+@pytest.mark.guarantees("skip_anomalies", "Non-finite updates are never accepted")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("watch", ["norm", "value"])
 def test_never_accepts_what_is_not_finite(bad, watch):

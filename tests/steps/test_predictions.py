@@ -37,7 +37,7 @@ def test_predictions_equal_numpy():
   np.testing.assert_allclose(ranger.smoothed_predictions(state), table, rtol=1e-5)
 
 
-@pytest.mark.guarantees("smooth_predictions", "Only the rows of the ids move")
+@pytest.mark.guarantees("smooth_predictions", "Only the rows of the given ids change")
 def test_only_visited_rows_move():
   step = ranger.smooth_predictions(4, 2, decay=0.5)
   state = visit(step, step.init({}), [3, 1], np.full([2, 2], 0.5, np.float32))
@@ -56,7 +56,7 @@ def test_repeated_ids_are_one_visit():
 
 
 @pytest.mark.guarantees(
-  "smooth_predictions", "Predictions that are not finite and ids out of range are"
+  "smooth_predictions", "Non-finite predictions and ids out of range are dropped"
 )
 def test_bad_predictions_are_dropped():
   step = ranger.smooth_predictions(3, 2, decay=0.5)
@@ -122,7 +122,7 @@ def test_rounding_at_random_is_fair():
 
 
 @pytest.mark.guarantees(
-  "smooth_predictions", "A table that is split over devices equals one that is not"
+  "smooth_predictions", "A table that is split over devices equals one on a single"
 )
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ ROWS = np.array(
 
 
 @pytest.mark.guarantees(
-  "labels.refine_targets", "Rows are not negative and sum to one, whatever comes"
+  "labels.refine_targets", "Rows are non-negative and sum to one, for any input"
 )
 @pytest.mark.few(3)
 @pytest.mark.parametrize("support", [None, 0.0, 1.0, 0.3, np.nan, 7.0])
@@ -330,7 +330,7 @@ def test_wide_ids_move_no_row():
 
 
 @pytest.mark.guarantees(
-  "smooth_predictions", "Predictions that are not finite and ids out of range are"
+  "smooth_predictions", "Non-finite predictions and ids out of range are dropped"
 )
 @pytest.mark.parametrize(
   "ids",
@@ -395,7 +395,9 @@ LOGITS = {
 }
 
 
-@pytest.mark.guarantees("smooth_predictions", "Logits are dropped and counted")
+@pytest.mark.guarantees(
+  "smooth_predictions", "Logits, which are no probabilities, are dropped and"
+)
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_dropped_and_counted(kind, dtype):

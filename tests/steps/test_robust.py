@@ -164,10 +164,11 @@ def test_krum_equals_numpy(num_selected, seed):
 
 
 @pytest.mark.guarantees(
-  "aggregate_by_median", "Breakdown point 1/2: while members of less than half of"
+  "aggregate_by_median", "Breakdown point 1/2: while less than half of the weight is"
 )
 @pytest.mark.guarantees(
-  "aggregate_by_trimmed_mean", "Breakdown point fraction: while members of at most that"
+  "aggregate_by_trimmed_mean",
+  "Breakdown point fraction: while at most that share of the",
 )
 @pytest.mark.parametrize("name", ["median", "trimmed"])
 @pytest.mark.parametrize(
@@ -192,10 +193,10 @@ def test_median_and_trimmed_mean_stay_in_the_honest_range(name, way, size):
 
 @pytest.mark.guarantees(
   "aggregate_by_geometric_median",
-  "Breakdown point 1/2: while members of less than half of",
+  "Breakdown point 1/2: while less than half of the weight is",
 )
 @pytest.mark.guarantees(
-  "aggregate_by_krum", "With at most num_corrupt members that lie, every selected"
+  "aggregate_by_krum", "With at most num_corrupt corrupted members, each selected"
 )
 @pytest.mark.parametrize("name", ["geometric", "krum", "multi-krum"])
 @pytest.mark.parametrize(
@@ -220,16 +221,17 @@ def test_krum_and_geometric_median_stay_near_the_honest(name, way, size):
 
 @pytest.mark.guarantees(
   "aggregate_by_geometric_median",
-  "Breakdown point 1/2: while members of less than half of",
+  "Breakdown point 1/2: while less than half of the weight is",
 )
 @pytest.mark.guarantees(
-  "aggregate_by_krum", "With at most num_corrupt members that lie, every selected"
+  "aggregate_by_krum", "With at most num_corrupt corrupted members, each selected"
 )
 @pytest.mark.guarantees(
-  "aggregate_by_median", "Breakdown point 1/2: while members of less than half of"
+  "aggregate_by_median", "Breakdown point 1/2: while less than half of the weight is"
 )
 @pytest.mark.guarantees(
-  "aggregate_by_trimmed_mean", "Breakdown point fraction: while members of at most that"
+  "aggregate_by_trimmed_mean",
+  "Breakdown point fraction: while at most that share of the",
 )
 @each_robust
 @pytest.mark.parametrize("size", [1e3, pytest.param(1e6, marks=pytest.mark.slow)])
@@ -278,7 +280,7 @@ def test_units_do_not_matter(name, scale):
   "A member whose largest entry is 2^40 times the median",
 )
 @pytest.mark.guarantees(
-  "aggregate_by_krum", "A member whose largest entry is 2^40 times the median"
+  "aggregate_by_krum", "A member whose largest entry is 2^40 times that of the"
 )
 @pytest.mark.parametrize("name", ["geometric", "krum", "multi-krum"])
 def test_members_beyond_all_measure_are_absent(name):

@@ -57,7 +57,7 @@ def test_ema_of_half_precision_moves():
 
 
 @pytest.mark.guarantees(
-  "smooth_by_ema", "An entry that is not finite leaves its average alone"
+  "smooth_by_ema", "A non-finite entry does not change its average"
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_ema_leaves_bad_entries_alone(value):
@@ -197,7 +197,9 @@ def test_lookahead_equals_optax(every, step_size):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.guarantees("smooth_by_lookahead", "step_size=1 changes no iterate")
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "step_size=1 does not change the parameters"
+)
 def test_lookahead_of_whole_steps():
   plain = iterates(optax.sgd(0.1), jnp.ones([3]), 9)
   tx = optax.chain(optax.sgd(0.1), ranger.smooth_by_lookahead(3, 1.0))
@@ -229,7 +231,7 @@ def test_lookahead_of_half_precision_moves():
 
 
 @pytest.mark.guarantees(
-  "smooth_by_lookahead", "An entry that is not finite leaves its slow copy alone"
+  "smooth_by_lookahead", "A non-finite entry does not change its slow copy"
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_lookahead_leaves_bad_entries_alone(value):
@@ -277,7 +279,7 @@ def test_smoothing_ticks_on_emission_only():
 
 
 @pytest.mark.guarantees(
-  "smooth_by_ema", "One minus the decay is exact, and with float64 parameters"
+  "smooth_by_ema", "One minus the decay is exact. With float64 parameters the"
 )
 @pytest.mark.parametrize("decay", [1 - 1e-6, 0.999, 0.3])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
@@ -300,7 +302,7 @@ def test_ema_of_float64_keeps_its_digits(decay, shape):
 
 
 @pytest.mark.guarantees(
-  "smooth_by_ema", "One minus the decay is exact, and with float64 parameters"
+  "smooth_by_ema", "One minus the decay is exact. With float64 parameters the"
 )
 @pytest.mark.parametrize("decay", [1 - 1e-6, np.float64(1 - 1e-6), 1 - 1e-7])
 def test_the_rest_of_a_slow_decay_is_exact(decay):

@@ -228,9 +228,7 @@ def test_every_way_equals_one_device(options, one_device):
   replicas_agree((params, state))
 
 
-@pytest.mark.guarantees(
-  "train_step", "A batch that devices or micro-batches do not divide is"
-)
+@pytest.mark.guarantees("train_step", "A batch size that is no multiple of devices and")
 def test_uneven_batches_are_exact():
   """Weighted means over 13 examples of which one is bad, on eight devices."""
   step = lambda **options: ranger.train_step(
@@ -357,7 +355,7 @@ def test_groups_of_devices_are_read(groups, size):
 
 
 @pytest.mark.guarantees(
-  "accumulate", "Where accumulators and gradients are one part of a sum on"
+  "accumulate", "If each device of a jax.shard_map holds its own part of"
 )
 @pytest.mark.guarantees(
   "train_step", "One reduction of gradient size for any number of"
@@ -374,7 +372,7 @@ def test_a_call_that_emits_nothing_sends_scalars():
 
 
 @pytest.mark.guarantees(
-  "train_step", "What is not finite on one device is skipped by all"
+  "train_step", "All devices skip an update that is non-finite on one"
 )
 def test_a_device_that_fails_is_skipped_by_all():
   """An overflow inside the model on one device; the inputs are finite."""
@@ -609,7 +607,7 @@ def dead_batch_update(tx):
 
 
 @pytest.mark.guarantees(
-  "train_step", "A batch without a usable example changes nothing but"
+  "train_step", "A batch without a usable example changes only counters"
 )
 @pytest.mark.parametrize("what", ["params", "loss"])
 def test_a_batch_without_a_finite_example_changes_nothing(what):
