@@ -158,6 +158,13 @@ def test_weight_decay_may_be_masked(mask):
   assert not any(leaf.any() for leaf in jax.tree.leaves(updates["norm"]))
 
 
+def test_a_gradient_of_infinite_norm_is_skipped_not_clipped():
+  """Divided by its norm it would be zero, and count as a step."""
+  tx, params = ranger.ranger(0.1, clip_norm=1.0), jnp.ones(3)
+  _, state = tx.update(jnp.full(3, 1e30), tx.init(params), params)
+  assert int(state["accumulate"].inner_state["ngs"].num_skipped) == 1
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("clip_norm", [0.5, 3.0, 100.0])
