@@ -123,6 +123,11 @@ def test_neighbor_weights_reach_what_they_claim():
   assert robust > 0.9
 
 
+def test_the_demo_asks_when_the_readme_does():
+  (when,) = re.findall(r"^\+ *(if epoch % .*)$", README, re.M)
+  assert when in (ROOT / "examples" / "noisy_labels.py").read_text()
+
+
 def test_it_is_short():
   text = re.sub(r"```.*?```", "", README, flags=re.S)
   lines = [line for line in text.splitlines() if not line.startswith("|")]

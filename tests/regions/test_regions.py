@@ -289,3 +289,11 @@ def test_grid_in_float64():
     times = jnp.asarray(1_700_000_000 + 0.25 * np.arange(60))
     found = jax.jit(lambda times: ranger.regions.by_time(times, 60))(times)
   np.testing.assert_array_equal(found, np.arange(60))
+
+
+def test_the_direction_of_edges_does_not_matter():
+  pytest.importorskip("pymetis")
+  ring = np.array([[i, (i + 1) % 12] for i in range(12)])
+  regions = ranger.regions.by_graph(ring, 12, 3)
+  for edges in (ring[:, ::-1], np.concatenate([ring, ring[:, ::-1]])):
+    np.testing.assert_array_equal(ranger.regions.by_graph(edges, 12, 3), regions)

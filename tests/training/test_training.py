@@ -651,3 +651,19 @@ def test_one_device_inside_the_caller_s_jit():
   inside, _, _ = jax.jit(update)(params, update.init(params), batch)
   outside, _, _ = update(params, update.init(params), batch)
   np.testing.assert_allclose(inside["w"], outside["w"], rtol=1e-6)
+
+
+def test_a_table_of_predictions_is_split_over_devices():
+  tx = optax.chain(ranger.smooth_predictions(16, 3), optax.sgd(0.1))
+  update = ranger.train_step(
+    lambda params, batch: (batch @ params) ** 2,
+    tx,
+    mesh=mesh_of(),
+    row_args=("predictions",),
+  )
+  params, batch = jnp.ones(5), jnp.ones([8, 5])
+  ids, predictions = jnp.arange(8), jnp.full([8, 3], 1 / 3)
+  state = update.init(params)
+  _, state, _ = update(params, state, batch, example_ids=ids, predictions=predictions)
+  table = state.optimizer[0].smoothed
+  assert {part.data.shape for part in table.addressable_shards} == {(2, 3)}
