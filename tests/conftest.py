@@ -21,8 +21,13 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
   given = os.environ.get("XLA_FLAGS", "").split()
   os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(given + flags))
 
+import hypothesis
 import jax
 import pytest
+
+# The same examples on every run: what fails once, fails again.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -132,7 +132,9 @@ def test_aggregation_permutes(name, seed):
     )[0]
     for o in (np.arange(9), order)
   ]
-  np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
+  # The rounds of the geometric median enlarge what sums in another order differ by.
+  atol = 5e-4 if name == "geometric" else 1e-5
+  np.testing.assert_allclose(*results, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.guarantees("aggregate_by_regions", "Empty regions are left out")
