@@ -87,7 +87,7 @@ def _memory():
     gc.collect()
 
 
-_ROOM = 1.2 * 2**30  # bytes
+_ROOM = 0.8 * 2**30  # bytes
 
 
 def _resident():
