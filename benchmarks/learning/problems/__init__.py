@@ -225,12 +225,18 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
 
 
 def folders_of(given: list[str]) -> dict[str, pathlib.Path]:
-  """Of ``PROBLEM=FOLDER`` each, or a folder of all problems."""
+  """Of ``PROBLEM=FOLDER`` each, or a folder of all problems.
+
+  A folder of one problem is that of all which share its data.
+  """
   found = {}
   for one in given:
     name, _, path = one.rpartition("=")
     for problem in [name] if name else [*SPECS, *tasks.TASKS]:
       found[problem] = pathlib.Path(path)
+  for problem, other in tasks.SHARED.items():
+    if other in found:
+      found.setdefault(problem, found[other])
   return found
 
 
@@ -238,8 +244,8 @@ def check(name: str, folder: pathlib.Path | None = None) -> None:
   """Raises `Missing` where a data set, or that of a task, is not there."""
   if name in SPECS:
     _load(name, folder or SPECS[name].folder)
-  else:
-    tasks.TASKS[name](True, folder)
+  elif name in tasks.TASKS:
+    tasks.TASKS[name].build(True, folder)
 
 
 @functools.lru_cache(maxsize=2)

@@ -106,6 +106,39 @@ def test_missing_data_is_skipped(tmp_path, capsys):
   everything = problems.folders_of([str(tmp_path)])
   assert set(everything.values()) == {tmp_path}
   assert set(everything) >= {*problems.SPECS, "Fashion-MNIST"}
+  # The same images.
+  assert problems.folders_of([f"Fashion-MNIST={tmp_path}"])["CNN"] == tmp_path
+  own = problems.folders_of(["Fashion-MNIST=here", f"CNN={tmp_path}"])
+  assert own["CNN"] == tmp_path
+
+
+def test_rates_are_counted_that_are_about_as_good():
+  def rows(problem, optimizer, *values):
+    rates = learning_rates.RATES[: len(values)]
+    cell = {"problem": problem, "optimizer": optimizer, "train_loss": "1"}
+    return [
+      cell | {"rate": f"{rate:g}", "test": str(value)}
+      for rate, value in zip(rates, values, strict=True)
+    ]
+
+  table = [
+    *rows("digits", "cosine adamw", 0.1, 0.5, 0.9, 0.97, 0.9, 0.1),
+    *rows("digits", "NGS", 0.96, 0.95, 0.98, 0.97, 0.99, 0.961),
+    *rows("digits", "nadamw", 0.98),
+    *rows("quadratic", "cosine adamw", 9, 9, 1e-3, 9, 9, np.inf),
+    *rows("quadratic", "NGS", 2e-3, 2e-2, 9e-3, 0.0, 1.0, np.inf),
+    *rows("factorization", "NGS", 1, 1, 1, 1, 1, 1),
+  ]
+  solved = [
+    {"problem": "small", "optimizer": "NGS", "small": name, "solved": str(int(done))}
+    for name, done in zip(problems.small.PROBLEMS, [True] * 4 + [False] * 11)
+  ]
+  found = learning_rates.report({"": table, "small": solved})
+  assert "| NGS | 0.960 | 0.950 | 0.980 | 0.970 | 0.990 | 0.961 | 5 |" in found
+  assert "| nadamw | 0.980 |  |  |  |  |  | 1 |" in found
+  assert "| NGS | 0.002 | 0.02 | 0.009 | 0 | 1 | inf | 3 |" in found
+  assert "| NGS | 1 | 1 | 1 | 1 | 1 | 1 | - |" in found
+  assert "| - | 4 |" in found
 
 
 def test_settings_of_the_table_are_those_tuned(tmp_path):
@@ -224,11 +257,15 @@ def test_pages_have_the_committed_figures():
   assert short in (ROOT / "README.md").read_text()
 
 
+def _committed(study):
+  name = study.__name__.rpartition(".")[2]
+  return _runner.Tables(DOCS / f"{name}.csv", study.STUDY.columns).rows
+
+
 @pytest.mark.parametrize("study", [other_noise, learning_rates])
 def test_other_pages_have_the_committed_figures(study):
-  name = study.__name__.rpartition(".")[2]
-  page = (DOCS / f"{name}.md").read_text()
-  for part in study.report({"": _table.read(DOCS / f"{name}.csv")}).split("\n\n"):
+  page = (DOCS / f"{study.__name__.rpartition('.')[2]}.md").read_text()
+  for part in study.report(_committed(study)).split("\n\n"):
     assert part in page
 
 
@@ -240,7 +277,7 @@ def test_pictures_are_drawn(tmp_path):
   wrong_labels.draw(tmp_path / "wrong.png", rows)
   for study in (other_noise, learning_rates):
     name = study.__name__.rpartition(".")[2]
-    study.draw(tmp_path / f"{name}.png", {"": _table.read(DOCS / f"{name}.csv")})
+    study.draw(tmp_path / f"{name}.png", _committed(study))
   found = {path.stem: path.stat().st_size for path in tmp_path.glob("*.png")}
   assert set(found) == {
     "wrong_cifar10n",
@@ -277,7 +314,8 @@ def test_a_piece_gives_rows_and_curves(method):
   [
     ("wrong_labels", "sklearn-digits", 8),
     ("other_noise", "wine,EMA", 9),
-    ("learning_rates", "quadratic", 9),
+    ("learning_rates", "quadratic", len(learning_rates.OPTIMIZERS)),
+    ("learning_rates", "small,cosine adamw", 1),
   ],
 )
 def test_a_quick_study(tmp_path, study, only, pieces):
