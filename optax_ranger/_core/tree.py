@@ -21,6 +21,9 @@ _TINY = 2.0**-100
 _DOT_WIDTHS = range(16, 2**16 + 1)
 
 
+Dot = Callable[[Array, Array], Array]
+
+
 def zeros_like(tree: PyTree) -> PyTree:
   """Zeros of the same shapes, types and shardings."""
   return jax.tree.map(jnp.zeros_like, tree)
@@ -64,13 +67,14 @@ def finite_rows(tree: PyTree, n: int) -> Array:
   return finite
 
 
-def inner_product(a: PyTree, b: PyTree) -> Array:
+def inner_product(a: PyTree, b: PyTree, dot: Dot | None = None) -> Array:
   """The real inner product of two trees, in float32 or better, as one scalar."""
+  dot = dot or (lambda u, v: jnp.sum(u * v))
   total = jnp.zeros([], jnp.float32)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     for u, v in zip(_real_parts(x), _real_parts(y), strict=True):
       dtype = numerics.widest(u.dtype, v.dtype, np.float32)
-      part = jnp.sum(u.astype(dtype) * v.astype(dtype))
+      part = dot(u.astype(dtype), v.astype(dtype))
       total = total + part.astype(jnp.float32)
   return total
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import parts
+from optax_ranger._core import replay
 from optax_ranger._core import states
 from optax_ranger._core import validate
-from optax_ranger._core.sharding import like
 from optax_ranger._core.sharding import like_tree
-from optax_ranger._core.tree import zeros_like
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
@@ -29,14 +29,12 @@ class NgsState(NamedTuple):
     num_skipped: ``int32``, updates skipped so far because the gradient, or its
       squared norm in float32, was not finite.
     factor: the learned factor, ``acceleration``, and what it needs.
-    momentum_norm: ``float32``, the squared norm of the momentum.
     momentum: the sum of past gradients, decayed.
   """
 
   count: Array
   num_skipped: Array
   factor: _factor.Factor
-  momentum_norm: PyTree
   momentum: PyTree
 
 
@@ -55,9 +53,13 @@ def scale_by_ngs(
   The factor grows while the gradient agrees with the momentum and shrinks when
   it turns against it, so the learning rate after it is a unit more than a
   choice. It starts from below, in a hurry, and is divided at once when the
-  gradient turns around and outgrows what is usual: an explosion. It costs one
-  multiplication and two inner products. It hurts where the rate must fall far
-  to average noise out: the factor makes up for a part of a decaying schedule.
+  gradient turns around and outgrows what is usual: an explosion. It hurts where
+  the rate must fall far to average noise out: the factor makes up for a part of
+  a decaying schedule.
+
+  A leaf of at least 65,536 entries is looked at in parts, an eighth of it or
+  less, another one at each step: inner products are sums over that part, times
+  the number of parts. Whether the gradient is finite is checked for all entries.
 
   .. math::
     c_t &= \cos(g_t, m_{t-1}), \qquad
@@ -86,8 +88,8 @@ def scale_by_ngs(
 
   Shapes:
     Any tree to the same tree, types kept. The state holds the momentum, of the
-    parameters' size in float32 or better, and six scalars; with ``per_leaf``
-    four of them are trees of one scalar a leaf.
+    parameters' size in float32 or better, and five scalars; with ``per_leaf``
+    three of them are trees of one scalar a leaf.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``. Read the factor with
@@ -135,7 +137,6 @@ def scale_by_ngs(
       count=numerics.zero_count(),
       num_skipped=numerics.zero_count(),
       factor=hyper.init(params),
-      momentum_norm=hyper.spread(jnp.zeros([], jnp.float32), params),
       momentum=jax.tree.map(
         lambda p: jnp.zeros_like(p, dtype=numerics.wide(p.dtype)), params
       ),
@@ -151,21 +152,15 @@ def scale_by_ngs(
     validate.state(state, NgsState, "scale_by_ngs")
     validate.same_tree("updates", updates, state.momentum, "scale_by_ngs")
     validate.reduced("updates", updates, state.momentum, "scale_by_ngs")
-    decay = numerics.scalar(momentum)
     decay_of = lambda leaf: numerics.scalar(momentum, leaf.dtype)
     given, updates = updates, like_tree(updates, state.momentum)
-    agreement = hyper.inner_product(updates, state.momentum)
-    norm = hyper.inner_product(updates, updates)
-    # |m|^2 by recurrence: a third reduction would be a third pass.
-    momentum_norm = jax.tree.map(
-      lambda old, a, n: jnp.maximum(decay * decay * old + 2 * decay * a + n, 0),
-      state.momentum_norm,
-      agreement,
-      norm,
+    agreement, norm, momentum_norm = _products(
+      hyper, updates, state.momentum, state.count
     )
-    # The new momentum depends on both reductions, or XLA copies the momentum.
-    good = _factor.all_finite(norm, momentum_norm)
-    factor = hyper.advance(state.factor, agreement, norm, state.momentum_norm, good)
+    good = _factor.all_finite(agreement, norm, momentum_norm)
+    # The new momentum depends on all that reads the old one, or XLA copies it.
+    good = jnp.logical_and(good, parts.all_finite(updates))
+    factor = hyper.advance(state.factor, agreement, norm, momentum_norm, good)
 
     def advance(m: Array, g: Array) -> Array:
       new = g.astype(m.dtype) + decay_of(m) * m
@@ -182,9 +177,6 @@ def scale_by_ngs(
       count=numerics.increment(state.count, good),
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
       factor=factor,
-      momentum_norm=jax.tree.map(
-        lambda new, old: jnp.where(good, new, old), momentum_norm, state.momentum_norm
-      ),
       momentum=new_momentum,
     )
     results = jax.tree.map(direct, accelerations, new_momentum, updates)
@@ -203,7 +195,8 @@ class AccelerateState(NamedTuple):
       squared norm in float32, was not finite.
     factor: the learned factor, ``acceleration``, and what it needs.
     direction_norm: ``float32``, the squared norm of the last direction.
-    direction: what the inner optimizer last gave, before the factor.
+    direction: what the inner optimizer last gave, before the factor; of a large
+      leaf, the part that the next step looks at.
     inner_state: the state of the inner optimizer.
   """
 
@@ -256,9 +249,10 @@ def accelerate(
     Forwarded to ``inner``.
 
   Shapes:
-    Any tree to the same tree, types kept. Beside the inner state it holds the
-    last direction, once the parameters' size and in their type, and scalars.
-    ``scale_by_ngs`` needs no such copy: its momentum stands for the direction.
+    Any tree to the same tree, types kept. Beside the inner state it holds
+    scalars and the last direction in the parameters' type: of a leaf of at least
+    65,536 entries only the part that the next step looks at, an eighth or less,
+    if one of its axes can be split so.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``. Read the factor with
@@ -267,14 +261,14 @@ def accelerate(
   Guarantees:
     * ``hyper_rate=0`` equals ``inner``, times the acceleration.
     * The factor is positive, finite and within bounds for any gradients.
-    * A non-finite gradient gives zeros and changes only a counter; ``inner`` never sees
-      it.
+    * A non-finite gradient gives zeros and changes only a counter.
 
   Raises:
     ValueError: for arguments out of range, and for gradients that differ from
       device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers, Python numbers or functions, and
-      for the state of another step.
+    TypeError: for parameters that hold integers, Python numbers or functions, for
+      the state of another step, and for an ``inner`` whose state changes its
+      structure, shapes or types.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -304,7 +298,7 @@ def accelerate(
       num_skipped=numerics.zero_count(),
       factor=hyper.init(params),
       direction_norm=hyper.spread(jnp.zeros([], jnp.float32), params),
-      direction=zeros_like(params),
+      direction=jax.tree.map(parts.zeros, params),
       inner_state=inner.init(params),
     )
 
@@ -315,45 +309,63 @@ def accelerate(
     **extra_args: Any,
   ) -> tuple[PyTree, AccelerateState]:
     validate.state(state, AccelerateState, "accelerate")
-    validate.same_tree("updates", updates, state.direction, "accelerate")
+    validate.arrays("updates", updates, "accelerate")
+    validate.same_tree(
+      "updates", parts.kept_shapes(updates), state.direction, "accelerate"
+    )
     validate.reduced("updates", updates, state.direction, "accelerate")
-    given, updates = updates, like_tree(updates, state.direction)
-    norm = hyper.inner_product(updates, updates)
-    agreement = hyper.inner_product(updates, state.direction)
-    uphill = jax.tree.map(jnp.negative, agreement)
-    good = _factor.all_finite(norm, agreement)
+    given, updates = updates, like_tree(updates, updates if params is None else params)
+    agreement, norm, _ = _products(hyper, updates, state.direction, state.count)
+    # A last direction that overflowed says nothing.
+    uphill = jax.tree.map(
+      lambda a, d: jnp.where(d > 0, -a, jnp.zeros_like(a)),
+      agreement,
+      state.direction_norm,
+    )
+    good = jnp.logical_and(_factor.all_finite(norm, uphill), parts.all_finite(updates))
     factor = hyper.advance(state.factor, uphill, norm, state.direction_norm, good)
-
-    def run_inner(carry):
-      direction, old = carry
-      result, new = inner.update(given, old, params, **extra_args)
-      alike = lambda r, d: like(r.astype(d.dtype), d)
-      return jax.tree.map(alike, result, direction), like_tree(new, old)
-
-    direction, inner_state = jax.lax.cond(
-      good, run_inner, lambda carry: carry, (state.direction, state.inner_state)
+    nodes, inner_state = replay.guarded(
+      lambda old: inner.update(updates, old, params, **extra_args),
+      state.inner_state,
+      good,
     )
-    direction_norm = hyper.inner_product(direction, direction)
-    # An inner optimizer that overflows must not stay the last direction.
-    kept = _factor.all_finite(direction_norm)
-    good = jnp.logical_and(good, kept)
-    zero_unless = lambda leaf: jnp.where(kept, leaf, jnp.zeros_like(leaf))
-    results = jax.tree.map(
-      lambda a, d, g: _scaled(a, d.astype(numerics.wide(d.dtype)), g.dtype, good),
-      hyper.for_leaves(factor, updates),
-      direction,
-      updates,
-    )
+    keep = lambda g, node, old: parts.keep(node.part, g, old, state.count + 1, good)
+    leaves, structure = jax.tree.flatten(updates)
+    rows = (structure.flatten_up_to(tree) for tree in (nodes, state.direction))
+    kept = [keep(*row) for row in zip(leaves, *rows, strict=True)]
+    direction_norm = hyper.total([norm for _, norm in kept], updates)
+    # The parameters change after all that reads them, or XLA copies them.
+    fits = jnp.logical_and(good, _factor.all_finite(direction_norm))
+
+    def scaled(factor: Array, leaf: Array, node: replay.Node) -> Array:
+      direction = node.value.astype(numerics.wide(node.value.dtype))
+      return _scaled(factor, direction, leaf.dtype, fits)
+
+    results = jax.tree.map(scaled, hyper.for_leaves(factor, updates), updates, nodes)
     return like_tree(results, given), AccelerateState(
-      count=numerics.increment(state.count, good),
-      num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
+      count=numerics.increment(state.count, fits),
+      num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(fits)),
       factor=factor,
-      direction_norm=jax.tree.map(zero_unless, direction_norm),
-      direction=jax.tree.map(zero_unless, direction),
+      direction_norm=jax.tree.map(
+        lambda new: jnp.where(jnp.isfinite(new), new, jnp.zeros_like(new)),
+        direction_norm,
+      ),
+      direction=structure.unflatten([part for part, _ in kept]),
       inner_state=inner_state,
     )
 
   return transformation(init, update)
+
+
+def _products(
+  hyper: _factor.Hyper, tree: PyTree, other: PyTree, count: Array
+) -> tuple[PyTree, PyTree, PyTree]:
+  """``<tree, other>``, ``|tree|^2`` and ``|other|^2``, of all or of each leaf."""
+  leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+  found = [parts.products(*pair, count) for pair in zip(leaves, others, strict=True)]
+  columns = zip(*found, strict=True) if found else ([], [], [])
+  agreement, norm, other_norm = (hyper.total(list(c), tree) for c in columns)
+  return agreement, norm, other_norm
 
 
 def _scaled(factor: Array, direction: Array, dtype: Any, good: Array) -> Array:
@@ -363,4 +375,5 @@ def _scaled(factor: Array, direction: Array, dtype: Any, good: Array) -> Array:
     top = jnp.asarray(jnp.finfo(dtype).max, direction.dtype)
     new = jnp.clip(new, -top, top)
   new = new.astype(dtype)
+  good = jnp.logical_and(good, jnp.isfinite(new))
   return jnp.where(good, new, jnp.zeros_like(new))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
-from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 
@@ -79,11 +78,11 @@ class Hyper(NamedTuple):
     # Copies: no two leaves of a state may share a buffer, or donation fails.
     return jax.tree.map(lambda _: jnp.copy(scalar), tree) if self.per_leaf else scalar
 
-  def inner_product(self, a: PyTree, b: PyTree) -> PyTree:
-    """The inner product of two trees, or with `per_leaf` those of their leaves."""
+  def total(self, numbers: list[Array], tree: PyTree) -> PyTree:
+    """The sum of a number of each leaf, or with `per_leaf` the tree of them."""
     if self.per_leaf:
-      return jax.tree.map(inner_product, a, b)
-    return inner_product(a, b)
+      return jax.tree.structure(tree).unflatten(numbers)
+    return sum(numbers, jnp.zeros([], jnp.float32))
 
   def for_leaves(self, factor: Factor, tree: PyTree) -> PyTree:
     """The acceleration of each leaf of `tree`."""

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from optax_ranger._core import parts
 from tests.laws import registry
 
 
@@ -397,3 +398,106 @@ def test_float64_keeps_its_digits(per_leaf, acceleration):
         for name in g:
           ahead = -0.1 * g[name] if i else g[name] + beta * momentum[name]
           np.testing.assert_allclose(found[name], acceleration * ahead, rtol=1e-13)
+
+
+STEPS = {
+  "scale_by_ngs": ranger.scale_by_ngs,
+  "accelerate": lambda **options: ranger.accelerate(optax.sgd(1e-2, 0.9), **options),
+}
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_large_leaves_are_looked_at_in_parts(name, per_leaf):
+  """The factor learns from the cosine over the part of the step alone."""
+  shape, hyper_rate = (512, 256), 0.1
+  tx = STEPS[name](
+    acceleration=1.0, hyper_rate=hyper_rate, hurry=1.0, per_leaf=per_leaf
+  )
+  mean = jax.random.normal(jax.random.key(0), shape)
+  noise = jax.random.normal(jax.random.key(1), [3, *shape])
+  params = {"large": mean, "small": mean[0, :8]}
+  state, update = tx.init(params), jax.jit(tx.update)
+  seen = parts.view(mean)
+  last, factor = None, {"large": 1.0, "small": 1.0}
+  for count, each in enumerate(noise):
+    gradients = {"large": mean + each, "small": mean[0, :8] + each[0, :8]}
+    _, state = update(gradients, state, params)
+    if last is not None:
+      phase = jnp.int32(count % seen.count)
+      pairs = {
+        leaf: [np.asarray(x, float).ravel() for x in (gradients[leaf], last[leaf])]
+        for leaf in params
+      }
+      pairs["large"] = [
+        np.asarray(seen.part(x["large"], phase), float).ravel()
+        for x in (gradients, last)
+      ]
+      weights = {"large": seen.count, "small": 1}
+      sums = {
+        leaf: weights[leaf] * np.array([a @ b, a @ a, b @ b])
+        for leaf, (a, b) in pairs.items()
+      }
+      for leaf in params:
+        total = sums[leaf] if per_leaf else sum(sums.values())
+        factor[leaf] *= np.exp(hyper_rate * total[0] / np.sqrt(total[1] * total[2]))
+    found = optax.tree.get(state, "acceleration")
+    for leaf in params:
+      np.testing.assert_allclose(
+        found[leaf] if per_leaf else found, factor[leaf], rtol=1e-4
+      )
+    # Both are the sum of past gradients, decayed.
+    last = jax.tree.map(
+      lambda g, m: g + 0.9 * m, gradients, last or jax.tree.map(jnp.zeros_like, params)
+    )
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_bad_entry_of_a_large_leaf_is_seen_wherever_it_is(name):
+  tx, params = STEPS[name](), {"w": jnp.ones([512, 256])}
+  update = jax.jit(tx.update)
+  _, state = update(params, tx.init(params), params)
+  for row in (0, 9, 131, 511):
+    bad = {"w": params["w"].at[row, 7].set(jnp.nan)}
+    updates, after = update(bad, state, params)
+    assert not updates["w"].any()
+    assert int(after.num_skipped) == 1
+    same = after._replace(num_skipped=state.num_skipped)
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+
+
+def test_an_entry_that_overflows_in_the_inner_optimizer_is_zero():
+  params = {"w": jnp.ones([512, 256])}
+  tx = ranger.accelerate(optax.scale(-1e30), acceleration=1.0)
+  large = {"w": params["w"].at[9, 9].set(1e10)}
+  updates, state = jax.jit(tx.update)(large, tx.init(params), params)
+  assert np.isfinite(updates["w"]).all()
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_no_temporaries_of_the_parameters_size(name):
+  """And the direction that is kept is at most a seventh of them."""
+  params = [jnp.ones([1024, 1024]) for _ in range(4)]
+  size = sum(leaf.nbytes for leaf in params)
+  tx = STEPS[name]()
+  state = tx.init(params)
+
+  def step(params, state, gradients):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.03 * size
+  if name == "accelerate":
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(state._replace(inner_state=())))
+    assert own < size / 7
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_all_laws_hold_in_parts(name, monkeypatch):
+  monkeypatch.setattr(parts, "SMALLEST", 32)
+  params = {"w": jnp.ones([64, 4]), "b": jnp.ones([64]), "c": jnp.ones([3])}
+  assert parts.view(params["w"]) is not None
+  report = ranger.testing.check(STEPS[name](), params=params)
+  assert not report.failed, str(report)
