@@ -44,7 +44,36 @@ def lookahead_rows(rounds: int = 10, width: int = 2048) -> list[_measure.Row]:
         other.temporaries,
       )
     )
-  return found
+  return [*found, *_momentum_rows(ours, params, gradients, rounds)]
+
+
+def _momentum_rows(without, params, gradients, rounds) -> list[_measure.Row]:
+  """What outer momentum adds to lookahead, against one more buffer."""
+  smoothing = ranger.smooth_by_lookahead(_EVERY, momentum=0.5)
+  tx = optax.chain(optax.radam(1e-3), smoothing)
+  ours = _measure.training(tx, params, gradients)
+  copying = _measure.copying(sum(leaf.size for leaf in params))
+  contenders = [ours, without, copying]
+  whole, base, copy = _measure.measure("momentum", contenders, rounds, calls=_EVERY)
+  row = _measure.Row(
+    f"smooth_by_lookahead with momentum 0.5, {_measure.millions(params)}",
+    "smooth_by_lookahead without, over optax.radam both",
+    whole,
+    base,
+    "-",
+    ours.temporaries,
+    without.temporaries,
+  )
+  # The velocity read and written is one copy's worth.
+  added = row._replace(
+    what=f"what momentum adds to smooth_by_lookahead, {_measure.millions(params)}",
+    rival="bandwidth floor",
+    samples=whole - base,
+    rival_samples=copy,
+    reach="1",
+    rival_temporaries=None,
+  )
+  return [row, added]
 
 
 def _lookahead_pair(fast, params, gradients) -> _measure.Contender:

@@ -238,6 +238,13 @@ CASES = (
     by_entry=True,
   ),
   Case(
+    "smooth_by_lookahead-momentum",
+    "smooth_by_lookahead",
+    {"every": 3, "momentum": 0.5},
+    absorbs=False,
+    by_entry=True,
+  ),
+  Case(
     "smooth_predictions",
     "smooth_predictions",
     _SIZES,

@@ -75,6 +75,7 @@ def test_smoothing_holds_no_second_copy():
   for smoothing in (
     ranger.smooth_by_ema(0.9, every=2),
     ranger.smooth_by_lookahead(3),
+    ranger.smooth_by_lookahead(3, momentum=0.5),
   ):
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), smoothing)
 
@@ -175,7 +176,7 @@ def test_decay_may_be_a_schedule_of_the_averages():
 
 
 @pytest.mark.guarantees(
-  "smooth_by_lookahead", "Fast and slow parameters are those of optax.lookahead"
+  "smooth_by_lookahead", "Without momentum, fast and slow parameters are those of"
 )
 @pytest.mark.parametrize("every", [1, 2, 6])
 @pytest.mark.parametrize("step_size", [0.0, 0.5, 0.8])
@@ -198,7 +199,7 @@ def test_lookahead_equals_optax(every, step_size):
 
 
 @pytest.mark.guarantees(
-  "smooth_by_lookahead", "step_size=1 does not change the parameters"
+  "smooth_by_lookahead", "Without momentum, step_size=1 does not change the"
 )
 def test_lookahead_of_whole_steps():
   plain = iterates(optax.sgd(0.1), jnp.ones([3]), 9)
@@ -347,3 +348,155 @@ def test_lookahead_of_float64_keeps_its_digits(step_size, every):
       if (call + 1) % every == 0:
         slow = fast = slow + step_size * (fast - slow)
     np.testing.assert_allclose(params, fast, rtol=1e-13)
+
+
+def returns(moves, every, step_size, momentum, start=1.0):
+  """Fast and slow parameters in NumPy, the slow ones by PyTorch's SGD with nesterov.
+
+  `momentum` is a number, or one for each move.
+  """
+  slow = fast = np.full(moves[0].shape, start)
+  buffer, momentum = np.zeros_like(slow), np.broadcast_to(momentum, len(moves))
+  for call, (move, mu) in enumerate(zip(moves, momentum, strict=True), 1):
+    fast = fast + move
+    if call % every == 0:
+      gradient = slow - fast
+      buffer = mu * buffer + gradient
+      slow = fast = slow - step_size * (gradient + mu * buffer)
+    yield fast, slow
+
+
+def follow(step, moves, dtype="float32", start=1.0, jit=True):
+  """Fast and evaluated parameters and the state after each update by a move."""
+  params = jnp.full(moves[0].shape, start, dtype)
+  state, update = step.init(params), jax.jit(step.update) if jit else step.update
+  for move in moves:
+    updates, state = update(jnp.asarray(move, dtype), state, params)
+    params = optax.apply_updates(params, updates)
+    yield params, ranger.eval_params(state, params), state
+
+
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "With momentum, the slow copy moves as by SGD with"
+)
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize(
+  ("step_size", "momentum"), [(0.68, 0.37), (1.0, 0.9), (0.0, 0.5)]
+)
+def test_lookahead_with_momentum_equals_numpy(every, step_size, momentum):
+  moves = 0.1 * np.random.default_rng(0).standard_normal([30, 2, 3])
+  for dtype, rtol in (("float32", 2e-5), ("float64", 1e-13)):
+    with jax.enable_x64(dtype == "float64"):
+      step = ranger.smooth_by_lookahead(every, step_size, momentum=momentum)
+      found = follow(step, moves, dtype)
+      expected = returns(moves, every, step_size, momentum)
+      for (params, smoothed, _), (fast, slow) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(params, fast, rtol, atol=rtol)
+        np.testing.assert_allclose(smoothed, slow, rtol, atol=rtol)
+
+
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "Without momentum, step_size=1 does not change the"
+)
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.zeros([])])
+def test_no_momentum_holds_no_velocity(zero):
+  moves = np.random.default_rng(0).standard_normal([30, 3]).astype(np.float32)
+  slow = fast = np.ones([3], np.float32)
+  step = ranger.smooth_by_lookahead(4, 0.5, momentum=zero)
+  for call, (params, smoothed, state) in enumerate(follow(step, moves, jit=False), 1):
+    move = moves[call - 1]
+    if call % 4 == 0:  # In float32, one operation after the other: bit for bit.
+      move = (slow + np.float32(0.5) * (fast + move - slow)) - fast
+    fast = fast + move
+    slow = fast if call % 4 == 0 else slow
+    assert len(jax.tree.leaves(state)) == 2
+    np.testing.assert_array_equal(params, fast)
+    np.testing.assert_array_equal(smoothed, slow)
+
+
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "A momentum that is traced, or changes from return to"
+)
+def test_momentum_may_be_traced_and_change():
+  moves = 0.1 * np.random.default_rng(0).standard_normal([24, 3])
+  injected = optax.inject_hyperparams(ranger.smooth_by_lookahead)
+  schedule = optax.linear_schedule(0.0, 0.69, 23)
+  pairs = (
+    (injected(4, 0.7, momentum=0.6), np.full(24, 0.6)),
+    (injected(4, 0.7), np.zeros(24)),
+    (injected(4, 0.7, momentum=schedule), 0.03 * np.arange(24)),
+  )
+  for step, momentum in pairs:
+    expected = returns(moves, 4, 0.7, momentum)
+    for (params, smoothed, state), (fast, slow) in zip(
+      follow(step, moves), expected, strict=True
+    ):
+      assert state.inner_state.velocity.shape == (3,)
+      np.testing.assert_allclose(params, fast, rtol=1e-5)
+      np.testing.assert_allclose(smoothed, slow, rtol=1e-5)
+  without = optax.inject_hyperparams(ranger.smooth_by_lookahead, ("momentum",))
+  assert without(4).init(jnp.ones([3])).inner_state.velocity == ()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lookahead_with_momentum_in_half_precision(dtype):
+  """The slow copy and its velocity are those of float32, for the moves as rounded."""
+  moves = 0.05 * np.random.default_rng(0).standard_normal([30, 4])
+  step = ranger.smooth_by_lookahead(3, 0.68, momentum=0.37)
+  slow, velocity, fast = np.ones(4), np.zeros(4), jnp.ones([4], dtype)
+  for call, (params, _, state) in enumerate(follow(step, moves, dtype), 1):
+    fast = np.asarray(fast + jnp.asarray(moves[call - 1], dtype), np.float64)
+    if call % 3 == 0:
+      velocity = 0.37 * velocity + 0.68 * (fast - slow)
+      slow = slow + 0.68 * (fast - slow) + 0.37 * velocity
+    fast = params
+    assert state.slow.dtype == state.velocity.dtype == jnp.float32
+    np.testing.assert_allclose(state.slow, slow, rtol=1e-5)
+    np.testing.assert_allclose(state.velocity, velocity, rtol=1e-4, atol=1e-6)
+    if call % 3 == 0:
+      np.testing.assert_allclose(params.astype(np.float32), slow, rtol=2.0**-7)
+
+
+@pytest.mark.guarantees(
+  "smooth_by_lookahead", "A non-finite entry does not change the velocity of others"
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_momentum_leaves_bad_entries_alone(value, dtype):
+  """The entry is bad at the second return, and moves on from its slow copy."""
+  moves = np.full([9, 3], 0.25)
+  bad = moves.copy()
+  bad[3, 1] = value
+  step = ranger.smooth_by_lookahead(2, 0.5, momentum=0.5)
+  found, clean = (list(follow(step, given, dtype)) for given in (bad, moves))
+  for (params, _, state), (expected, _, other) in zip(found, clean, strict=True):
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
+    for ours, theirs in (
+      (params, expected),
+      (state.slow, other.slow),
+      (state.velocity, other.velocity),
+    ):
+      np.testing.assert_array_equal(ours[::2], theirs[::2])
+  # From 1, by half of a move of 0.5 and half of a velocity of 0.25.
+  for params, _, _ in (found[1], found[3]):
+    assert params[1] == 1.375
+  # The velocity is mixed with a move of zero, with a weight of 1 / 1.5.
+  np.testing.assert_allclose(found[4][2].velocity[1], 0.25 / 3, rtol=1e-6)
+  # Parameters that are lost do not take slow copy and velocity along.
+  state = found[3][2]
+  lost = jnp.asarray([2.0, value, 2.0], dtype)
+  _, after = step.update(jnp.zeros([3], dtype), state, lost)
+  assert np.isfinite(after.velocity).all()
+  assert after.slow[1] == 1.375
+
+
+def test_momentum_is_refused():
+  for momentum in (1.0, -0.1, 1):
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got"):
+      ranger.smooth_by_lookahead(momentum=momentum)
+  with pytest.raises(TypeError, match="momentum must be a number, got True"):
+    ranger.smooth_by_lookahead(momentum=True)
+  params = jnp.ones([3])
+  state = ranger.smooth_by_lookahead().init(params)
+  with pytest.raises(ValueError, match="needs a state with a velocity"):
+    ranger.smooth_by_lookahead(momentum=0.5).update(params, state, params)
