@@ -21,6 +21,7 @@ from optax_ranger.steps import _accumulation
 from optax_ranger.steps import _aggregation
 from optax_ranger.steps import _averaging
 from optax_ranger.steps import _ema
+from optax_ranger.steps import _factor
 from optax_ranger.steps import _guarding
 from optax_ranger.steps import _predictions
 
@@ -94,7 +95,8 @@ def ranger(
   NGS, decay weights, scale by the learning rate, smooth by EMA).
 
   Args:
-    learning_rate: a number, or a schedule of the optimizer step.
+    learning_rate: a number, or a schedule of the optimizer step. While a schedule
+      falls, the factor is held, as in ``scale_by_ngs``.
     momentum: as in ``scale_by_ngs``.
     acceleration: as in ``scale_by_ngs``: small, the start is from below. Take 1
       with a ``hyper_rate`` of 0, or with a learning rate that is known to be
@@ -163,6 +165,13 @@ def ranger(
       "smoothed predictions need num_examples and num_classes, got"
       f" num_examples={num_examples!r} and num_classes={num_classes!r}."
     )
+  hyper = _factor.Hyper(
+    acceleration,
+    hyper_rate,
+    bounds,
+    schedule=learning_rate if callable(learning_rate) else None,
+    follows=True,
+  )
   # With a mask in any case: the state is the same with one and without.
   mask = True if weight_decay_mask is None else weight_decay_mask
   inner: list[tuple[str, Any]] = []
@@ -172,12 +181,7 @@ def ranger(
   inner += [
     (
       "ngs",
-      _acceleration.scale_by_ngs(
-        momentum,
-        acceleration=acceleration,
-        hyper_rate=hyper_rate,
-        bounds=bounds,
-      ),
+      _acceleration.ngs(momentum, hyper),
     ),
     ("weight_decay", optax.add_decayed_weights(weight_decay, mask)),
     ("learning_rate", optax.scale_by_learning_rate(learning_rate)),

@@ -16,6 +16,7 @@ from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
+from optax_ranger._core.types import Schedule
 from optax_ranger._core.types import transformation
 from optax_ranger.steps import _factor
 
@@ -47,6 +48,7 @@ def scale_by_ngs(
   hurry: Scalar = 10.0,
   bounds: tuple[Any, Any] = (1e-6, 1e6),
   per_leaf: bool = False,
+  schedule: Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales Nesterov's direction with an acceleration factor learned on the way.
 
@@ -67,7 +69,7 @@ def scale_by_ngs(
     a_t &= \mathrm{clip}\big(
       a_{t-1} \exp(\beta h_t \, (c_t^+ - \sigma c_t^-)) / e_t, lo, hi\big) \\
     m_t &= \mu m_{t-1} + g_t \\
-    u_t &= a_t \, (g_t + \mu m_t)
+    u_t &= s_t \, a_t \, (g_t + \mu m_t)
 
   with :math:`\bar g` the running root mean square of the gradient's norm, and
   the hurry :math:`h_t = \max(1, h_{t-1} 2^{-c_t^- / 2})`, or 1 from an
@@ -85,6 +87,11 @@ def scale_by_ngs(
     hurry: :math:`h_0`, at least 1: the multiple of ``hyper_rate`` at the start.
     bounds: :math:`(lo, hi)`, positive.
     per_leaf: whether each leaf learns a factor of its own.
+    schedule: :math:`s`, of the number of the step: multiplies the updates. While
+      it falls, the factor is held once its start is over, when the hurry is 1, so
+      that the updates follow the schedule; only an explosion still divides it.
+      A rate that is held and then decays, such as ``optax.linear_schedule(1.0,
+      0.0, steps // 2, steps // 2)``, leaves the factor time to find its place.
 
   Shapes:
     Any tree to the same tree, types kept. The state holds the momentum, of the
@@ -127,8 +134,17 @@ def scale_by_ngs(
     2018, https://arxiv.org/abs/1703.04782, equations 7 and 8 (SGDN-HD); here
     multiplicative, bounded and free of scale.
   """
+  hyper = _factor.Hyper(
+    acceleration, hyper_rate, bounds, shrink, hurry, per_leaf, schedule
+  )
+  return ngs(momentum, hyper)
+
+
+def ngs(
+  momentum: Scalar, hyper: _factor.Hyper
+) -> optax.GradientTransformationExtraArgs:
+  """``scale_by_ngs``, of the hyperparameters of its factor."""
   validate.in_range("momentum", momentum, 0, 1, open_high=True)
-  hyper = _factor.Hyper(acceleration, hyper_rate, shrink, hurry, bounds, per_leaf)
   hyper.check()
 
   def init(params: PyTree) -> NgsState:
@@ -160,7 +176,9 @@ def scale_by_ngs(
     good = _factor.all_finite(agreement, norm, momentum_norm)
     # The new momentum depends on all that reads the old one, or XLA copies it.
     good = jnp.logical_and(good, parts.all_finite(updates))
-    factor = hyper.advance(state.factor, agreement, norm, momentum_norm, good)
+    factor = hyper.advance(
+      state.factor, agreement, norm, momentum_norm, good, state.count
+    )
 
     def advance(m: Array, g: Array) -> Array:
       new = g.astype(m.dtype) + decay_of(m) * m
@@ -172,14 +190,14 @@ def scale_by_ngs(
       return _scaled(a, ahead, g.dtype, good)
 
     new_momentum = jax.tree.map(advance, state.momentum, updates)
-    accelerations = hyper.for_leaves(factor, updates)
+    multiples = hyper.multiples(factor, updates, state.count)
     new_state = NgsState(
       count=numerics.increment(state.count, good),
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
       factor=factor,
       momentum=new_momentum,
     )
-    results = jax.tree.map(direct, accelerations, new_momentum, updates)
+    results = jax.tree.map(direct, multiples, new_momentum, updates)
     return like_tree(results, given), new_state
 
   return transformation(init, update)
@@ -217,6 +235,7 @@ def accelerate(
   hurry: Scalar = 10.0,
   bounds: tuple[Any, Any] = (1e-6, 1e6),
   per_leaf: bool = False,
+  schedule: Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales what any optimizer gives with the learned factor of ``scale_by_ngs``.
 
@@ -230,9 +249,9 @@ def accelerate(
     c_t &= \cos(-g_t, d_{t-1}) \\
     a_t &= \mathrm{clip}\big(
       a_{t-1} \exp(\beta h_t \, (c_t^+ - \sigma c_t^-)) / e_t, lo, hi\big) \\
-    u_t &= a_t d_t
+    u_t &= s_t \, a_t \, d_t
 
-  with :math:`e_t` and :math:`h_t` as in ``scale_by_ngs``.
+  with :math:`e_t`, :math:`h_t` and :math:`s_t` as in ``scale_by_ngs``.
 
   Args:
     inner: any optimizer whose updates are to be added to the parameters. Inside
@@ -244,6 +263,8 @@ def accelerate(
     hurry: as in ``scale_by_ngs``.
     bounds: as in ``scale_by_ngs``.
     per_leaf: as in ``scale_by_ngs``.
+    schedule: as in ``scale_by_ngs``. One that is inside of ``inner`` is in part
+      undone: the factor makes up for it.
 
   Extra args of ``update``:
     Forwarded to ``inner``.
@@ -287,7 +308,9 @@ def accelerate(
     Baydin et al., Online Learning Rate Adaptation with Hypergradient Descent,
     2018, https://arxiv.org/abs/1703.04782, equation 6 (any update rule).
   """
-  hyper = _factor.Hyper(acceleration, hyper_rate, shrink, hurry, bounds, per_leaf)
+  hyper = _factor.Hyper(
+    acceleration, hyper_rate, bounds, shrink, hurry, per_leaf, schedule
+  )
   hyper.check()
   inner = optax.with_extra_args_support(inner)
 
@@ -323,7 +346,9 @@ def accelerate(
       state.direction_norm,
     )
     good = jnp.logical_and(_factor.all_finite(norm, uphill), parts.all_finite(updates))
-    factor = hyper.advance(state.factor, uphill, norm, state.direction_norm, good)
+    factor = hyper.advance(
+      state.factor, uphill, norm, state.direction_norm, good, state.count
+    )
     nodes, inner_state = replay.guarded(
       lambda old: inner.update(updates, old, params, **extra_args),
       state.inner_state,
@@ -341,7 +366,9 @@ def accelerate(
       direction = node.value.astype(numerics.wide(node.value.dtype))
       return _scaled(factor, direction, leaf.dtype, fits)
 
-    results = jax.tree.map(scaled, hyper.for_leaves(factor, updates), updates, nodes)
+    results = jax.tree.map(
+      scaled, hyper.multiples(factor, updates, state.count), updates, nodes
+    )
     return like_tree(results, given), AccelerateState(
       count=numerics.increment(state.count, fits),
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(fits)),

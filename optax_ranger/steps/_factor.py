@@ -11,6 +11,7 @@ from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._core.types import Schedule
 
 # How fast the hurry of the start cools: with each full turn of the gradient
 # against the last direction, it falls by the square root of two.
@@ -39,14 +40,20 @@ class Factor(NamedTuple):
 
 
 class Hyper(NamedTuple):
-  """The hyperparameters of the factor, as they were given."""
+  """The hyperparameters of the factor, as they were given.
+
+  `follows` is whether the factor only follows the schedule, which another step
+  multiplies by.
+  """
 
   acceleration: Any
   hyper_rate: Any
-  shrink: Any
-  hurry: Any
   bounds: tuple[Any, Any]
-  per_leaf: bool
+  shrink: Any = 0.2
+  hurry: Any = 10.0
+  per_leaf: bool = False
+  schedule: Schedule | None = None
+  follows: bool = False
 
   def check(self) -> None:
     """Refuses what is out of range."""
@@ -55,6 +62,11 @@ class Hyper(NamedTuple):
     validate.in_range("shrink", self.shrink, 0, 1, open_low=True)
     validate.in_range("hurry", self.hurry, 1, top, open_high=True)
     validate.choice("per_leaf", self.per_leaf, (False, True))
+    if self.schedule is not None and not callable(self.schedule):
+      raise TypeError(
+        "schedule must be a function of the number of the step, or None, got"
+        f" {self.schedule!r}."
+      )
     low, high = self.bounds
     for name, value in (("bounds[0]", low), ("bounds[1]", high)):
       validate.in_range(name, value, 0, top, open_low=True, open_high=True)
@@ -84,11 +96,13 @@ class Hyper(NamedTuple):
       return jax.tree.structure(tree).unflatten(numbers)
     return sum(numbers, jnp.zeros([], jnp.float32))
 
-  def for_leaves(self, factor: Factor, tree: PyTree) -> PyTree:
-    """The acceleration of each leaf of `tree`."""
-    if self.per_leaf:
-      return factor.acceleration
-    return jax.tree.map(lambda _: factor.acceleration, tree)
+  def multiples(self, factor: Factor, tree: PyTree, count: Array) -> PyTree:
+    """By what each leaf of `tree` is multiplied: the factor, and the schedule."""
+    found = factor.acceleration
+    if self.schedule is not None and not self.follows:
+      share = self.schedule(count)
+      found = jax.tree.map(lambda a: a * numerics.scalar(share, a.dtype), found)
+    return found if self.per_leaf else jax.tree.map(lambda _: found, tree)
 
   def advance(
     self,
@@ -97,6 +111,7 @@ class Hyper(NamedTuple):
     gradient_norm: PyTree,
     direction_norm: PyTree,
     good: Array,
+    count: Array,
   ) -> Factor:
     r"""One step of the factor; nothing changes where `good` is false.
 
@@ -107,13 +122,15 @@ class Hyper(NamedTuple):
       gradient_norm: the squared norm of the gradient.
       direction_norm: the squared norm of the last direction.
       good: whether these numbers are finite.
+      count: the number of the step.
 
     Returns:
       The new factor.
     """
+    held = self._held(count)
 
     def one(*scalars: Array) -> Factor:
-      old, new = Factor(*scalars[:3]), self._one(*scalars)
+      old, new = Factor(*scalars[:3]), self._one(*scalars, held=held)
       return Factor(*(jnp.where(good, n, o) for n, o in zip(new, old, strict=True)))
 
     shape = jax.tree.structure(factor.acceleration)
@@ -124,6 +141,13 @@ class Hyper(NamedTuple):
       *(shape.unflatten([row[field] for row in new]) for field in range(len(factor)))
     )
 
+  def _held(self, count: Array) -> Array | None:
+    """Whether the schedule is falling; None without one."""
+    if self.schedule is None:
+      return None
+    now, before = self.schedule(count), self.schedule(jnp.maximum(count - 1, 0))
+    return jnp.asarray(now < before)
+
   def _one(
     self,
     acceleration: Array,
@@ -132,6 +156,7 @@ class Hyper(NamedTuple):
     agreement: Array,
     gradient_norm: Array,
     direction_norm: Array,
+    held: Array | None,
   ) -> Factor:
     dtype = acceleration.dtype
     rate = numerics.scalar(self.hyper_rate)
@@ -152,6 +177,9 @@ class Hyper(NamedTuple):
     # last step, at any rate that is worth having.
     pull = jnp.where(cosine < 0, numerics.scalar(self.shrink) * cosine, cosine)
     brake = jnp.where(rate > 0, explosion, jnp.ones_like(explosion))
+    if held is not None:
+      started = hurry <= 1
+      pull = jnp.where(jnp.logical_and(held, started), jnp.zeros_like(pull), pull)
     change = jnp.exp((rate * hurry * pull).astype(dtype))
     acceleration = acceleration * change / brake.astype(dtype)
     capped = jnp.minimum(gradient_norm, _LARGEST_GROWTH * reference)

@@ -270,3 +270,21 @@ def test_main_job_in_small(tmp_path):
   assert results["ranger"]["last_mean"] > results["plain"]["last_mean"]
   assert picture.read_bytes().startswith(b"\x89PNG")
   assert "Ranger" in done.stdout
+
+
+@pytest.mark.guarantees(
+  "ranger", "While learning_rate falls, the learned factor does not change"
+)
+def test_the_learned_factor_does_not_make_up_for_a_falling_rate():
+  rate = optax.linear_schedule(0.1, 0.0, 60, 60)
+  tx, params = ranger.ranger(rate, every=2), jnp.ones([3])
+  state, update, factors = tx.init(params), jax.jit(tx.update), []
+  for step in range(120):
+    # Turning around now and then, so that the start ends.
+    gradient = -params if step % 4 == 0 else params
+    for _ in range(2):
+      updates, state = update(gradient, state, params)
+    factors.append(float(optax.tree.get(state, "acceleration")))
+  assert len(set(factors[:60])) == 60
+  assert len(set(factors[60:])) == 1
+  assert abs(updates).max() < abs(0.1 / 60 * factors[-1] * 20)

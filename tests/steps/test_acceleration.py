@@ -501,3 +501,66 @@ def test_all_laws_hold_in_parts(name, monkeypatch):
   assert parts.view(params["w"]) is not None
   report = ranger.testing.check(STEPS[name](), params=params)
   assert not report.failed, str(report)
+
+
+DECAY = optax.linear_schedule(1.0, 0.0, 10, 10)
+
+
+@pytest.mark.guarantees(
+  "scale_by_ngs", "While schedule falls, the factor does not change"
+)
+@pytest.mark.guarantees(
+  "accelerate", "While schedule falls, the factor does not change"
+)
+@pytest.mark.parametrize("per_leaf", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_falling_schedule_is_followed(name, per_leaf):
+  """Of gradients that agree, the factor would make more and more."""
+  options = {"hyper_rate": 0.1, "hurry": 1.0, "per_leaf": per_leaf}
+  tx = STEPS[name](schedule=DECAY, **options)
+  free = STEPS[name](**options)
+  params = {"a": jnp.ones([3]), "b": jnp.ones([2])}
+  state = free_state = tx.init(params)
+  update, free_update = jax.jit(tx.update), jax.jit(free.update)
+  factors = []
+  for count in range(20):
+    updates, state = update(params, state, params)
+    expected, free_state = free_update(params, free_state, params)
+    factor = optax.tree.get(state, "acceleration")
+    factors.append(factor["a"] if per_leaf else factor)
+    if count <= 10:
+      jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    else:
+      grown = optax.tree.get(free_state, "acceleration")
+      for leaf in params:
+        ratio = grown[leaf] / factor[leaf] if per_leaf else grown / factor
+        np.testing.assert_allclose(
+          updates[leaf], DECAY(count) * expected[leaf] / ratio, rtol=1e-5
+        )
+  assert factors[10] > factors[1]
+  assert len({float(factor) for factor in factors[10:]}) == 1
+
+
+def test_a_schedule_that_falls_from_the_start_does_not_hold_the_start():
+  schedule = optax.linear_schedule(1.0, 0.0, 300)
+  make = lambda rate: optax.chain(
+    ranger.scale_by_ngs(schedule=schedule), optax.scale_by_learning_rate(rate)
+  )
+  assert (descend(make, RATES) < 1e-2).all()
+
+
+def test_an_explosion_is_braked_while_the_schedule_falls():
+  tx = ranger.scale_by_ngs(schedule=DECAY, acceleration=1.0, hurry=1.0)
+  state, gradient = tx.init(jnp.ones([3])), jnp.ones([3])
+  for _ in range(12):
+    _, state = tx.update(gradient, state)
+  _, after = tx.update(-100 * gradient, state)
+  assert optax.tree.get(after, "acceleration") < 0.02 * optax.tree.get(
+    state, "acceleration"
+  )
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_schedule_that_is_no_function_is_refused(name):
+  with pytest.raises(TypeError, match=r"schedule must be a function.*got 0\.1"):
+    STEPS[name](schedule=0.1)

@@ -130,8 +130,8 @@ def test_rates_are_counted_that_are_about_as_good():
     *rows("factorization", "NGS", 1, 1, 1, 1, 1, 1),
   ]
   solved = [
-    {"problem": "small", "optimizer": "NGS", "small": name, "solved": str(int(done))}
-    for name, done in zip(problems.small.PROBLEMS, [True] * 4 + [False] * 11)
+    {"problem": "small", "optimizer": "NGS", "small": name, "solved": done}
+    for name, done in zip(problems.small.PROBLEMS, "1" * 4 + "0" * 11, strict=True)
   ]
   found = learning_rates.report({"": table, "small": solved})
   assert "| NGS | 0.960 | 0.950 | 0.980 | 0.970 | 0.990 | 0.961 | 5 |" in found
