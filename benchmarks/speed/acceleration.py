@@ -36,7 +36,7 @@ def one_step_rows(rounds: int = 20, width: int = 2048) -> list[_measure.Row]:
         rival_name,
         seconds,
         rival_seconds,
-        f"1.55, under {room}" if rival is sgd else "-",
+        f"1.35, under {room}",
         ours.temporaries,
         theirs.temporaries,
       )

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
-PAGES = ("your_own_step.md", "testing.md")
+PAGES = ("your_own_step.md", "testing.md", "ranger21.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
