@@ -47,7 +47,7 @@ def test_products_are_those_of_the_part(shape, dtype):
     for second in (other, kept):
       found = np.array(products(leaf, second, jnp.int32(count)))
       np.testing.assert_allclose(
-        found / seen.count, expected, rtol=1e-5, atol=1e-4 * expected[1] ** 0.5
+        found / seen.count, expected, rtol=1e-4, atol=1e-6 * expected[1]
       )
 
 
@@ -65,7 +65,7 @@ def test_what_is_kept_is_the_part_of_the_next_step(shape):
     new, norm = keep(leaf, old, jnp.int32(count), jnp.bool(True))
     np.testing.assert_array_equal(new, np.where(np.isfinite(expected), expected, 0))
     total = seen.count * np.sum(expected.astype(np.float64) ** 2)
-    np.testing.assert_allclose(norm, total, rtol=1e-5)
+    np.testing.assert_allclose(norm, total, rtol=1e-4)
     new, _ = keep(leaf, old + 1, jnp.int32(count), jnp.bool(False))
     np.testing.assert_array_equal(new, np.ones_like(new))
 
