@@ -218,6 +218,8 @@ def _blocks(leaf: Array, seen: View) -> tuple[int, int]:
 
 def _by_platform(leaf: Array, on_cpu: Any, elsewhere: Any) -> Any:
   """A loop over blocks on one CPU, where XLA would write slices to fresh memory."""
-  if not jax.typeof(leaf).sharding.mesh.empty:
+  # Outside of jit, the loop would be compiled at each call.
+  eager = not isinstance(leaf, jax.core.Tracer)
+  if eager or not jax.typeof(leaf).sharding.mesh.empty:
     return elsewhere
   return lambda *args: jax.lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
