@@ -66,7 +66,8 @@ class View(NamedTuple):
     """The leaf, gathered along its axis unless devices share all parts alike."""
     sharding = jax.typeof(leaf).sharding
     spec = [*sharding.spec, *[None] * leaf.ndim][: leaf.ndim]
-    names = (names,) if isinstance(names := spec[self.axis], str) else names or ()
+    names = spec[self.axis] or ()
+    names = (names,) if isinstance(names, str) else names
     if self.outer % math.prod(sharding.mesh.shape[name] for name in names) == 0:
       return leaf
     spec[self.axis] = None

@@ -55,9 +55,9 @@ def scale_by_ngs(
   The factor grows while the gradient agrees with the momentum and shrinks when
   it turns against it, so the learning rate after it is a unit more than a
   choice. It starts from below, in a hurry, and is divided at once when the
-  gradient turns around and outgrows what is usual: an explosion. It hurts where
-  the rate must fall far to average noise out: the factor makes up for a part of
-  a decaying schedule.
+  gradient turns around and outgrows what is usual: an explosion. Pass a schedule
+  as ``schedule``: one that comes after it is in part undone, since the factor
+  makes up for it.
 
   A leaf of at least 65,536 entries is looked at in parts, an eighth of it or
   less, another one at each step: inner products are sums over that part, times
@@ -170,15 +170,11 @@ def ngs(
     validate.reduced("updates", updates, state.momentum, "scale_by_ngs")
     decay_of = lambda leaf: numerics.scalar(momentum, leaf.dtype)
     given, updates = updates, like_tree(updates, state.momentum)
-    agreement, norm, momentum_norm = _products(
-      hyper, updates, state.momentum, state.count
-    )
-    good = _factor.all_finite(agreement, norm, momentum_norm)
+    products = _products(hyper, updates, state.momentum, state.count)
+    good = _factor.all_finite(products)
     # The new momentum depends on all that reads the old one, or XLA copies it.
     good = jnp.logical_and(good, parts.all_finite(updates))
-    factor = hyper.advance(
-      state.factor, agreement, norm, momentum_norm, good, state.count
-    )
+    factor = hyper.advance(state.factor, products, good, state.count)
 
     def advance(m: Array, g: Array) -> Array:
       new = g.astype(m.dtype) + decay_of(m) * m
@@ -232,7 +228,7 @@ def accelerate(
   acceleration: Scalar = 1e-3,
   hyper_rate: Scalar = 0.05,
   shrink: Scalar = 0.2,
-  hurry: Scalar = 10.0,
+  hurry: Scalar = 14.0,
   bounds: tuple[Any, Any] = (1e-6, 1e6),
   per_leaf: bool = False,
   schedule: Schedule | None = None,
@@ -260,7 +256,8 @@ def accelerate(
     acceleration: as in ``scale_by_ngs``.
     hyper_rate: as in ``scale_by_ngs``.
     shrink: as in ``scale_by_ngs``.
-    hurry: as in ``scale_by_ngs``.
+    hurry: as in ``scale_by_ngs``, but larger by default: most optimizers bound
+      their updates. Around SGD, which does not, take 10.
     bounds: as in ``scale_by_ngs``.
     per_leaf: as in ``scale_by_ngs``.
     schedule: as in ``scale_by_ngs``. One that is inside of ``inner`` is in part
@@ -338,17 +335,16 @@ def accelerate(
     )
     validate.reduced("updates", updates, state.direction, "accelerate")
     given, updates = updates, like_tree(updates, updates if params is None else params)
-    agreement, norm, _ = _products(hyper, updates, state.direction, state.count)
+    products = _products(hyper, updates, state.direction, state.count)
     # A last direction that overflowed says nothing.
     uphill = jax.tree.map(
       lambda a, d: jnp.where(d > 0, -a, jnp.zeros_like(a)),
-      agreement,
+      products.agreement,
       state.direction_norm,
     )
-    good = jnp.logical_and(_factor.all_finite(norm, uphill), parts.all_finite(updates))
-    factor = hyper.advance(
-      state.factor, uphill, norm, state.direction_norm, good, state.count
-    )
+    products = _factor.Products(uphill, products.gradient_norm, state.direction_norm)
+    good = jnp.logical_and(_factor.all_finite(products), parts.all_finite(updates))
+    factor = hyper.advance(state.factor, products, good, state.count)
     nodes, inner_state = replay.guarded(
       lambda old: inner.update(updates, old, params, **extra_args),
       state.inner_state,
@@ -386,13 +382,12 @@ def accelerate(
 
 def _products(
   hyper: _factor.Hyper, tree: PyTree, other: PyTree, count: Array
-) -> tuple[PyTree, PyTree, PyTree]:
-  """``<tree, other>``, ``|tree|^2`` and ``|other|^2``, of all or of each leaf."""
+) -> _factor.Products:
+  """The products of a gradient and a direction, of all or of each leaf."""
   leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
   found = [parts.products(*pair, count) for pair in zip(leaves, others, strict=True)]
   columns = zip(*found, strict=True) if found else ([], [], [])
-  agreement, norm, other_norm = (hyper.total(list(c), tree) for c in columns)
-  return agreement, norm, other_norm
+  return _factor.Products(*(hyper.total(list(column), tree) for column in columns))
 
 
 def _scaled(factor: Array, direction: Array, dtype: Any, good: Array) -> Array:

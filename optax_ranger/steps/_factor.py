@@ -39,6 +39,22 @@ class Factor(NamedTuple):
   reference: PyTree
 
 
+class Products(NamedTuple):
+  """What a step knows of the gradient and the last direction.
+
+  Each is one scalar, or with ``per_leaf`` a tree of one scalar a leaf.
+
+  Attributes:
+    agreement: their inner product, of a direction that points uphill.
+    gradient_norm: the squared norm of the gradient.
+    direction_norm: the squared norm of the last direction.
+  """
+
+  agreement: PyTree
+  gradient_norm: PyTree
+  direction_norm: PyTree
+
+
 class Hyper(NamedTuple):
   """The hyperparameters of the factor, as they were given.
 
@@ -105,23 +121,14 @@ class Hyper(NamedTuple):
     return found if self.per_leaf else jax.tree.map(lambda _: found, tree)
 
   def advance(
-    self,
-    factor: Factor,
-    agreement: PyTree,
-    gradient_norm: PyTree,
-    direction_norm: PyTree,
-    good: Array,
-    count: Array,
+    self, factor: Factor, products: Products, good: Array, count: Array
   ) -> Factor:
-    r"""One step of the factor; nothing changes where `good` is false.
+    """One step of the factor.
 
     Args:
       factor: the factor so far.
-      agreement: the inner product of the gradient and the last direction, which
-        is one that points uphill.
-      gradient_norm: the squared norm of the gradient.
-      direction_norm: the squared norm of the last direction.
-      good: whether these numbers are finite.
+      products: of the gradient and the last direction.
+      good: whether these numbers are finite; if not, nothing changes.
       count: the number of the step.
 
     Returns:
@@ -130,11 +137,12 @@ class Hyper(NamedTuple):
     held = self._held(count)
 
     def one(*scalars: Array) -> Factor:
-      old, new = Factor(*scalars[:3]), self._one(*scalars, held=held)
+      old, products = Factor(*scalars[:3]), Products(*scalars[3:])
+      new = self._one(old, products, held)
       return Factor(*(jnp.where(good, n, o) for n, o in zip(new, old, strict=True)))
 
     shape = jax.tree.structure(factor.acceleration)
-    columns = (*factor, agreement, gradient_norm, direction_norm)
+    columns = (*factor, *products)
     rows = zip(*(shape.flatten_up_to(column) for column in columns), strict=True)
     new = [one(*row) for row in rows]
     return Factor(
@@ -148,16 +156,9 @@ class Hyper(NamedTuple):
     now, before = self.schedule(count), self.schedule(jnp.maximum(count - 1, 0))
     return jnp.asarray(now < before)
 
-  def _one(
-    self,
-    acceleration: Array,
-    hurry: Array,
-    reference: Array,
-    agreement: Array,
-    gradient_norm: Array,
-    direction_norm: Array,
-    held: Array | None,
-  ) -> Factor:
+  def _one(self, factor: Factor, products: Products, held: Array | None) -> Factor:
+    acceleration, hurry, reference = factor
+    agreement, gradient_norm, direction_norm = products
     dtype = acceleration.dtype
     rate = numerics.scalar(self.hyper_rate)
     low, high = (numerics.scalar(bound, dtype) for bound in self.bounds)
