@@ -15,7 +15,7 @@ from benchmarks.learning import problems
 from benchmarks.learning.problems._source import Missing
 
 # A study is a module of this package with a `STUDY`.
-STUDIES = ("wrong_labels", "other_noise", "learning_rates")
+STUDIES = ("wrong_labels", "other_noise", "learning_rates", "outer_momentum")
 
 
 def selected(pieces: list[_runner.Piece], only: str) -> list[_runner.Piece]:
@@ -103,8 +103,10 @@ def main() -> None:
     return
   print(study.report(tables.rows))
   if not isinstance(args.report, str):
-    study.draw(path.with_suffix(".png"), tables.rows)
-    print(f"\nfigures: {path}, pictures beside it")
+    print(f"\nfigures: {path}")
+    if study.draw is not None:
+      study.draw(path.with_suffix(".png"), tables.rows)
+      print("pictures: beside it")
 
 
 if __name__ == "__main__":

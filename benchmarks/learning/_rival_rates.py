@@ -18,11 +18,11 @@ from benchmarks.learning.problems import small
 from benchmarks.learning.problems import tasks
 
 # What `calibrate` found: the peak rate, two decays of moments, the decay of weights.
-NADAMW = (0.01, 0.9, 0.99, 1e-4)
+NADAMW = (0.03, 0.9, 0.99, 1e-4)
 _GRID = tuple(
   (rate, *decays, weights)
   for rate, decays, weights in itertools.product(
-    (1e-3, 3e-3, 1e-2, 3e-2), ((0.9, 0.999), (0.9, 0.99), (0.95, 0.99)), (1e-4, 1e-2)
+    (3e-3, 1e-2, 3e-2, 1e-1), ((0.9, 0.999), (0.9, 0.99), (0.95, 0.99)), (1e-4, 1e-2)
   )
 )
 # None of the tables has these.

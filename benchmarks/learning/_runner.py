@@ -62,7 +62,7 @@ class Study(NamedTuple):
     pieces: of the arguments of the command line, each with all columns of the key.
     run: a piece to rows of each table; it runs in another process.
     report: Markdown of the tables.
-    draw: writes pictures beside a path.
+    draw: writes pictures beside a path; None without pictures.
     trials: pieces for `--tune`, whose settings are a column of the key.
   """
 
@@ -71,7 +71,7 @@ class Study(NamedTuple):
   pieces: Callable[[argparse.Namespace], list[Piece]]
   run: Callable[[Piece, Options], dict[str, list[Any]]]
   report: Callable[[dict[str, list[Row]]], str]
-  draw: Callable[[pathlib.Path, dict[str, list[Row]]], None]
+  draw: Callable[[pathlib.Path, dict[str, list[Row]]], None] | None = None
   trials: Callable[[argparse.Namespace], list[Piece]] | None = None
 
 

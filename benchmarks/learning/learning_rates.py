@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable
 import pathlib
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from benchmarks.learning import _runner
 from benchmarks.learning.problems import small
 from benchmarks.learning.problems import tasks
 import optax_ranger as ranger
+from optax_ranger._core import parts
 
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SMALL = "small"
@@ -31,9 +33,36 @@ _SMALL_COLUMNS = ("problem", "optimizer", "small", "worst_loss", "solved")
 _REFERENCE, _NADAMW = "cosine adamw", "nadamw"
 
 
-def _ngs(rate: Any, steps: int) -> Any:
-  del steps
-  return optax.chain(ranger.scale_by_ngs(), optax.scale_by_learning_rate(rate))
+# Names of ours.
+_NGS, _AROUND = "NGS", "NGS around adamw"
+_NGS_DECAY, _AROUND_DECAY = "NGS then decay", "NGS around adamw then decay"
+
+
+def _ngs(rate: Any, schedule: Any = None) -> Any:
+  step = ranger.scale_by_ngs(schedule=schedule)
+  return optax.chain(step, optax.scale_by_learning_rate(rate))
+
+
+def _decay(steps: int) -> Any:
+  """One for half of the steps, then down to zero."""
+  return optax.linear_schedule(1.0, 0.0, steps // 2, steps // 2)
+
+
+def _around_decay(rate: Any, steps: int) -> Any:
+  return ranger.accelerate(optax.adamw(rate, b2=0.99), schedule=_decay(steps))
+
+
+def _in_parts(tx: Any) -> Any:
+  """Looks at an eighth of every leaf that can be split, however small."""
+
+  def split(function):
+    def run(*args, **extra):
+      with mock.patch.object(parts, "SMALLEST", 1):
+        return function(*args, **extra)
+
+    return run
+
+  return optax.GradientTransformationExtraArgs(split(tx.init), split(tx.update))
 
 
 def _nesterov(rate: Any) -> Any:
@@ -42,10 +71,16 @@ def _nesterov(rate: Any) -> Any:
 
 # Of a rate and the number of steps.
 OPTIMIZERS: dict[str, Callable[[Any, int], Any]] = {
-  "NGS": _ngs,
+  _NGS: lambda rate, _: _ngs(rate),
+  _NGS_DECAY: lambda rate, steps: _ngs(rate, _decay(steps)),
+  _AROUND: lambda rate, _: ranger.accelerate(optax.adamw(rate)),
+  _AROUND_DECAY: _around_decay,
+  "NGS in parts": lambda rate, _: _in_parts(_ngs(rate)),
+  "NGS around adamw in parts": lambda rate, _: _in_parts(
+    ranger.accelerate(optax.adamw(rate))
+  ),
   "Nesterov SGD": lambda rate, _: _nesterov(rate),
   "adamw": lambda rate, _: optax.adamw(rate),
-  "NGS around adamw": lambda rate, _: ranger.accelerate(optax.adamw(rate)),
   _REFERENCE: lambda rate, steps: optax.adamw(_rival_rates.cosine(rate, steps)),
   _NADAMW: lambda _, steps: _rival_rates.nadamw(_rival_rates.NADAMW, steps),
   "muon": lambda rate, _: contrib.muon(rate),
@@ -59,7 +94,8 @@ OPTIMIZERS: dict[str, Callable[[Any, int], Any]] = {
 }
 # The rate that each has where it has one attempt: its own default, or what is usual.
 OWN = {
-  "NGS": 1.0,
+  _NGS: 1.0,
+  _NGS_DECAY: 1.0,
   "Nesterov SGD": 0.01,
   _NADAMW: _rival_rates.NADAMW[0],
   "muon": 0.02,
@@ -75,7 +111,14 @@ OWN = {
 def pieces(args: argparse.Namespace) -> list[_runner.Piece]:
   del args
   names = (*tasks.TASKS, SMALL)
-  return [{"problem": name, "optimizer": x} for name in names for x in OPTIMIZERS]
+  # In parts: the problems of the first table.
+  return [
+    {"problem": name, "optimizer": x}
+    for name in names
+    for x in OPTIMIZERS
+    if "in parts" not in x
+    or name in ("digits", "Fashion-MNIST", "characters", "quadratic")
+  ]
 
 
 def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
@@ -84,8 +127,9 @@ def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
   make, seeds = OPTIMIZERS[optimizer], 1 if options.quick else 2
   own = OWN.get(optimizer, 1e-3)
   if name == SMALL:
-    return _run_small(piece, lambda steps: make(own, steps), seeds, options.quick)
-  spec, rates = tasks.TASKS[name], (own,) if optimizer == _NADAMW else RATES
+    return _run_small(piece, make, own, seeds, options.quick)
+  spec = tasks.TASKS[name]
+  rates = (own,) if optimizer == _NADAMW else tuple(sorted({*RATES, own}))
   task = spec.build(options.quick, options.folders.get(name))
   loss, test = tasks.train(task, make, jnp.asarray(rates), range(seeds))
   # A non-finite loss has diverged.
@@ -97,16 +141,16 @@ def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
   return {"": [piece | dict(zip(_COLUMNS[2:], x, strict=True)) for x in numbers]}
 
 
-def _run_small(piece, make, seeds, quick):
+def _run_small(piece, make, own, seeds, quick):
   rows, count = [], 0
   for name, problem in small.PROBLEMS.items():
     short = problem._replace(steps=20) if quick else problem
-    losses = small.final_losses(short, make, seeds)
+    losses = small.final_losses(short, lambda steps: make(own, steps), seeds)
     # What isn't a number isn't below either.
     solved = int((losses < problem.threshold).all())
     count += solved
     rows.append({"small": name, "worst_loss": f"{losses.max():.4g}", "solved": solved})
-  whole = {**piece, "rate": f"{OWN.get(piece['optimizer'], 1e-3):g}", "test": count}
+  whole = {**piece, "rate": f"{own:g}", "test": count}
   whole |= {"train_loss": "", "worst_test": ""}
   return {"": [whole], SMALL: [piece | row for row in rows]}
 
@@ -121,13 +165,14 @@ def figures(
 
 def report(tables: dict[str, list[_runner.Row]]) -> str:
   """Markdown tables: each task's figure by the starting rate; the small problems."""
-  rows, parts = tables[""], []
+  rows, texts = tables[""], []
   for problem, spec in tasks.TASKS.items():
     lines = []
     reference = np.array([*figures(rows, problem, _REFERENCE, "test").values()])
     for name in OPTIMIZERS:
       found = figures(rows, problem, name, "test")
       if found:
+        found = {rate: found[rate] for rate in RATES if rate in found} or found
         values = np.array([*found.values()])
         form = ".3f" if spec.higher and spec.near < 1 else ".3g"
         cells = [f"{value:{form}}" for value in values]
@@ -136,13 +181,36 @@ def report(tables: dict[str, list[_runner.Row]]) -> str:
         lines.append([name, *cells, str(good)])
     if lines:
       heads = ["starting rate", *(f"{rate:g}" for rate in RATES), "rates that do"]
-      parts.append(
+      texts.append(
         f"**{problem}**, {spec.figure}, mean of the seeds\n\n"
         + _report.markdown(heads, lines)
       )
   if small_rows := tables.get(SMALL):
-    parts.append("**small problems**, solved from both seeds\n\n" + _small(small_rows))
-  return "\n\n".join(parts)
+    texts.append("**small problems**, solved from both seeds\n\n" + _small(small_rows))
+    texts.append("**one attempt**, at its own rate\n\n" + _attempts(rows, small_rows))
+  return "\n\n".join(texts)
+
+
+def _attempts(rows: list[_runner.Row], small_rows: list[_runner.Row]) -> str:
+  """Tasks that end about as well as the reference, and small problems solved."""
+  lines = []
+  for name in OPTIMIZERS:
+    own, passed = OWN.get(name, 1e-3), []
+    for problem, spec in tasks.TASKS.items():
+      reference = np.array([*figures(rows, problem, _REFERENCE, "test").values()])
+      value = figures(rows, problem, name, "test").get(own)
+      if value is None or not len(reference):
+        passed.append(None)
+      else:
+        passed.append(bool(spec.good(np.array([value]), spec.best(reference))[0]))
+    solved = [int(row["solved"]) for row in small_rows if row["optimizer"] == name]
+    if solved and None not in passed:
+      cells = ["yes" if one else "-" for one in passed]
+      count = sum(map(bool, passed))
+      total = f"{count + sum(solved)} of {len(passed) + len(solved)}"
+      lines.append([name, f"{own:g}", *cells, f"{sum(solved)} of {len(solved)}", total])
+  heads = ["optimizer", "rate", *tasks.TASKS, "small problems", "passed"]
+  return _report.markdown(heads, lines)
 
 
 def _small(rows: list[_runner.Row]) -> str:
@@ -171,8 +239,9 @@ def draw(path: pathlib.Path, tables: dict[str, list[_runner.Row]]) -> None:
   for axis in axes.flat[len(ran) :]:
     axis.axis("off")
   styles = {
-    "NGS": {"color": "tab:green", "linewidth": 4, "zorder": 5},
-    "NGS around adamw": {"color": "tab:blue", "linewidth": 4, "zorder": 4},
+    _NGS: {"color": "tab:green", "linewidth": 4, "zorder": 5},
+    _AROUND: {"color": "tab:blue", "linewidth": 2, "zorder": 4},
+    _AROUND_DECAY: {"color": "tab:blue", "linewidth": 4, "zorder": 4},
     "Nesterov SGD": {"color": "black", "linestyle": "--", "linewidth": 2},
     "adamw": {"color": "tab:red", "linestyle": ":", "linewidth": 2},
     _REFERENCE: {"color": "tab:red", "linestyle": "--", "linewidth": 2},
@@ -182,10 +251,11 @@ def draw(path: pathlib.Path, tables: dict[str, list[_runner.Row]]) -> None:
   grays = dict(zip(others, "os^Dv<>Pph8Xd", strict=False))
   handles = {}
   for axis, problem in zip(axes.flat, ran, strict=False):
-    first = list(figures(rows, problem, _REFERENCE, "train_loss").values())[:1]
-    lowest = ceiling = 2 * max([1, *first])
-    for name in OPTIMIZERS:
-      found = figures(rows, problem, name, "train_loss")
+    curves = {name: figures(rows, problem, name, "train_loss") for name in OPTIMIZERS}
+    # Who goes nowhere has the loss of the start.
+    ends = [found.get(RATES[0], 0.0) for found in curves.values()]
+    lowest = ceiling = 2 * max([1.0, *filter(np.isfinite, ends)])
+    for name, found in curves.items():
       if not found:
         continue
       losses = np.maximum([*found.values()], 1e-9)

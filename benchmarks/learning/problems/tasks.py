@@ -66,7 +66,8 @@ class Spec(NamedTuple):
   def good(self, values: np.ndarray, reference: float) -> np.ndarray:
     """Which figures are about as good as the reference, or better."""
     if self.factor:
-      return values <= self.near * reference
+      # Below 1e-9, all are as good.
+      return values <= self.near * max(reference, 1e-9)
     sign = 1 if self.higher else -1
     return sign * values >= sign * reference - self.near
 

@@ -18,6 +18,7 @@ from benchmarks.learning import _rivals
 from benchmarks.learning import _runner
 from benchmarks.learning import learning_rates
 from benchmarks.learning import other_noise
+from benchmarks.learning import outer_momentum
 from benchmarks.learning import problems
 from benchmarks.learning import wrong_labels
 
@@ -262,9 +263,16 @@ def _committed(study):
   return _runner.Tables(DOCS / f"{name}.csv", study.STUDY.columns).rows
 
 
-@pytest.mark.parametrize("study", [other_noise, learning_rates])
-def test_other_pages_have_the_committed_figures(study):
-  page = (DOCS / f"{study.__name__.rpartition('.')[2]}.md").read_text()
+@pytest.mark.parametrize(
+  ("study", "page"),
+  [
+    (other_noise, "other_noise.md"),
+    (learning_rates, "learning_rates.md"),
+    (outer_momentum, "smoothing.md"),
+  ],
+)
+def test_other_pages_have_the_committed_figures(study, page):
+  page = (DOCS / page).read_text()
   for part in study.report(_committed(study)).split("\n\n"):
     assert part in page
 
@@ -284,6 +292,8 @@ def test_pictures_are_drawn(tmp_path):
     "wrong_cifar10n_confusion",
     "wrong_fashion-mnist",
     "wrong_fashion-mnist_confusion",
+    "wrong_satellite",
+    "wrong_text",
     "other_noise",
     "learning_rates",
   }
@@ -316,6 +326,7 @@ def test_a_piece_gives_rows_and_curves(method):
     ("other_noise", "wine,EMA", 9),
     ("learning_rates", "quadratic", len(learning_rates.OPTIMIZERS)),
     ("learning_rates", "small,cosine adamw", 1),
+    ("outer_momentum", "characters", 1),
   ],
 )
 def test_a_quick_study(tmp_path, study, only, pieces):
@@ -331,5 +342,6 @@ def test_a_quick_study(tmp_path, study, only, pieces):
     assert done.returncode == 0, done.stderr
     # The second time, nothing is left to run.
     assert (wanted in done.stderr) if wanted else ("piece" not in done.stderr)
-    assert "| method |" in done.stdout or "| starting rate |" in done.stdout
-  assert list(tmp_path.glob("*.png"))
+    heads = ("| method |", "| starting rate |", "| optimizer |")
+    assert any(head in done.stdout for head in heads)
+  assert list(tmp_path.glob("*.png")) or study == "outer_momentum"
