@@ -494,6 +494,7 @@ def test_no_temporaries_of_the_parameters_size(name):
     assert own < size / 7
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", STEPS)
 def test_all_laws_hold_in_parts(name, monkeypatch):
   monkeypatch.setattr(parts, "SMALLEST", 32)
