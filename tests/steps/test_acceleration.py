@@ -469,10 +469,25 @@ def test_a_bad_entry_of_a_large_leaf_is_seen_wherever_it_is(name):
 def test_an_entry_that_overflows_in_the_inner_optimizer_is_zero():
   params = {"w": jnp.ones([512, 256])}
   tx = ranger.accelerate(optax.scale(-1e30), acceleration=1.0)
-  large = {"w": params["w"].at[9, 9].set(1e10)}
-  updates, state = jax.jit(tx.update)(large, tx.init(params), params)
-  assert np.isfinite(updates["w"]).all()
+  # Row 9 is in none of the two parts that are looked at.
+  gradients = {"w": jnp.full([512, 256], 1e-20).at[9, 9].set(1e10)}
+  updates, state = jax.jit(tx.update)(gradients, tx.init(params), params)
+  assert updates["w"][9, 9] == 0
+  np.testing.assert_allclose(updates["w"][0], -1e10, rtol=1e-5)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+  assert int(state.num_skipped) == 0
+
+
+def test_a_direction_that_overflowed_does_not_cost_the_next_update():
+  """Its entries are finite, its squared norm and its product with g aren't."""
+  rate = lambda count: jnp.where(count == 0, -1e10, -1.0)
+  tx = ranger.accelerate(optax.scale_by_schedule(rate), acceleration=1.0)
+  state = tx.init(jnp.zeros([2]))
+  update, state = tx.update(jnp.full([2], 1e12), state)
+  assert not update.any()
+  update, state = tx.update(jnp.full([2], 1e17), state)
+  np.testing.assert_allclose(update, -1e17, rtol=1e-5)
+  assert int(state.num_skipped) == 1
 
 
 @pytest.mark.parametrize("name", STEPS)
