@@ -86,12 +86,12 @@ def guarded(
   guards = _guards(jaxpr, states, leaves)
   nodes = _run(jaxpr, closed.consts, [Node(leaf) for leaf in leaves], guards, good)
   kept = [
-    node.value if _is_in(var, guards) else jnp.where(good, node.value, leaf)
+    node.value if _is_in(var, guards) else jnp.where(good, like(node.value, leaf), leaf)
     for var, node, leaf in zip(states, nodes[count:], leaves, strict=True)
   ]
   return (
     jax.tree.structure(updates).unflatten(nodes[:count]),
-    structure.unflatten(map(like, kept, leaves)),
+    structure.unflatten(kept),
   )
 
 
@@ -133,6 +133,7 @@ def _run(
   guards: dict[Any, Array],
   good: Array,
 ) -> list[Node]:
+  """The outputs. Of `guards`, what could not be guarded is taken out."""
   known: dict[Any, Node] = {}
   read = lambda var: Node(var.val) if isinstance(var, core.Literal) else known[var]
   known.update(zip(jaxpr.constvars, map(Node, consts), strict=True))
@@ -155,7 +156,10 @@ def _run(
       done = [False] * len(nodes)
     for var, node, is_done in zip(eqn.outvars, nodes, done, strict=True):
       if var in guards and not is_done:
-        node = Node(jnp.where(good, node.value, guards[var]))
+        if jax.typeof(node.value).sharding == jax.typeof(guards[var]).sharding:
+          node = Node(jnp.where(good, node.value, guards[var]))
+        else:  # What follows was traced with another sharding than the state's.
+          del guards[var]
       known[var] = node
   return list(map(read, jaxpr.outvars))
 
