@@ -1,4 +1,4 @@
-"""What every room needs: types, checks, dtypes, meshes, trees, and members.
+"""What every room needs: types, checks, dtypes, meshes, trees, members, updates.
 
 Imports nothing of this package but itself.
 """

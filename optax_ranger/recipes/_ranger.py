@@ -179,10 +179,7 @@ def ranger(
     validate.in_range("clip_norm", clip_norm, 0, float("inf"), open_low=True)
     inner.append(("clip", _clip_by_norm(clip_norm)))
   inner += [
-    (
-      "ngs",
-      _acceleration.ngs(momentum, hyper),
-    ),
+    ("ngs", _acceleration.ngs(momentum, hyper)),
     ("weight_decay", optax.add_decayed_weights(weight_decay, mask)),
     ("learning_rate", optax.scale_by_learning_rate(learning_rate)),
   ]

@@ -334,7 +334,6 @@ def accelerate(
       "updates", parts.kept_shapes(updates), state.direction, "accelerate"
     )
     validate.reduced("updates", updates, state.direction, "accelerate")
-    given, updates = updates, like_tree(updates, updates if params is None else params)
     products = _products(hyper, updates, state.direction, state.count)
     # A last direction that overflowed says nothing.
     uphill = jax.tree.map(
@@ -350,7 +349,8 @@ def accelerate(
       state.inner_state,
       good,
     )
-    keep = lambda g, node, old: parts.keep(node.part, g, old, state.count + 1, good)
+    following = numerics.increment(state.count)
+    keep = lambda g, node, old: parts.keep(node.part, g, old, following, good)
     leaves, structure = jax.tree.flatten(updates)
     rows = (structure.flatten_up_to(tree) for tree in (nodes, state.direction))
     kept = [keep(*row) for row in zip(leaves, *rows, strict=True)]
@@ -365,7 +365,7 @@ def accelerate(
     results = jax.tree.map(
       scaled, hyper.multiples(factor, updates, state.count), updates, nodes
     )
-    return like_tree(results, given), AccelerateState(
+    return like_tree(results, updates), AccelerateState(
       count=numerics.increment(state.count, fits),
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(fits)),
       factor=factor,

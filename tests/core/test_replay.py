@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import pytest
@@ -91,3 +94,27 @@ def test_a_state_that_changes_its_form_is_refused(function, problem):
   old = {"a": jnp.ones([2]), "b": jnp.ones([2])}
   with pytest.raises(TypeError, match=problem):
     replay.guarded(function, old, jnp.bool(True))
+
+
+@pytest.mark.parametrize("split", ["state", "gradients"])
+def test_state_and_gradients_that_are_split_unlike(split):
+  """On an explicit mesh; the state keeps its sharding, good or bad."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+  split_over = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+  whole = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+  put_state, put = (split_over, whole) if split == "state" else (whole, split_over)
+  tx = optax.sgd(0.1, momentum=0.9)
+  gradients, old = put(jnp.ones([8, 4])), put_state(2 * jnp.ones([8, 4]))
+
+  @jax.jit
+  def run(gradients, old, good):
+    state = optax.tree.set(tx.init(gradients), trace=old)
+    node, new = replay.guarded(lambda s: tx.update(gradients, s), state, good)
+    return node.value, optax.tree.get(new, "trace")
+
+  update, new = run(gradients, old, True)
+  np.testing.assert_allclose(update, -0.28, rtol=1e-6)
+  np.testing.assert_allclose(new, 2.8, rtol=1e-6)
+  assert jax.typeof(new) == jax.typeof(old)
+  _, same = run(gradients, old, False)
+  np.testing.assert_array_equal(same, old)

@@ -580,3 +580,13 @@ def test_an_explosion_is_braked_while_the_schedule_falls():
 def test_a_schedule_that_is_no_function_is_refused(name):
   with pytest.raises(TypeError, match=r"schedule must be a function.*got 0\.1"):
     STEPS[name](schedule=0.1)
+
+
+def test_a_count_that_is_full_still_looks_at_what_was_kept():
+  """Of gradients that agree, the cosine is one, whatever part is looked at."""
+  params = {"w": jax.random.normal(jax.random.key(0), [512, 256])}
+  tx = ranger.accelerate(optax.sgd(0.1), acceleration=1.0, hyper_rate=0.1, hurry=1.0)
+  state = tx.init(params)._replace(count=jnp.int32(np.iinfo(np.int32).max))
+  for _ in range(3):
+    _, state = tx.update(params, state, params)
+  np.testing.assert_allclose(state.factor.acceleration, np.exp(0.2), rtol=1e-4)
