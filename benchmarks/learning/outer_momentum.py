@@ -64,6 +64,12 @@ def losses(task: tasks.Task, seed: int) -> tuple[int, dict[str, np.ndarray]]:
   return steps, found
 
 
+def steps_to(goal: float, values: np.ndarray, steps: int) -> float:
+  """The steps until losses [looks], seen at equal distances, are first at the goal."""
+  reached = np.flatnonzero(values <= goal)
+  return (reached[0] + 1) * steps // len(values) if len(reached) else np.inf
+
+
 def pieces(args: argparse.Namespace) -> list[_runner.Piece]:
   seeds = 1 if args.quick else 3
   return [
@@ -80,8 +86,7 @@ def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
   steps, found = losses(task, int(piece["seed"]))
   goal, rows = found[_ADAMW][-1], []
   for optimizer, values in found.items():
-    reached = np.flatnonzero(values <= goal)
-    needed = (reached[0] + 1) * steps // len(values) if len(reached) else np.inf
+    needed = steps_to(goal, values, steps)
     row = {"optimizer": optimizer, "last_loss": f"{values[-1]:.4g}"}
     row |= {"steps": f"{needed:g}", "share": f"{needed / steps:.3g}"}
     rows.append(piece | row)

@@ -142,6 +142,12 @@ def test_rates_are_counted_that_are_about_as_good():
   assert "| - | 4 |" in found
 
 
+def test_steps_to_a_loss():
+  losses = np.array([3.0, 2.0, 1.5, 2.5, 1.0])
+  for goal, steps in ((3, 10), (2.0, 20), (1.2, 50), (0.9, np.inf)):
+    assert outer_momentum.steps_to(goal, losses, 50) == steps
+
+
 def test_settings_of_the_table_are_those_tuned(tmp_path):
   path = tmp_path / "wrong_labels_tuning.csv"
   rows = [
