@@ -12,6 +12,7 @@ from typing import Any
 import chex
 import jax
 import numpy as np
+import optax
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -37,6 +38,20 @@ def same(actual: Any, expected: Any) -> None:
   """Trees are equal, bit for bit; NaN equals NaN."""
   actual, expected = jax.device_get((actual, expected))
   chex.assert_trees_all_equal(actual, expected)
+
+
+def temporaries(step: Any, params: Any) -> int:
+  """Bytes that a step and its update need beside parameters, state and gradients."""
+
+  def advance(params, state, gradients):
+    updates, state = step.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = step.init(params)
+  compiled = (
+    jax.jit(advance, donate_argnums=(0, 1)).lower(params, state, params).compile()
+  )
+  return compiled.memory_analysis().temp_size_in_bytes
 
 
 def free_port() -> str:

@@ -46,6 +46,7 @@ SECTIONS = {
   "lookahead": Section("smoothing.lookahead_rows", _SMALL),
   "ema": Section("smoothing.ema_rows", _SMALL),
   "acceleration": Section("acceleration.one_step_rows", _SMALL),
+  "guarding": Section("guarding.one_step_rows", _SMALL),
   "ranger_radam": Section("smoothing.ranger_radam_rows", _SMALL),
   "all-reduces": Section(
     "training.all_reduce_rows", {"num_micro_batches": 4, "size": 256}

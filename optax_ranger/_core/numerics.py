@@ -86,3 +86,14 @@ def to_peak(rows: Array, axis: int = 1) -> Array:
 def step_towards(old: Array, new: Array, rate: Any) -> Array:
   """Goes a part of the way from `old` to `new`, in the type of `old`."""
   return old + scalar(rate, old.dtype) * (new.astype(old.dtype) - old)
+
+
+def scaled(factor: Array, direction: Array, dtype: Any, good: Array) -> Array:
+  """The factor times the direction in type `dtype`; zeros where it isn't good."""
+  new = factor.astype(direction.dtype) * direction
+  if dtype == jnp.float16:  # The one type whose range a direction leaves.
+    top = jnp.asarray(jnp.finfo(dtype).max, direction.dtype)
+    new = jnp.clip(new, -top, top)
+  new = new.astype(dtype)
+  good = jnp.logical_and(good, jnp.isfinite(new))
+  return jnp.where(good, new, jnp.zeros_like(new))

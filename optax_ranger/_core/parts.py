@@ -9,18 +9,18 @@ step only, so all devices and all runs look at the same entries.
 from collections.abc import Callable
 import functools
 import math
-from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from optax_ranger._core.platforms import for_one_cpu
 from optax_ranger._core.sharding import like
 from optax_ranger._core.sharding import reshard
 from optax_ranger._core.tree import Dot
-from optax_ranger._core.tree import all_finite as tree_all_finite
 from optax_ranger._core.tree import inner_product
+from optax_ranger._core.tree import squared_norm
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 
@@ -91,8 +91,8 @@ def view(leaf: Array) -> View | None:
 
 
 def all_finite(tree: PyTree) -> Array:
-  """Whether those leaves are finite that are looked at in parts."""
-  return tree_all_finite([leaf for leaf in jax.tree.leaves(tree) if view(leaf)])
+  """Whether the squared norm of those leaves that are looked at in parts is finite."""
+  return jnp.isfinite(squared_norm([x for x in jax.tree.leaves(tree) if view(x)]))
 
 
 def zeros(leaf: Array) -> Array:
@@ -151,7 +151,7 @@ def products(leaf: Array, other: Array, count: Array) -> tuple[Array, ...]:
 
     return jax.lax.fori_loop(0, number, add, (jnp.zeros([], jnp.float32),) * 3)
 
-  sums = _by_platform(leaf, in_blocks, whole)(leaf, other, count % seen.count)
+  sums = for_one_cpu(leaf, in_blocks, whole)(leaf, other, count % seen.count)
   return tuple(seen.count * total for total in sums)
 
 
@@ -198,8 +198,40 @@ def keep(
 
     return jax.lax.fori_loop(0, number, advance, (old, jnp.zeros([], jnp.float32)))
 
-  part, norm = _by_platform(leaf, in_blocks, whole)(old, count % seen.count)
+  part, norm = for_one_cpu(leaf, in_blocks, whole)(old, count % seen.count)
   return part, seen.count * norm
+
+
+def mean(compute: Callable[[Take], Array], leaf: Array, count: Array) -> Array:
+  """The mean over the part of a step.
+
+  Args:
+    compute: gives what its argument takes of the array: numbers or booleans.
+    leaf: an array of its shape and sharding.
+    count: the number of the step, ``int32``.
+
+  Returns:
+    A number, ``float32``; of an empty leaf zero.
+  """
+  seen = view(leaf)
+  total = lambda part: part.sum(dtype=jnp.float32)
+  if seen is None:
+    return total(compute(lambda leaf: leaf)) / max(leaf.size, 1)
+
+  def whole(phase):
+    return total(compute(functools.partial(seen.part, phase=phase)))
+
+  def in_blocks(phase):
+    number, length = _blocks(leaf, seen)
+
+    def add(i, found):
+      take = functools.partial(seen.block, phase=phase, start=i * length, length=length)
+      return found + total(compute(take))
+
+    return jax.lax.fori_loop(0, number, add, jnp.zeros([], jnp.float32))
+
+  found = for_one_cpu(leaf, in_blocks, whole)(count % seen.count)
+  return found * seen.count / leaf.size
 
 
 def _products(a: Array, b: Array, dot: Dot | None = None) -> tuple[Array, ...]:
@@ -215,12 +247,3 @@ def _blocks(leaf: Array, seen: View) -> tuple[int, int]:
   most = max(_BLOCK * seen.outer * seen.count // leaf.size, 1)
   length = max(n for n in range(1, seen.outer + 1) if n <= most and seen.outer % n == 0)
   return seen.outer // length, length
-
-
-def _by_platform(leaf: Array, on_cpu: Any, elsewhere: Any) -> Any:
-  """A loop over blocks on one CPU, where XLA would write slices to fresh memory."""
-  # Outside of jit, the loop would be compiled at each call.
-  eager = not isinstance(leaf, jax.core.Tracer)
-  if eager or not jax.typeof(leaf).sharding.mesh.empty:
-    return elsewhere
-  return lambda *args: jax.lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)

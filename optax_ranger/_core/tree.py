@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core.platforms import for_one_cpu
 from optax_ranger._core.sharding import replicate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -77,6 +78,16 @@ def inner_product(a: PyTree, b: PyTree, dot: Dot | None = None) -> Array:
       part = dot(u.astype(dtype), v.astype(dtype))
       total = total + part.astype(jnp.float32)
   return total
+
+
+def squared_norm(tree: PyTree) -> Array:
+  """The squared norm of a tree, in float32 or better, as one scalar."""
+  square = lambda leaf: inner_product(leaf, leaf)
+  # Else XLA's CPU back end would share the squares with an optimizer that needs them
+  # too, and write them to memory.
+  apart = lambda leaf: square(jax.lax.optimization_barrier(leaf))
+  norms = [for_one_cpu(leaf, apart, square)(leaf) for leaf in jax.tree.leaves(tree)]
+  return sum(norms, jnp.zeros([], jnp.float32))
 
 
 def find_states(state: PyTree, is_one: Callable[[Any], bool]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import optax
 
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
-from optax_ranger._core.tree import inner_product
+from optax_ranger._core.tree import squared_norm
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
@@ -201,7 +201,7 @@ def _clip_by_norm(largest: Any) -> optax.GradientTransformation:
 
   def clip(updates: PyTree, params: PyTree) -> PyTree:
     del params
-    norm = jnp.sqrt(inner_product(updates, updates))
+    norm = jnp.sqrt(squared_norm(updates))
     top = numerics.scalar(largest)
     # NGS skips what is not finite: divided by infinity it would be zero.
     clips = jnp.logical_and(norm > top, norm < jnp.inf)

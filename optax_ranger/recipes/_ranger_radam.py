@@ -14,7 +14,7 @@ from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import like_tree
-from optax_ranger._core.tree import inner_product
+from optax_ranger._core.tree import squared_norm
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
@@ -185,7 +185,7 @@ def ranger_radam(
     own = like_tree(updates, state.first_moment)
     params = like_tree(params, state.first_moment)
     apart = jax.lax.optimization_barrier(own)
-    good = jnp.isfinite(inner_product(apart, apart))
+    good = jnp.isfinite(squared_norm(apart))
     rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
     count = numerics.increment(state.count)
     dtype = numerics.widest_real(state.first_moment)

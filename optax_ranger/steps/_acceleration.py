@@ -183,7 +183,7 @@ def ngs(
     def direct(a: Array, m: Array, g: Array) -> Array:
       dtype = numerics.wide(g.dtype)
       ahead = g.astype(dtype) + decay_of(m).astype(dtype) * m.astype(dtype)
-      return _scaled(a, ahead, g.dtype, good)
+      return numerics.scaled(a, ahead, g.dtype, good)
 
     new_momentum = jax.tree.map(advance, state.momentum, updates)
     multiples = hyper.multiples(factor, updates, state.count)
@@ -360,7 +360,7 @@ def accelerate(
 
     def scaled(factor: Array, leaf: Array, node: replay.Node) -> Array:
       direction = node.value.astype(numerics.wide(node.value.dtype))
-      return _scaled(factor, direction, leaf.dtype, fits)
+      return numerics.scaled(factor, direction, leaf.dtype, fits)
 
     results = jax.tree.map(
       scaled, hyper.multiples(factor, updates, state.count), updates, nodes
@@ -388,14 +388,3 @@ def _products(
   found = [parts.products(*pair, count) for pair in zip(leaves, others, strict=True)]
   columns = zip(*found, strict=True) if found else ([], [], [])
   return _factor.Products(*(hyper.total(list(column), tree) for column in columns))
-
-
-def _scaled(factor: Array, direction: Array, dtype: Any, good: Array) -> Array:
-  """The factor times the direction in type `dtype`; zeros where it isn't good."""
-  new = factor.astype(direction.dtype) * direction
-  if dtype == jnp.float16:  # The one type whose range a direction leaves.
-    top = jnp.asarray(jnp.finfo(dtype).max, direction.dtype)
-    new = jnp.clip(new, -top, top)
-  new = new.astype(dtype)
-  good = jnp.logical_and(good, jnp.isfinite(new))
-  return jnp.where(good, new, jnp.zeros_like(new))

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import replay
 from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import like
-from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.tree import all_finite
-from optax_ranger._core.tree import inner_product
-from optax_ranger._core.tree import zeros_like
+from optax_ranger._core.tree import squared_norm
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
@@ -61,10 +60,9 @@ def skip_nonfinite(
   """Skips updates that are not finite: `inner` never sees them.
 
   It gives zeros then, and leaves `inner`'s state as it was. Unlike
-  ``optax.apply_if_finite`` it accepts none after a number of them, and it
-  chooses element by element, which adds one read of the gradient to `inner` and
-  no memory. Where `inner` is expensive, or spikes are to be skipped as well, use
-  ``skip_anomalies``, which does not run it.
+  ``optax.apply_if_finite`` it accepts none after a number of them, and adds one
+  read of the gradient to `inner` and no memory. To skip spikes as well, use
+  ``skip_anomalies``.
 
   Args:
     inner: the transformation to guard; any optimizer.
@@ -83,8 +81,9 @@ def skip_nonfinite(
   Raises:
     ValueError: for gradients that differ from device to device under
       ``jax.shard_map``: each would decide alone.
-    TypeError: for parameters that hold integers, Python numbers or functions, and
-      for the state of another step.
+    TypeError: for parameters that hold integers, Python numbers or functions, for
+      the state of another step, and for an ``inner`` whose state changes its
+      structure, shapes or types.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -111,16 +110,13 @@ def skip_nonfinite(
     same = jax.tree.map(lambda leaf: state.num_skipped, updates)
     validate.reduced("updates", updates, same, "skip_nonfinite")
     # Finite entries may still have squares that overflow an inner moment.
-    good = jnp.isfinite(inner_product(updates, updates))
-    result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    result = like_tree(result, updates)
-    inner_state = like_tree(inner_state, state.inner_state)
-    choose = lambda new, old: jnp.where(good, new, old)
-    return jax.tree.map(
-      lambda leaf: jnp.where(good, leaf, jnp.zeros_like(leaf)), result
-    ), SkipNonFiniteState(
+    good = jnp.isfinite(squared_norm(updates))
+    result, inner_state = _guarded(
+      inner, good, updates, state.inner_state, params, extra_args
+    )
+    return result, SkipNonFiniteState(
       num_skipped=numerics.increment(state.num_skipped, jnp.logical_not(good)),
-      inner_state=jax.tree.map(choose, inner_state, state.inner_state),
+      inner_state=inner_state,
     )
 
   return transformation(init, update)
@@ -177,8 +173,9 @@ def skip_anomalies(
   Raises:
     ValueError: for arguments out of range, for a missing ``value=``, and for
       gradients that differ from device to device under ``jax.shard_map``.
-    TypeError: for parameters that hold integers, Python numbers or functions, and
-      for the state of another step.
+    TypeError: for parameters that hold integers, Python numbers or functions, for
+      the state of another step, and for an ``inner`` whose state changes its
+      structure, shapes or types.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -229,7 +226,7 @@ def skip_anomalies(
       watched = numerics.scalar(value)
       finite = jnp.logical_and(jnp.isfinite(watched), all_finite(updates))
     else:
-      watched = jnp.sqrt(inner_product(updates, updates))
+      watched = jnp.sqrt(squared_norm(updates))
       finite = jnp.isfinite(watched)
     size = jnp.abs(watched)
     # Zero has no logarithm: it is accepted, and stays out of the statistics.
@@ -248,18 +245,8 @@ def skip_anomalies(
       outlier = jnp.logical_and(outlier, jnp.logical_not(restart))
     accept = jnp.logical_and(finite, jnp.logical_not(outlier))
 
-    def run_inner(carry):
-      given, old = carry
-      result, new = inner.update(given, old, params, **_with_value(extra_args, value))
-      result = jax.tree.map(lambda r, g: like(r.astype(g.dtype), g), result, given)
-      return result, like_tree(new, old)
-
-    def skip(carry):
-      given, inner_state = carry
-      return zeros_like(given), inner_state
-
-    result, inner_state = jax.lax.cond(
-      accept, run_inner, skip, (updates, state.inner_state)
+    result, inner_state = _guarded(
+      inner, accept, updates, state.inner_state, params, _with_value(extra_args, value)
     )
     count = jnp.where(restart, jnp.zeros_like(state.count), state.count)
     mean, variance = _moments(state, count, level, numerics.one_minus(decay))
@@ -276,6 +263,26 @@ def skip_anomalies(
     )
 
   return transformation(init, update)
+
+
+def _guarded(
+  inner: Any,
+  good: Array,
+  updates: PyTree,
+  inner_state: PyTree,
+  params: PyTree,
+  extra_args: dict[str, Any],
+) -> tuple[PyTree, PyTree]:
+  """Runs `inner`; where it isn't good, zeros and the old state."""
+  nodes, inner_state = replay.guarded(
+    lambda old: inner.update(updates, old, params, **extra_args), inner_state, good
+  )
+
+  def choose(given: Array, node: replay.Node) -> Array:
+    result = like(node.value.astype(given.dtype), given)
+    return jnp.where(good, result, jnp.zeros_like(result))
+
+  return jax.tree.map(choose, updates, nodes), inner_state
 
 
 # Of the logarithm: a spread below five percent is taken for five, so that a run

@@ -51,6 +51,16 @@ def test_products_are_those_of_the_part(shape, dtype):
       )
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 5), (0, 4)])
+def test_the_mean_is_that_of_the_part(shape):
+  leaf = normal(shape)
+  seen, count = parts.view(leaf), jnp.int32(3)
+  part = leaf if seen is None else seen.part(leaf, 3 % seen.count)
+  found = jax.jit(lambda x: parts.mean(lambda take: take(x) > 0, x, count))(leaf)
+  expected = (np.asarray(part) > 0).mean() if leaf.size else 0
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_kept_is_the_part_of_the_next_step(shape):
   leaf = normal(shape).at[(0,) * len(shape)].set(jnp.inf)

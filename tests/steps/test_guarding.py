@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import temporaries
 
 
 def run(step, gradients, **extra):
@@ -34,6 +35,14 @@ def test_a_counter_stops_at_the_largest_number():
     state = state._replace(num_skipped=jnp.int32(count))
     _, state = step.update(params + jnp.nan, state, params)
     assert int(state.num_skipped) == expected
+
+
+@pytest.mark.parametrize("guard", [ranger.skip_nonfinite, ranger.skip_anomalies])
+def test_no_temporaries_of_the_parameters_size(guard):
+  params = [jnp.ones([1024, 1024]) for _ in range(4)]
+  size = sum(leaf.nbytes for leaf in params)
+  with jax.numpy_dtype_promotion("standard"):
+    assert temporaries(guard(optax.adamw(0.1)), params) < 0.01 * size
 
 
 @pytest.mark.guarantees(
