@@ -42,6 +42,7 @@ from optax_ranger.steps import aggregate_by_trimmed_mean as aggregate_by_trimmed
 from optax_ranger.steps import aggregate_by_worst_regions as aggregate_by_worst_regions
 from optax_ranger.steps import average_neighbors as average_neighbors
 from optax_ranger.steps import large_step as large_step
+from optax_ranger.steps import mask_contradictions as mask_contradictions
 from optax_ranger.steps import scale_by_ngs as scale_by_ngs
 from optax_ranger.steps import skip_anomalies as skip_anomalies
 from optax_ranger.steps import skip_nonfinite as skip_nonfinite

@@ -36,6 +36,7 @@ _REFERENCE, _NADAMW = "cosine adamw", "nadamw"
 # Names of ours.
 _NGS, _AROUND = "NGS", "NGS around adamw"
 _NGS_DECAY, _AROUND_DECAY = "NGS then decay", "NGS around adamw then decay"
+_CAUTIOUS_DECAY = "NGS around cautious adamw then decay"
 
 
 def _ngs(rate: Any, schedule: Any = None) -> Any:
@@ -50,6 +51,15 @@ def _decay(steps: int) -> Any:
 
 def _around_decay(rate: Any, steps: int) -> Any:
   return ranger.accelerate(optax.adamw(rate, b2=0.99), schedule=_decay(steps))
+
+
+def _cautious_decay(rate: Any, steps: int) -> Any:
+  inner = ranger.mask_contradictions(optax.adamw(rate, b2=0.99))
+  return ranger.accelerate(inner, schedule=_decay(steps))
+
+
+def _cautious_cosine(rate: Any, steps: int) -> Any:
+  return ranger.mask_contradictions(optax.adamw(_rival_rates.cosine(rate, steps)))
 
 
 def _in_parts(tx: Any) -> Any:
@@ -75,6 +85,7 @@ OPTIMIZERS: dict[str, Callable[[Any, int], Any]] = {
   _NGS_DECAY: lambda rate, steps: _ngs(rate, _decay(steps)),
   _AROUND: lambda rate, _: ranger.accelerate(optax.adamw(rate)),
   _AROUND_DECAY: _around_decay,
+  _CAUTIOUS_DECAY: _cautious_decay,
   "NGS in parts": lambda rate, _: _in_parts(_ngs(rate)),
   "NGS around adamw in parts": lambda rate, _: _in_parts(
     ranger.accelerate(optax.adamw(rate))
@@ -82,6 +93,7 @@ OPTIMIZERS: dict[str, Callable[[Any, int], Any]] = {
   "Nesterov SGD": lambda rate, _: _nesterov(rate),
   "adamw": lambda rate, _: optax.adamw(rate),
   _REFERENCE: lambda rate, steps: optax.adamw(_rival_rates.cosine(rate, steps)),
+  "cautious cosine adamw": _cautious_cosine,
   _NADAMW: lambda _, steps: _rival_rates.nadamw(_rival_rates.NADAMW, steps),
   "muon": lambda rate, _: contrib.muon(rate),
   "prodigy": lambda rate, _: contrib.prodigy(rate),
@@ -242,6 +254,7 @@ def draw(path: pathlib.Path, tables: dict[str, list[_runner.Row]]) -> None:
     _NGS: {"color": "tab:green", "linewidth": 4, "zorder": 5},
     _AROUND: {"color": "tab:blue", "linewidth": 2, "zorder": 4},
     _AROUND_DECAY: {"color": "tab:blue", "linewidth": 4, "zorder": 4},
+    _CAUTIOUS_DECAY: {"color": "tab:cyan", "linewidth": 3, "zorder": 4},
     "Nesterov SGD": {"color": "black", "linestyle": "--", "linewidth": 2},
     "adamw": {"color": "tab:red", "linestyle": ":", "linewidth": 2},
     _REFERENCE: {"color": "tab:red", "linestyle": "--", "linewidth": 2},
@@ -268,7 +281,10 @@ def draw(path: pathlib.Path, tables: dict[str, list[_runner.Row]]) -> None:
     axis.grid(alpha=0.3)
   axes[0, 0].set_ylabel("final training loss (top edge: diverged)")
   figure.legend(
-    handles.values(), handles.keys(), loc="outside lower center", ncols=2 * across
+    handles.values(),
+    handles.keys(),
+    loc="outside lower center",
+    ncols=max(1, 3 * across // 2),
   )
   figure.suptitle("The same steps from starting rates five decades apart")
   figure.savefig(path, dpi=90)

@@ -1,8 +1,9 @@
-"""Step 3 against Nesterov SGD: `python -m benchmarks.speed.acceleration`."""
+"""Step 3 against plain optimizers: `python -m benchmarks.speed.acceleration`."""
 
 import optax
 
 from benchmarks.speed import _measure
+from benchmarks.speed import _steps
 import optax_ranger as ranger
 
 _RATE = 1e-3
@@ -14,34 +15,22 @@ def one_step_rows(rounds: int = 20, width: int = 2048) -> list[_measure.Row]:
   rate = optax.scale_by_learning_rate(_RATE)
   sgd = optax.sgd(_RATE, momentum=0.9, nesterov=True)
   adamw = optax.adamw(_RATE)
-  room = f"{0.01 * sum(leaf.nbytes for leaf in params) / 1e6:.3g} MB"
+  per_leaf = optax.chain(ranger.scale_by_ngs(per_leaf=True), rate)
+  cautious = ranger.mask_contradictions(adamw)
+  reach = f"1.35, under {_steps.room(params)}"
   pairs = (
-    ("scale_by_ngs", optax.chain(ranger.scale_by_ngs(), rate), "Nesterov SGD", sgd),
     (
-      "scale_by_ngs, per leaf",
-      optax.chain(ranger.scale_by_ngs(per_leaf=True), rate),
+      "scale_by_ngs",
+      optax.chain(ranger.scale_by_ngs(), rate),
       "Nesterov SGD",
       sgd,
+      reach,
     ),
-    ("accelerate(adamw)", ranger.accelerate(adamw), "adamw", adamw),
+    ("scale_by_ngs, per leaf", per_leaf, "Nesterov SGD", sgd, reach),
+    ("accelerate(adamw)", ranger.accelerate(adamw), "adamw", adamw, reach),
+    ("mask_contradictions(adamw)", cautious, "adamw", adamw, "-"),
   )
-  rows = []
-  for name, tx, rival_name, rival in pairs:
-    ours = _measure.training(tx, params, gradients)
-    theirs = _measure.training(rival, params, gradients)
-    seconds, rival_seconds = _measure.measure(name, [ours, theirs], rounds, calls=3)
-    rows.append(
-      _measure.Row(
-        f"{name}, {_measure.millions(params)}",
-        rival_name,
-        seconds,
-        rival_seconds,
-        f"1.35, under {room}",
-        ours.temporaries,
-        theirs.temporaries,
-      )
-    )
-  return rows
+  return _steps.step_rows(pairs, params, gradients, rounds)
 
 
 def main() -> None:

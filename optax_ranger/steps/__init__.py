@@ -8,6 +8,7 @@ r"""The five steps, each an Optax gradient transformation, one idea a file.
 \                      `_guarding`        spikes, and non-finite gradients
 3  NGS                 `_acceleration`    a learning rate that is a guess
 \                      `_factor`          its learned acceleration factor
+\                      `_masking`         updates that contradict the gradient
 4  aggregation         `_aggregation`     many gradients that become one
 \                      `_robust`          members that send corrupted gradients
 \                      `_devices`         devices as members
@@ -47,6 +48,8 @@ from optax_ranger.steps._guarding import skip_anomalies as skip_anomalies
 from optax_ranger.steps._guarding import skip_nonfinite as skip_nonfinite
 from optax_ranger.steps._lookahead import LookaheadState as LookaheadState
 from optax_ranger.steps._lookahead import smooth_by_lookahead as smooth_by_lookahead
+from optax_ranger.steps._masking import MaskState as MaskState
+from optax_ranger.steps._masking import mask_contradictions as mask_contradictions
 from optax_ranger.steps._predictions import PredictionState as PredictionState
 from optax_ranger.steps._predictions import smooth_predictions as smooth_predictions
 from optax_ranger.steps._predictions import smoothed_predictions as smoothed_predictions

@@ -221,6 +221,21 @@ CASES = (
     foreign=True,
     skips=True,
   ),
+  Case(
+    "mask_contradictions-sgd",
+    "mask_contradictions",
+    {"inner": optax.sgd(0.1, momentum=0.9)},
+    static=("inner",),
+    skips=True,
+  ),
+  Case(
+    "mask_contradictions-adam",
+    "mask_contradictions",
+    {"inner": optax.adam(0.1, eps=1e-3)},
+    static=("inner",),
+    foreign=True,
+    skips=True,
+  ),
   Case("smooth_by_ema", "smooth_by_ema", {"decay": 0.9}, absorbs=False, by_entry=True),
   Case(
     "smooth_by_ema-uniform",

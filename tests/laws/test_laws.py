@@ -180,6 +180,9 @@ def _poison(case, gradients, value):
   "accelerate", "A non-finite gradient gives zeros and changes only a"
 )
 @pytest.mark.guarantees(
+  "mask_contradictions", "A non-finite gradient gives zeros and changes only a"
+)
+@pytest.mark.guarantees(
   "ranger", "A non-finite gradient gives zeros and changes only a"
 )
 @pytest.mark.guarantees(

@@ -669,11 +669,13 @@ STEPS = {
   "scale_by_ngs": ranger.scale_by_ngs,
   "skip_nonfinite": lambda: ranger.skip_nonfinite(optax.sgd(0.1)),
   "accelerate": lambda: ranger.accelerate(optax.sgd(0.1)),
+  "mask_contradictions": lambda: ranger.mask_contradictions(optax.sgd(0.1)),
   "smooth_by_ema": lambda: ranger.smooth_by_ema(0.9),
   "smooth_by_lookahead": ranger.smooth_by_lookahead,
   "ranger_radam": lambda: ranger.ranger_radam(0.1),
 }
-GUARDS = ("skip_anomalies", "skip_nonfinite")  # They know no parameters.
+# They know no parameters.
+GUARDS = ("skip_anomalies", "skip_nonfinite", "mask_contradictions")
 COPIES = ("smooth_by_ema", "smooth_by_lookahead", "ranger_radam")
 each_step = pytest.mark.parametrize("name", STEPS)
 
