@@ -192,7 +192,7 @@ def report(tables: dict[str, list[_runner.Row]]) -> str:
         good = spec.good(values, spec.best(reference)).sum() if len(reference) else "-"
         lines.append([name, *cells, str(good)])
     if lines:
-      heads = ["starting rate", *(f"{rate:g}" for rate in RATES), "rates that do"]
+      heads = ["starting rate", *(f"{rate:g}" for rate in RATES), "rates that match"]
       texts.append(
         f"**{problem}**, {spec.figure}, mean of the seeds\n\n"
         + _report.markdown(heads, lines)
