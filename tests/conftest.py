@@ -1,6 +1,8 @@
 """The one place that configures the tests: devices, strictness, shared fixtures."""
 
 import collections
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import importlib.util
@@ -82,12 +84,24 @@ gc.set_threshold(100_000, 50, 100)
 def _memory():
   """Programs of earlier modules stay, as long as there is room for them."""
   yield
-  if _resident() > _ROOM:
-    jax.clear_caches()
-    gc.collect()
+  _clear_beyond(_ROOM)
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_a_long_module():
+  yield
+  _clear_beyond(2 * _ROOM)
 
 
 _ROOM = 0.8 * 2**30  # bytes
+
+
+def _clear_beyond(room):
+  if _resident() > room:
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc keeps it otherwise.
+      ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident():
