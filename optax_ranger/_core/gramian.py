@@ -58,7 +58,7 @@ def frame(sizes: Array, weights: Array) -> Frame:
   sizes = sizes.astype(weights.dtype)
   positive = jnp.where(sizes > 0, weights, jnp.zeros_like(weights))
   unit = weighted_median(sizes, positive)
-  # Of the median's size: no lie that is large. The first one, where several are.
+  # A member of median size, so no large outlier; the first if there are several.
   there = jnp.logical_and(positive > 0, sizes == unit)
   first = jnp.logical_and(there, jnp.cumsum(there) == 1)
   unit = jnp.where(unit > 0, unit, jnp.ones_like(unit))

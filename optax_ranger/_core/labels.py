@@ -153,7 +153,7 @@ def _check(name: str, values: np.ndarray, num_classes: int | None) -> None:
     values = values.astype(np.int32)
   if (wide := values[_too_wide(values)]).size:
     raise ValueError(
-      f"{name} must fit 32 bits, got {wide[0]}: hashes are no classes. Number them,"
+      f"{name} must fit 32 bits, got {wide[0]}: pass no hashes. Number the classes,"
       f" for example with np.unique({name}, return_inverse=True)[1]."
     )
   if values.size and values.min() < -1:
@@ -204,8 +204,8 @@ def _present(name: str, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   is_wide = values.dtype.kind == "O" and isinstance(values[0], int)
   if values.dtype.kind not in "iuUS" and not is_wide:
     raise TypeError(
-      f"{name} must hold integers, got {column.dtype}; strings are taken too, and"
-      " None or NaN for what is missing."
+      f"{name} must hold integers, got {column.dtype}; strings are allowed, and"
+      " None or NaN for missing values."
     )
   return values, missing
 
@@ -222,10 +222,8 @@ def _of_objects(name: str, values: list[Any]) -> np.ndarray:
   array = np.array(values)
   strings = {isinstance(value, (str, bytes)) for value in values}
   if len(strings) > 1 or array.ndim != 1:
-    raise TypeError(
-      f"{name} must hold integers or strings, not both or anything else, got"
-      f" {values[0]!r} and others."
-    )
+    kinds = sorted({type(value).__name__ for value in values})
+    raise TypeError(f"{name} must hold integers or strings, not both, got {kinds}.")
   return array
 
 

@@ -118,7 +118,7 @@ def clean_weights(
   else:
     validate.shape("member_weights", member_weights, (n,))
     asked = replicate(jnp.asarray(member_weights).astype(dtype))
-  # Both comparisons are False for NaN: a weight that is none counts as zero.
+  # Both comparisons are False for NaN: a weight of NaN counts as zero.
   usable = jnp.logical_and(asked > 0, asked < jnp.inf)
   declared = jnp.where(usable, asked, jnp.zeros_like(asked)).sum()
   if finite is not None:

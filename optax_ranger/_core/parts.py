@@ -28,7 +28,7 @@ from optax_ranger._core.types import PyTree
 SMALLEST = 2**16
 # Entries of a part that are enough, for a leaf that has more than eight times as many.
 _ENOUGH = 2**17
-# Entries that lie side by side, if they can, and that must: a cache line.
+# Contiguous entries: the number wanted, and the least, a cache line.
 _RUN = 2**9
 _LINE = 2**4
 # Entries of a block: it stays in the cache of a core.

@@ -172,9 +172,7 @@ def same_rows(name: str, tree: PyTree, n: int) -> None:
   """Refuses an extra arg of other than one row for each of the batch's."""
   length = leading_axis(name, tree)
   if length is not None and length != n:
-    raise ValueError(
-      f"{name} must have one row for each of the batch's {n}, got {length}."
-    )
+    raise ValueError(f"{name} must have one row per example, {n} in all, got {length}.")
 
 
 def reduced(name: str, tree: PyTree, like: PyTree, step: str) -> None:
@@ -215,8 +213,8 @@ def state(given: Any, kind: type, step: str) -> None:
       " flax.serialization.from_state_dict(tx.init(params), restored)."
     )
   raise TypeError(
-    f"{needs} that of another transformation. Start with tx.init(params), and put"
-    " what shall go on into its fields with _replace."
+    f"{needs} that of another transformation. Start with tx.init(params), and copy"
+    " the fields to keep with _replace."
   )
 
 
@@ -237,7 +235,7 @@ def spelling(given: Iterable[str], known: Sequence[str], step: str) -> None:
 
 
 _OF_A_MODEL = (
-  " Of a model, pass the parameters alone: nnx.state(model, nnx.Param), or"
+  " For a model, pass only its parameters: nnx.state(model, nnx.Param), or"
   " eqx.filter(model, eqx.is_inexact_array)."
 )
 
@@ -300,7 +298,7 @@ def _array(leaf: Any, where: str, step: str, hint: str = "") -> None:
     return
   if isinstance(leaf, (bool, int, float, complex)):
     raise TypeError(
-      f"{step} needs arrays, got the Python number {leaf!r} at {where}: make it one"
+      f"{step} needs arrays, got the Python number {leaf!r} at {where}: convert it"
       f" with jnp.asarray({leaf!r})."
     )
   kind = "a function" if callable(leaf) else f"a {type(leaf).__name__}"

@@ -202,8 +202,8 @@ def _named(find_neighbors: Callable[..., Any], items: dict[str, Any]) -> dict[st
     required = one.default is one.empty and one.kind is not one.VAR_KEYWORD
     if required and one.name not in items:
       raise ValueError(
-        f"find_neighbors asks for {one.name!r}, which is neither in the batch, nor in"
-        f" aux, nor an extra arg; there are {sorted(items)}."
+        f"find_neighbors asks for {one.name!r}, which is not in the batch, aux or the"
+        f" extra args; available: {sorted(items)}."
       )
   accepts = accepted_names(find_neighbors)
   return {name: item for name, item in items.items() if accepts(name)}

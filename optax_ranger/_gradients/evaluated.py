@@ -145,7 +145,7 @@ def refuse_other_than_a_loss_each(losses: Array, n: int) -> None:
       f"per_example_losses must return losses of shape [{n}], one for each row (of a"
       f" device and a micro-batch, where there are several), got"
       f" {list(jnp.shape(losses))}: leave out the mean over the batch, and name extra"
-      " args that hold one row an example in row_args=."
+      " args with one row per example in row_args=."
     )
 
 

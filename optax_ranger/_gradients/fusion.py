@@ -278,7 +278,7 @@ def gradient_of(
       return _by_mean(problem, state, shards, rows.get("member_weights"), options)
     over = optax.with_extra_args_support(step)
     state = over.init(params) if state is None else state
-    # What differs from device to device without being rows is for the losses alone.
+    # Args that differ between devices but hold no rows go to the losses only.
     whole = {
       name: arg
       for name, arg in whole.items()
@@ -363,7 +363,7 @@ def _by_step(
       raise
     return _by_examples(problem, step, state, shards, plan)
   if options.num_micro_batches > 1 and not values_first:
-    # What the losses say of the examples came after the weights.
+    # The losses were known only after the weights.
     gathered = arguments.gather(shards, plan, found.known, gathered)
     args = arguments.step_arguments(plan, gathered)
   grads = (options.reduce or shards.sum)(found.grads)

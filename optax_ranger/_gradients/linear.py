@@ -16,7 +16,7 @@ from optax_ranger._core.types import PyTree
 _NOT_ONE_WEIGHT = (
   "the step is linear in the per-example gradients, but it is not one weight"
   " per example: it treats the parameters of one leaf, or of leaves of"
-  " different shapes, unlike each other (optax.centralize after a mean does)."
+  " different shapes, differently (as optax.centralize after a mean does)."
   " Keep only per-example steps and aggregations in it, and chain the rest"
   " with the optimizer."
 )
@@ -185,7 +185,7 @@ def reads(
 ) -> dict[str, Any]:
   """Which of the arrays in `rows`, given as extra args, a step looks at."""
   others = {name: arg for name, arg in extra_args.items() if name not in rows}
-  # One leaf [n] as in a fusion; the step may take no array for granted.
+  # One leaf of shape [n], as in a fusion.
   apply = lambda rows: step.update(
     jnp.zeros([n], jnp.float32), state, None, **{**others, **rows}
   )

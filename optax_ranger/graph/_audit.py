@@ -215,7 +215,7 @@ def audit(
     if voters is not None:
       votes = voters.votes(part)
       some = votes.any(axis=1, keepdims=True)
-      # On the scale of votes: so many of k.
+      # Scaled to numbers of votes out of k.
       found.append(np.where(some, np.log(votes * voters.scale + 0.5), np.nan))
     if predicted is not None:
       # NaN stays: no witness.

@@ -288,6 +288,6 @@ def _check(features, k, backend, metric, mesh, axis_name) -> None:
   other = metric != "cosine" or backend != "auto" or mesh is not None
   if _sparse.is_sparse(features) and other:
     raise ValueError(
-      "sparse features need metric='cosine', backend='auto' and no mesh, got"
-      f" metric={metric!r}, backend={backend!r}."
+      "sparse features need metric='cosine', backend='auto', mesh=None, got"
+      f" {metric=}, {backend=}, {mesh=}."
     )

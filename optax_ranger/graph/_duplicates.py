@@ -23,7 +23,7 @@ class Groups(NamedTuple):
 
 def find(rows: np.ndarray) -> Groups:
   """Groups equal rows, by a hash that is then checked."""
-  zero = np.zeros([], rows.dtype)  # Minus zero is zero.
+  zero = np.zeros([], rows.dtype)  # -0.0 + 0.0 is 0.0.
   bits = np.ascontiguousarray(rows + zero).view(np.uint32)
   factors = np.random.default_rng(0).integers(0, 2**63, bits.shape[1], np.uint64) * 2
   hashes = np.zeros([len(rows)], np.uint64)

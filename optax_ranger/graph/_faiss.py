@@ -49,7 +49,7 @@ def flat(points: _points.Points, k: int, metric: str, progress: bool) -> Any:
   slack = _points.slack(rows)
   lengths = np.where(np.isfinite(terms), terms, 0)
   bound = squares[:, -1] - slack * (lengths + lengths.max())
-  # Two of 2: a row without a direction stands elsewhere for FAISS.
+  # In FAISS, zero rows are not at squared distance 2, as here.
   sure = last * (1 + slack) < bound
   if metric == "cosine" and not rows.any(axis=1).all():
     sure &= rows.any(axis=1) & (last < 2 * (1 - slack))

@@ -136,9 +136,9 @@ def load(path: str | os.PathLike[str], *, features: Any = None) -> Neighbors:
   known = str(found.get("fingerprint"))
   complete = all(array is not None for array in arrays.values())
   if not complete or str(found.get("sum")) != _checksum(arrays, known):
-    raise ValueError(f"{path} is damaged: its checksum is another one.")
+    raise ValueError(f"{path} is damaged: its checksum differs.")
   if features is not None and known != fingerprint(features):
-    raise ValueError(f"{path} was built of other features.")
+    raise ValueError(f"{path} is for other features.")
   return Neighbors(**{name: jnp.asarray(arrays[name]) for name in arrays})
 
 

@@ -80,9 +80,7 @@ class NeighborBatches(Iterator[dict[str, np.ndarray]]):
 
   def set_state(self, state: dict[str, int]) -> None:
     if state["seed"] != self._seed:
-      raise ValueError(
-        f"the state is of seed {state['seed']}, these batches of {self._seed}."
-      )
+      raise ValueError(f"state['seed'] must be {self._seed}, got {state['seed']}.")
     self._epoch, self._batch = state["epoch"], state["batch"]
 
 

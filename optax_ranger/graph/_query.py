@@ -70,7 +70,7 @@ def query(
   m = len(queries)
   n = len(both) - m
   if k > n:
-    raise ValueError(f"k must be at most the number of features, n = {n}, got {k}.")
+    raise ValueError(f"k must be at most the rows of features, n = {n}, got {k}.")
   validate.choice("metric", metric, _nearest.METRICS)
   narrowed, own = _double.narrow(both, metric)
   own = _double.own_rows(both, metric) if own is None else own

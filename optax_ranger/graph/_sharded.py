@@ -37,7 +37,7 @@ def build(
   )
   found = _nearest.uniform(indices, distances)
   if n % size:
-    # Not as many as the devices can share evenly: the rows come home.
+    # The devices can't share n rows evenly: return them to the host.
     found = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:n]), found)
   return found, int(repaired)
 
@@ -58,8 +58,8 @@ def _search_of(
     def fetch(block):
       owner, part = block // parts, block % parts
       mine = _points.cut(points, part * keys, keys)
-      # A sum with zeros: what every platform's collectives can do. One at a time:
-      # two that don't wait for each other may start in another order elsewhere.
+      # A sum with zeros works on every platform. Only one collective at a time:
+      # two independent ones may start in another order on another device.
       both = jnp.concatenate([mine.rows, mine.term[:, None]], axis=1)
       both = add(jnp.where(me == owner, both, jnp.zeros_like(both)))
       arrived = mine._replace(rows=both[:, :-1], term=both[:, -1])

@@ -29,7 +29,7 @@ def build(features: Any, k: int, progress: bool) -> tuple[np.ndarray, np.ndarray
   values = values / np.where(largest > 0, largest, 1)[owner]
   norms = np.sqrt(np.bincount(owner, values**2, n))
   values = values / np.where(norms > 0, norms, 1)[owner]
-  # Other places may be stored in another order: sums in one order tie exactly.
+  # Entries may be stored in any order: sums in one order make exact ties.
   rows = type(rows)((values, rows.indices, rows.indptr), shape=rows.shape)
   rows.sum_duplicates()
   keys = rows.T.tocsr()

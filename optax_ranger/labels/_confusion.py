@@ -343,7 +343,7 @@ def forward_corrected_loss(
   label, dtype = _rows.label_rows(labels, logits), logits.dtype
   confusion = _stochastic(jax.lax.stop_gradient(confusion.astype(dtype)))
   there = _rows.read_mask(mask, label.any(axis=-1))
-  # Selected before the logarithms too: a gradient of zero times infinity is none.
+  # Selected before the logarithms too: a gradient of zero times infinity is NaN.
   logits = jnp.where(per_row(there, logits), logits, jnp.zeros_like(logits))
   said, power = jax.nn.log_softmax(logits), numerics.scalar(exponent, dtype)
   if _rows.is_soft(labels, logits.ndim - 1):

@@ -16,7 +16,7 @@ from optax_ranger._core.sharding import replicate
 from optax_ranger._core.types import Array
 from optax_ranger.labels import _rows
 
-# Of the kernel, in distances to the fifth neighbor among so many examples.
+# Kernel width, in distances to the fifth neighbor among 2048 examples.
 _WIDTH, _NEIGHBOR, _AMONG = 3.0, 5, 2048
 # Multiples of the mean eigenvalue, and how sharp the predictions may be.
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -19,8 +19,8 @@ from optax_ranger.neighbors import _weights
 
 # The median absolute value of a standard normal draw, inverted.
 _NORMAL = 1.482602218505602
-# The distance, in scales, at which support has fallen to one half; the most of them
-# by which neighbors' own spread counts.
+# The distance, in scales, at which support has fallen to one half; also the limit
+# of the neighbors' own spread.
 _HALF = 3.0
 
 
@@ -319,7 +319,7 @@ def _slope(primals: Any, tangents: Any) -> tuple[Array, Array]:
 def _small(residuals: Array, tau: Array) -> tuple[Array, Array]:
   """U = |r| / tau or 1 / u, whichever is at most one, and whether it is 1 / u."""
   size = jnp.abs(residuals)
-  far = jnp.logical_not(size <= tau)  # Not a number is far, and comes through.
+  far = jnp.logical_not(size <= tau)  # NaN counts as far, and stays NaN.
   return jnp.where(far, tau, size) / jnp.where(far, size, tau), far
 
 
@@ -331,7 +331,7 @@ def _scale(values: Array, weights: Array, center: Array | None) -> Array:
     center = _median(values, weights)
   away = jnp.abs(values - center[:, None])
   half = _median(away, weights)
-  # More than half are equal: of the others, as zero would tell nothing.
+  # If over half are equal, use the others: a scale of zero is useless.
   other = jnp.where(away > 0, weights, jnp.zeros_like(weights))
   half = jnp.where(half > 0, half, _median(away, other))
   return numerics.scalar(_NORMAL, half.dtype) * half

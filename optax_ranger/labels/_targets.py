@@ -11,7 +11,7 @@ from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
 from optax_ranger.labels import _rows
 
-# The logarithm of what is left of one must stay finite, and its slope useful.
+# The least 1 - agreement, so that its logarithm and slope stay bounded.
 _LEAST = 1e-4
 
 

@@ -178,7 +178,7 @@ class Graph:
     validate.integers("edges", edges)
     if regions.ndim != 1 or not (regions >= 0).any():
       raise ValueError(
-        "regions must have shape [nodes] and hold one region at least, got shape"
+        "regions must have shape [nodes] and hold an id of 0 or more, got shape"
         f" {list(regions.shape)}."
       )
     if edges.size and (edges.min() < 0 or edges.max() >= len(regions)):

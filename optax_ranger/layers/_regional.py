@@ -98,7 +98,7 @@ class RegionalAggregator(nnx.Module):
     if isinstance(local, nnx.Module):
       if not shared:
         raise ValueError(
-          "shared=False needs a function local = rngs -> module, got a module."
+          "shared=False needs local to be a function of rngs, got a module."
         )
       self.local = local
     elif not callable(local):

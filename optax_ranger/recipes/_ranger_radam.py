@@ -244,7 +244,7 @@ def _centralized(path: Any, leaf: Array, output_axis: int | None, depth: int) ->
   where = f"updates{jax.tree_util.keystr(path)} of shape {list(leaf.shape)}"
   rank = leaf.ndim - depth
   if rank < 0:
-    raise ValueError(f"stack_axes must be axes of {where}, got {depth}.")
+    raise ValueError(f"{where} has fewer than stack_axes={depth} axes.")
   if output_axis is None or rank < 2:
     return wide
   if not -rank <= output_axis < rank:

@@ -18,8 +18,8 @@ from optax_ranger._core.types import Array
 from optax_ranger._core.types import Scalar
 from optax_ranger.labels import _rows
 
-# Shares of noise: learned features that see less than this part of what the given
-# features see have memorized labels, and are not believed.
+# Learned features that find less than this share of the noise that the given
+# features find have memorized labels, and are not used.
 _LEAKED = 0.6
 # Random features for those that a network has learned, which are simpler.
 _RANDOM = 256

@@ -279,7 +279,7 @@ def _check_window(state: AccumulateState, updates: PyTree, keeps: bool) -> None:
     else ("every of more than 1 needs a window", "none")
   )
   raise ValueError(
-    f"accumulate with {one}, but this state has {other}: it is that of another every."
+    f"accumulate with {one}, but this state has {other}: it is from another every=."
     " Close an open window with the step that made it (last=True), then go on with"
     " tx.init(params)._replace(inner_state=state.inner_state)."
   )

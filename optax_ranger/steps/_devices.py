@@ -179,7 +179,7 @@ def _refuse_reduced(updates: PyTree, names: tuple[str, ...]) -> None:
       axes = ", ".join(repr(axis) for axis in sorted(missing))
       raise ValueError(
         f"updates{jax.tree_util.keystr(path)} is the same over the mesh axis"
-        f" {axes}: JAX has summed it, honest or not, before across_devices could"
-        " look. Mark the parameters with jax.lax.pcast(params, axis,"
+        f" {axes}: JAX has already summed it over the devices."
+        " Mark the parameters with jax.lax.pcast(params, axis,"
         " to='varying') before the gradient is computed."
       )

@@ -13,11 +13,11 @@ from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Schedule
 
-# How fast the hurry of the start cools: with each full turn of the gradient
-# against the last direction, it falls by the square root of two.
+# How fast `hurry` falls: each time the gradient points fully against the last
+# direction, it is divided by the square root of two.
 _COOLING = 0.5
-# The running squared norm forgets a tenth a step, and no gradient counts for
-# more than a hundred times it: an explosion must not become the new normal.
+# The running squared norm decays by a tenth per step, and a gradient counts
+# for at most a hundred times it, so that an explosion does not dominate.
 _MEMORY = 0.9
 _LARGEST_GROWTH = 100.0
 
@@ -174,8 +174,8 @@ class Hyper(NamedTuple):
     cooled = jnp.maximum(hurry * jnp.exp2(_COOLING * against), 1)
     hurry = jnp.where(exploded, jnp.ones_like(hurry), cooled)
 
-    # Shrinking slower than growing: noise alone turns the gradient against the
-    # last step, at any rate that is worth having.
+    # It shrinks more slowly than it grows: at any useful learning rate, noise
+    # alone turns the gradient against the last step.
     pull = jnp.where(cosine < 0, numerics.scalar(self.shrink) * cosine, cosine)
     brake = jnp.where(rate > 0, explosion, jnp.ones_like(explosion))
     if held is not None:

@@ -163,10 +163,10 @@ def look_ahead(
   full = state.count + 1 >= numerics.scalar(every, jnp.int32)
   sync = jnp.logical_and(advance, full)
 
-  # The slow copy is brought up to date when its next window begins: the
-  # parameters are equal to it then, and it depends on no update. Writing it
-  # together with the return would cost a buffer and twice the time. So is the
-  # velocity v, by the slow copy's move, (1 + momentum) v - momentum * old v.
+  # The slow copy is updated when its next window begins: the parameters are
+  # equal to it then, and it depends on no update. Writing it at the end of a
+  # window would cost a buffer and twice the time. The velocity v is updated
+  # too, from the slow copy's move, (1 + momentum) v - momentum * old v.
   def gather(velocity: Array, slow: Array, param: Array) -> Array:
     if slow.dtype != param.dtype:
       return velocity
@@ -194,7 +194,7 @@ def look_ahead(
     back = moved(slow, update, param, *velocity) - param.astype(slow.dtype)
     return jnp.where(sync, back.astype(update.dtype), update)
 
-  # Parameters that round their slow copy can't bring it up to date.
+  # Lower-precision parameters can't update their slow copy.
   def keep(slow: Array, update: Array, param: Array, *velocity: Array) -> Array:
     if slow.dtype == param.dtype:
       return slow

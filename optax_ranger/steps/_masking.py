@@ -18,7 +18,7 @@ from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
 
-# Of a leaf's entries: fewer that are kept are scaled as if they were so many.
+# Kept entries are divided by their share of the leaf, but at least by this.
 _LEAST_SHARE = 1e-3
 
 

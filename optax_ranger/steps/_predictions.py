@@ -24,7 +24,7 @@ from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 
-# Of the sum of probabilities: several roundings to bfloat16.
+# Allowed error of a sum of probabilities, for bfloat16 rows.
 _TOLERANCE = 1 / 64
 
 
@@ -268,7 +268,7 @@ def _local(ids: Array, table: Array, axis_name: str | tuple[str, ...]) -> Array:
 
 def _rows(table: Array, ids: Array) -> Array:
   """The rows of these ids in float32, zeros for those out of range."""
-  # Past the end: negative indices would be counted from there first.
+  # Past the end: JAX would count negative indices from the end.
   ids = jnp.where(ids >= 0, ids, jnp.full_like(ids, table.shape[0]))
   rows = table.at[ids].get(mode="fill", fill_value=0)
   return rows.astype(jnp.float32)

@@ -74,7 +74,7 @@ def collectives(step: Any) -> list[Collective]:
     step = step.compile()
   if not isinstance(step, jax.stages.Compiled):
     raise TypeError(
-      "collectives needs what jax.jit(f).lower(...) gives, or that compiled, got"
+      "step must be the result of jax.jit(f).lower(...), compiled or not, got"
       f" {type(step).__name__}."
     )
   computations, entry = _parse(step.as_text() or "")

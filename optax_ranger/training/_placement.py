@@ -20,7 +20,7 @@ from optax_ranger._core.tree import unboxed
 from optax_ranger._core.types import PyTree
 
 WHOLE = PartitionSpec()
-# What a row that is no example holds; other arrays repeat their last row.
+# Values of padding rows; other arrays repeat their last row.
 _FILL = {"example_ids": -1, "member_weights": 0}
 
 
@@ -197,7 +197,7 @@ class Placement:
       if jnp.shape(leaf) != shape and jnp.shape(leaf)[1:] != shape:
         raise ValueError(
           f"accumulated{jax.tree_util.keystr(path)} must have the parameter's shape"
-          f" {list(shape)}, or that of parts of it, one a device, got"
+          f" {list(shape)}, or that after an axis over devices, got"
           f" {list(jnp.shape(leaf))}."
         )
       if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -295,7 +295,7 @@ def _on_host(leaf: Any, name: str) -> np.ndarray:
   everywhere = lambda leaf: leaf.is_fully_addressable or leaf.is_fully_replicated
   if isinstance(leaf, jax.Array) and not everywhere(leaf):
     raise ValueError(
-      f"{name}, of shape {list(leaf.shape)}, is that of another number of devices or"
+      f"{name} of shape {list(leaf.shape)} was made on another number of devices or"
       " another reduce=, and no process has all of it: restore it whole on each."
     )
   return np.asarray(leaf)

@@ -171,15 +171,14 @@ def train_step(
   on_emission = reduce == "on_emission"
   if on_emission and (mesh is None or partition != "shard_map" or shard_state):
     raise ValueError(
-      'reduce="on_emission" keeps gradients apart on the devices of a mesh: it'
-      ' needs mesh=, partition="shard_map" and shard_state=False.'
+      'reduce="on_emission" needs mesh=, partition="shard_map" and shard_state=False,'
+      f" got {mesh=}, {partition=} and {shard_state=}."
     )
   if shard_state and mesh is None:
-    raise ValueError("shard_state splits the state over devices: it needs mesh=.")
+    raise ValueError("shard_state=True needs mesh=, got None.")
   if partition is None and mesh is not None:
     raise ValueError(
-      "partition=None leaves the mapping to the caller, who has the mesh: mesh= must"
-      " be None."
+      f"partition=None leaves the mapping to the caller: mesh must be None, got {mesh}."
     )
   body = _update.Update(
     per_example_losses,
@@ -237,8 +236,8 @@ class TrainStep:
     if self._reduce_on_emission:
       if not jax.tree.leaves(states.windows(state)):
         raise ValueError(
-          'reduce="on_emission" needs accumulate(...) in the optimizer, with every'
-          " other than 1."
+          'reduce="on_emission" needs accumulate(...) in the optimizer, not with'
+          " every=1."
         )
       count = self._placement.num_devices
       state = states.map_windows(
@@ -337,9 +336,9 @@ class TrainStep:
     to = self._batch_size * placement.num_local_devices // placement.num_devices
     if to % shares or n > to:
       raise ValueError(
-        f"batch_size must hold the batch, of {n} rows in this process, and its part"
-        f" of each process be a multiple of {shares} (devices times micro-batches),"
-        f" got {self._batch_size}."
+        f"batch_size must hold the batch, {n} rows in this process, and give each"
+        f" process a multiple of {shares} rows (devices times micro-batches), got"
+        f" {self._batch_size}."
       )
     return to
 
@@ -470,7 +469,7 @@ def _check_params(params: PyTree) -> None:
       )
     if not hasattr(leaf, "dtype"):
       raise TypeError(
-        f"{name} must be an array, got {leaf!r}: make it one with jnp.asarray, so"
+        f"{name} must be an array, got {leaf!r}: convert it with jnp.asarray, so"
         " that its type does not change from step to step."
       )
 

@@ -215,9 +215,9 @@ class Update(NamedTuple):
       open_ended = one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
       if one.default is one.empty and not open_ended and one.name not in known:
         raise ValueError(
-          f"per_example_losses takes {one.name}=: pass it, update(...,"
-          f" {one.name}=...), or have it remembered: smoothed= needs"
-          " smooth_predictions in the optimizer, and update(..., example_ids=...)."
+          f"per_example_losses takes {one.name}=: call update(..., {one.name}=...)."
+          " smoothed= comes from smooth_predictions in the optimizer, if you call"
+          " update(..., example_ids=...)."
         )
 
 
@@ -241,7 +241,7 @@ def _metrics(found: fusion.Evaluated, given: Given, shards: Shards) -> dict[str,
       jax.tree.map(add, {**means, "loss": found.losses}),
       _summed_statistics(found.statistics, weights),
       weights.sum(),
-      # A float, so that it rides along with the others.
+      # A float, so that it is summed with the others.
       jnp.logical_and(asked != 0, jnp.logical_not(present)).sum(dtype=dtype),
     )
   )
@@ -260,7 +260,7 @@ def _summed_statistics(statistics: dict[str, Any], weights: Array) -> dict[str, 
 
   def add(leaf):
     num = leaf.shape[0]
-    # Rows of micro-batches take turns.
+    # Row i is in micro-batch i % num.
     part = weights.reshape(-1, num).sum(axis=0)
     there = jnp.expand_dims(part > 0, tuple(range(1, leaf.ndim)))
     if jnp.issubdtype(leaf.dtype, jnp.integer):

@@ -470,7 +470,7 @@ REFUSALS = {
   "stack_axes that are not there": (
     lambda: call(ranger.ranger_radam(0.1, stack_axes=3), {"a": ROWS}, {"a": ROWS}),
     ValueError,
-    r"stack_axes must be axes of updates\['a'\] of shape \[6, 4\], got 3",
+    r"updates\['a'\] of shape \[6, 4\] has fewer than stack_axes=3 axes",
   ),
   "axes that are traced": (
     lambda: optax.inject_hyperparams(ranger.ranger_radam)(0.1).init(ROWS),
