@@ -19,8 +19,8 @@ from optax_ranger._core.platforms import for_one_cpu
 from optax_ranger._core.sharding import like
 from optax_ranger._core.sharding import reshard
 from optax_ranger._core.tree import Dot
+from optax_ranger._core.tree import all_finite as tree_all_finite
 from optax_ranger._core.tree import inner_product
-from optax_ranger._core.tree import squared_norm
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 
@@ -91,8 +91,9 @@ def view(leaf: Array) -> View | None:
 
 
 def all_finite(tree: PyTree) -> Array:
-  """Whether the squared norm of those leaves that are looked at in parts is finite."""
-  return jnp.isfinite(squared_norm([x for x in jax.tree.leaves(tree) if view(x)]))
+  """Whether the squares of those leaves are finite that are looked at in parts."""
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if view(leaf)]
+  return tree_all_finite(leaves, squares=True)
 
 
 def zeros(leaf: Array) -> Array:

@@ -17,6 +17,8 @@ from optax_ranger._core.types import PyTree
 
 # So small that no sum of finite numbers overflows.
 _TINY = 2.0**-100
+# So large that the product with a number whose square overflows float32 does too.
+_HUGE = 2.0**64
 # Where a product with a constant vector beats a sum: shorter rows waste it, and
 # the vector itself takes memory.
 _DOT_WIDTHS = range(16, 2**16 + 1)
@@ -37,21 +39,28 @@ def wide_copy(tree: PyTree) -> PyTree:
   )
 
 
-def all_finite(tree: PyTree) -> Array:
+def all_finite(tree: PyTree, *, squares: bool = False) -> Array:
   """Whether every entry of every leaf is finite, as one boolean.
 
   A sum of small multiples is finite exactly when they all are, and is read at
   the speed of memory where `isfinite(...).all()` is not. `max` won't do: on
   CPU, XLA's loses NaN.
+
+  With `squares`, also whether their squares are, in float32: the sum of large
+  multiples of a row (the last axis) is not if one entry is 2^64 or more, and is if
+  the row's magnitudes add up to less.
   """
   checks = []
+  multiple = _HUGE if squares else _TINY
   for leaf in jax.tree.leaves(tree):
     for part in _real_parts(leaf):
+      if squares and part.dtype == jnp.float64:
+        part = part.astype(jnp.float32)
       if part.ndim > 1 and part.shape[-1] in _DOT_WIDTHS and _is_wide(part):
-        tiny = jnp.full(part.shape[-1:], _TINY, part.dtype)
-        checks.append(jnp.isfinite(part @ tiny).all())
+        sums = part @ jnp.full(part.shape[-1:], multiple, part.dtype)
       else:
-        checks.append(jnp.isfinite(_small_multiple(part).sum()))
+        sums = _multiple(part, multiple).sum(axis=-1 if squares and part.ndim else None)
+      checks.append(jnp.isfinite(sums).all())
   if not checks:
     return jnp.asarray(True)
   return jnp.stack(checks).all()
@@ -63,7 +72,7 @@ def finite_rows(tree: PyTree, n: int) -> Array:
   for leaf in jax.tree.leaves(tree):
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
       for part in _real_parts(leaf):
-        sums = _small_multiple(part).sum(axis=tuple(range(1, part.ndim)))
+        sums = _multiple(part, _TINY).sum(axis=tuple(range(1, part.ndim)))
         finite = jnp.logical_and(finite, replicate(jnp.isfinite(sums)))
   return finite
 
@@ -134,9 +143,9 @@ def _is_wide(part: Array) -> bool:
   return part.dtype == numerics.wide(part.dtype)
 
 
-def _small_multiple(part: Array) -> Array:
+def _multiple(part: Array, factor: float) -> Array:
   if not _is_wide(part):
     # Another use of the same cast would make XLA keep it, in float32.
     part = jax.lax.optimization_barrier(part)
   dtype = numerics.wide(part.dtype)
-  return part.astype(dtype) * jnp.asarray(_TINY, dtype)
+  return part.astype(dtype) * jnp.asarray(factor, dtype)

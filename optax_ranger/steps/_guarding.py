@@ -75,8 +75,8 @@ def skip_nonfinite(
 
   Guarantees:
     * Finite updates are those of `inner`.
-    * A non-finite update, or one whose squared norm is infinite in float32, changes
-      only the counter.
+    * A non-finite update, or one with an entry whose square is infinite in float32,
+      changes only the counter.
 
   Raises:
     ValueError: for gradients that differ from device to device under
@@ -110,7 +110,7 @@ def skip_nonfinite(
     same = jax.tree.map(lambda leaf: state.num_skipped, updates)
     validate.reduced("updates", updates, same, "skip_nonfinite")
     # Finite entries may still have squares that overflow an inner moment.
-    good = jnp.isfinite(squared_norm(updates))
+    good = all_finite(updates, squares=True)
     result, inner_state = _guarded(
       inner, good, updates, state.inner_state, params, extra_args
     )

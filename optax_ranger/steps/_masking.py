@@ -13,7 +13,7 @@ from optax_ranger._core import replay
 from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import like
-from optax_ranger._core.tree import squared_norm
+from optax_ranger._core.tree import all_finite
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
@@ -28,8 +28,8 @@ class MaskState(NamedTuple):
 
   Attributes:
     count: ``int32``, steps taken so far.
-    num_skipped: ``int32``, updates skipped so far because the gradient, or its
-      squared norm in float32, was not finite.
+    num_skipped: ``int32``, updates skipped so far because an entry of the gradient,
+      or its square in float32, was not finite.
     inner_state: the state of the inner optimizer.
   """
 
@@ -112,7 +112,7 @@ def mask_contradictions(
     same = jax.tree.map(lambda leaf: state.num_skipped, updates)
     validate.reduced("updates", updates, same, "mask_contradictions")
     # Finite entries may still have squares that overflow an inner moment.
-    good = jnp.isfinite(squared_norm(updates))
+    good = all_finite(updates, squares=True)
     nodes, inner_state = replay.guarded(
       lambda old: inner.update(updates, old, params, **extra_args),
       state.inner_state,

@@ -192,7 +192,7 @@ def _poison(case, gradients, value):
   "scale_by_ngs", "A non-finite gradient gives zeros and changes only a"
 )
 @pytest.mark.guarantees(
-  "skip_nonfinite", "A non-finite update, or one whose squared norm is infinite"
+  "skip_nonfinite", "A non-finite update, or one with an entry whose square"
 )
 @each_case
 @pytest.mark.parametrize(
@@ -249,7 +249,8 @@ def test_nothing_poisons(case, value):
 def test_import_touches_no_backend():
   code = (
     "import jax; before = dict(jax.config.values); import optax_ranger;"
-    "assert dict(jax.config.values) == before"
+    "after = dict(jax.config.values);"  # Modules of JAX may add options.
+    "assert {name: after[name] for name in before} == before"
   )
   done = subprocess.run(
     [sys.executable, "-c", code],

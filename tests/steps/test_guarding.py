@@ -39,6 +39,8 @@ def test_a_counter_stops_at_the_largest_number():
 
 @pytest.mark.parametrize("guard", [ranger.skip_nonfinite, ranger.skip_anomalies])
 def test_no_temporaries_of_the_parameters_size(guard):
+  if guard is ranger.skip_anomalies and jax.__version_info__ < (0, 10, 2):
+    pytest.skip("XLA shares the squares of the norm with adamw, and writes them")
   params = [jnp.ones([1024, 1024]) for _ in range(4)]
   size = sum(leaf.nbytes for leaf in params)
   with jax.numpy_dtype_promotion("standard"):

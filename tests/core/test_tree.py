@@ -1,0 +1,53 @@
+"""Finite checks and norms of trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_ranger._core import tree
+
+finite = jax.jit(tree.all_finite, static_argnames="squares")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (5, 64), (2, 3, 2**17)])
+def test_one_bad_entry_is_seen(dtype, shape):
+  leaf = jnp.full(shape, 3e4, dtype)
+  place = (-1,) * len(shape)
+  for squares in (False, True):
+    assert finite({"a": leaf, "b": leaf}, squares=squares)
+    for bad in (np.nan, np.inf, -np.inf):
+      wrong = {"a": leaf, "b": leaf.at[place].set(bad)}
+      assert not finite(wrong, squares=squares)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(4,), (3, 64), (2, 2**16)])
+def test_squares_that_overflow_are_seen(dtype, shape):
+  with jax.enable_x64(dtype == "float64"):
+    signs = jnp.where(jnp.arange(np.prod(shape)) % 2 == 0, 1, -1).reshape(shape)
+    signs = signs.astype(dtype)
+    assert finite(signs * 2.0**47, squares=True)
+    assert finite(2.0**47 * jnp.abs(signs), squares=True)
+    for large in (2.0**64, -1e30):
+      one = jnp.ones(shape, dtype).at[(1,) * len(shape)].set(large)
+      assert not finite(one, squares=True)
+      assert finite(one)
+    assert not finite(signs * 2.0**64, squares=True)
+
+
+def test_nothing_is_finite():
+  assert tree.all_finite({})
+  assert tree.all_finite(jnp.zeros([0, 3]), squares=True)
+
+
+@pytest.mark.parametrize("compile_", [True, False])
+def test_the_squared_norm(compile_):
+  rng = np.random.default_rng(0)
+  parts = [rng.standard_normal(s).astype(np.float32) for s in ((), (3,), (40, 50))]
+  expected = sum((part.astype(float) ** 2).sum() for part in parts)
+  norm = jax.jit(tree.squared_norm) if compile_ else tree.squared_norm
+  np.testing.assert_allclose(norm([jnp.asarray(p) for p in parts]), expected, rtol=1e-6)
+  np.testing.assert_allclose(norm(jnp.array([3 + 4j])), 25)
+  assert norm({}) == 0
