@@ -44,8 +44,7 @@ def average_neighbors(
       (to the sum of ``member_weights=``, when given), so that the learning rate
       keeps its meaning. ``"graph"``: a constant, one over the mean total weight
       of an example in the whole graph, which ``graph_weight=`` gives as the
-      mean of ``weights.sum(axis=1)``. None: :math:`\gamma = 1`, as printed in
-      the sources.
+      mean of ``weights.sum(axis=1)``. None: :math:`\gamma = 1`.
 
   Extra args of ``update``:
     neighbors: ``Neighbors`` with positions in this batch, ``[n, k]``. Negative
@@ -88,10 +87,6 @@ def average_neighbors(
     ...     gradients, step.init(gradients), neighbors=neighbors)
     >>> print(averaged)  # 1 + 2, 2 + 1, (6 + 2) / 2
     [3. 3. 4.]
-
-  References:
-    The pair form and the neighbor-only form of the sources; design page,
-    section 2, step 1.
   """
   validate.choice("normalize", normalize, ("batch", "graph", None))
 
