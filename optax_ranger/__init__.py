@@ -29,6 +29,7 @@ from optax_ranger.recipes import robust_labels as robust_labels
 from optax_ranger.steps import accelerate as accelerate
 from optax_ranger.steps import accumulate as accumulate
 from optax_ranger.steps import across_devices as across_devices
+from optax_ranger.steps import aggregate_by_cagrad as aggregate_by_cagrad
 from optax_ranger.steps import (
   aggregate_by_geometric_median as aggregate_by_geometric_median,
 )
@@ -36,13 +37,17 @@ from optax_ranger.steps import aggregate_by_krum as aggregate_by_krum
 from optax_ranger.steps import aggregate_by_max as aggregate_by_max
 from optax_ranger.steps import aggregate_by_mean as aggregate_by_mean
 from optax_ranger.steps import aggregate_by_median as aggregate_by_median
+from optax_ranger.steps import aggregate_by_mgda as aggregate_by_mgda
 from optax_ranger.steps import aggregate_by_regions as aggregate_by_regions
 from optax_ranger.steps import aggregate_by_sum as aggregate_by_sum
 from optax_ranger.steps import aggregate_by_trimmed_mean as aggregate_by_trimmed_mean
+from optax_ranger.steps import aggregate_by_upgrad as aggregate_by_upgrad
 from optax_ranger.steps import aggregate_by_worst_regions as aggregate_by_worst_regions
 from optax_ranger.steps import average_neighbors as average_neighbors
+from optax_ranger.steps import clip_examples as clip_examples
 from optax_ranger.steps import large_step as large_step
 from optax_ranger.steps import mask_contradictions as mask_contradictions
+from optax_ranger.steps import mix_nearest as mix_nearest
 from optax_ranger.steps import scale_by_ngs as scale_by_ngs
 from optax_ranger.steps import skip_anomalies as skip_anomalies
 from optax_ranger.steps import skip_nonfinite as skip_nonfinite

@@ -1,7 +1,8 @@
-"""Inner products of members, leaf by leaf, for Krum and the geometric median.
+"""Inner products of members, summed leaf by leaf: nothing is concatenated.
 
-They are taken around a center and in a unit that no single member can move far,
-and summed leaf by leaf, so that nothing is concatenated and nothing overflows.
+For Krum and the geometric median they are taken around a center and in a unit that
+no single member can move far; for tasks around zero, each member in a unit of its
+own. So nothing overflows.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from optax_ranger._core.members import keep_rows
 from optax_ranger._core.members import weighted_sum
 from optax_ranger._core.sharding import after
 from optax_ranger._core.sharding import is_sharded
+from optax_ranger._core.sharding import per_row
 from optax_ranger._core.sharding import replicate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
@@ -33,7 +35,7 @@ class Frame(NamedTuple):
     weights: ``float [n]``, the members' weights; absent ones have zero.
     center: ``float [n]``, one for the member of median size, where the center
       is, and zero for the others.
-    unit: the median size, positive.
+    unit: the median size, positive; or ``float [n]``, one for each member.
   """
 
   weights: Array
@@ -78,7 +80,8 @@ def of_leaf(leaf: Array, frame: Frame, row: Any = None) -> Array:
   total = jnp.zeros([n if row is None else 1, n], dtype)
   for part in _real_parts(gather_rows(leaf)):
     part = keep_rows(frame.weights > 0, part.astype(dtype))
-    part = part / frame.unit.astype(dtype)
+    unit = frame.unit.astype(dtype)
+    part = part / (per_row(unit, part) if unit.ndim else unit)
     part = part - weighted_sum(frame.center, part)[None]
     axes = tuple(range(1, part.ndim))
     total = total + jax.lax.dot_general(
@@ -93,13 +96,46 @@ def of_leaf(leaf: Array, frame: Frame, row: Any = None) -> Array:
 
 def of_members(updates: PyTree, weights: Array) -> tuple[Any, Any]:
   """The frame of these members and their inner products, over all leaves."""
+  found = frame(sizes(updates, weights.shape[0]), weights)
+  return found, _summed(updates, found)
+
+
+class Directions(NamedTuple):
+  """Lengths and angles of members.
+
+  Attributes:
+    norms: ``float [n]``, of whole gradients; zero for absent members.
+    cosines: ``float [n, n]``, of the angles between them; zero for members that are
+      zero or absent.
+  """
+
+  norms: Array
+  cosines: Array
+
+
+def own_frame(sizes: Array, weights: Array) -> Frame:
+  """Around zero, each member in the unit of its largest entry."""
+  sizes = sizes.astype(weights.dtype)
+  unit = jnp.where(sizes > 0, sizes, jnp.ones_like(sizes))
+  return Frame(weights, jnp.zeros_like(weights), unit)
+
+
+def directions(products: Array, frame: Frame, sizes: Array) -> Directions:
+  """From the inner products in an own frame, and the sizes."""
+  lengths = jnp.sqrt(jnp.diagonal(products))
+  there = lengths > 0
+  inverse = jnp.where(there, 1 / jnp.where(there, lengths, 1), 0)
+  cosines = products * inverse[:, None] * inverse[None]
+  norms = jnp.where(frame.weights > 0, lengths * sizes.astype(lengths.dtype), 0)
+  return Directions(norms, jnp.clip(cosines, -1, 1))
+
+
+def directions_of_members(updates: PyTree, weights: Array) -> Directions:
+  """Lengths and angles of these members, over all leaves."""
   n = weights.shape[0]
-  found = frame(sizes(updates, n), weights)
-  total = jnp.zeros([n, n], weights.dtype)
-  for leaf in jax.tree.leaves(updates):
-    waiting = found._replace(weights=after(total, found.weights))
-    total = total + of_leaf(leaf, waiting).astype(total.dtype)
-  return found, total
+  found = sizes(updates, n)
+  frame = own_frame(found, weights)
+  return directions(_summed(updates, frame), frame, found)
 
 
 def squared_distances(gramian: Array) -> Array:
@@ -118,6 +154,15 @@ def weighted_median(values: Array, weights: Array) -> Array:
   place = jnp.argmax(upper >= upper[-1] / 2)
   median = values[order[place]]
   return jnp.where(upper[-1] > 0, median, jnp.zeros_like(median))
+
+
+def _summed(updates: PyTree, frame: Frame) -> Array:
+  n = frame.weights.shape[0]
+  total = jnp.zeros([n, n], frame.weights.dtype)
+  for leaf in jax.tree.leaves(updates):
+    waiting = frame._replace(weights=after(total, frame.weights))
+    total = total + of_leaf(leaf, waiting).astype(total.dtype)
+  return total
 
 
 def _real_parts(leaf: Array) -> tuple[Array, ...]:

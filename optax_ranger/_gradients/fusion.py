@@ -22,6 +22,7 @@ from optax_ranger._gradients import arguments
 from optax_ranger._gradients import evaluated as ways
 from optax_ranger._gradients import linear
 from optax_ranger._gradients import per_example
+from optax_ranger._gradients import tasks
 from optax_ranger._gradients.evaluated import Evaluated
 from optax_ranger._gradients.evaluated import Problem
 from optax_ranger._gradients.options import Options
@@ -98,6 +99,7 @@ def value_and_grad(
   num_sweeps: int = 1,
   axis_name: AxisName = None,
   row_args: tuple[str, ...] = (),
+  over: str = "examples",
 ) -> Callable[..., Any]:
   r"""Differentiates the losses of a batch through a step over per-example gradients.
 
@@ -113,8 +115,9 @@ def value_and_grad(
   any other                                 2 n to 4 n           1
   entry by entry, in s sweeps: maximum,     m, or 3 n / s        s + 1
   median, trimmed mean, regions of maxima   if that is more
-  Krum, geometric median, in s sweeps       2 m, or 2 n / s      s + 2
-                                            if that is more
+  Krum, geometric median, UPGrad, MGDA,     2 m, or 2 n / s      s + 2
+  CAGrad, in s sweeps                       if that is more
+  clipping by norms, then a linear one      m                    2
   ========================================= ==================== ===============
 
   (n examples, micro-batches of m.) The median of a stream needs either all of its
@@ -139,6 +142,13 @@ def value_and_grad(
     row_args: names of extra args that hold one row an example, besides
       ``neighbors``, ``member_weights``, ``regions``, ``example_ids``,
       ``features``, ``labels``, ``beliefs`` and ``smoothed``.
+    over: ``"examples"``, or ``"tasks"``: the losses are those of tasks, ``[T]``, and
+      not of rows. `step` is then over tasks, ``member_weights`` has length T, and
+      the batch is any tree: nothing of it is checked, and it is not cut.
+      `micro_batch_size` is the number of tasks whose gradients are computed at once.
+      A task whose loss is not finite has weight zero; if the gradient is not finite
+      all the same, since tasks share what isn't, it is zero, and all tasks count as
+      dropped.
 
   Returns:
     A function ``(params, batch, *, state=None, **extra_args) -> (value,
@@ -189,6 +199,7 @@ def value_and_grad(
       num_sweeps=num_sweeps,
       axis_name=axis_name,
       row_args=row_args,
+      tasks=_is_over_tasks(over, axis_name=axis_name),
     ),
   )
 
@@ -204,7 +215,8 @@ def value_and_grad(
 
   declared: Any = function
   # For micro_batched: losses hold rows.
-  declared.value_axes = (0, None) if has_aux else 0
+  rows = None if over == "tasks" else 0
+  declared.value_axes = (rows, None) if has_aux else rows
   return declared
 
 
@@ -252,6 +264,11 @@ def gradient_of(
     return losses.astype(numerics.wide(losses.dtype)), aux
 
   def function(params, batch, state, extra_args, for_losses=None):
+    if options.tasks:
+      seen = {**extra_args, **(for_losses or {})}
+      seen = {name: arg for name, arg in seen.items() if accepts(name)}
+      given = Problem(losses_and_aux, params, batch, {}, seen, jnp.ones([0], bool))
+      return _over_tasks(given, step, state, extra_args, options)
     n = validate.leading_axis("batch", batch)
     if n is None:
       raise ValueError("batch must hold at least one array, got none.")
@@ -293,6 +310,42 @@ def gradient_of(
     return _by_step(problem, over, state, shards, plan)
 
   return function
+
+
+def _is_over_tasks(over: str, **other_modes: Any) -> bool:
+  validate.choice("over", over, ("examples", "tasks"))
+  given = [name for name, value in other_modes.items() if value is not None]
+  if over == "tasks" and given:
+    raise ValueError(
+      f"over='tasks' needs {given[0]}=None: on several devices, let the compiler split"
+      " the batch, as train_step does with partition='jit'."
+    )
+  return over == "tasks"
+
+
+def _over_tasks(
+  problem: Problem,
+  step: optax.GradientTransformation | None,
+  state: PyTree,
+  extra_args: dict[str, Any],
+  options: Options,
+) -> Differentiated:
+  """The gradient of tasks' losses through a step over them; None is their mean."""
+  n = tasks.number_of(problem)
+  problem = problem._replace(finite=jnp.ones([n], bool))
+  over = optax.with_extra_args_support(tasks.MEAN if step is None else step)
+  state = over.init(problem.params) if state is None else state
+  rows = tasks.member_weights(extra_args, n)
+  whole = {
+    name: arg
+    for name, arg in extra_args.items()
+    if name not in rows and arg is not None
+  }
+  dtype = _weight_dtype(problem.params)
+  plan = arguments.Plan(whole, rows, {}, {}, options, dtype)
+  plan = arguments.make_plan(over, state, Shards(None, n), plan)
+  found, state = tasks.by_step(problem, over, state, plan)
+  return Differentiated(found, state, {})
 
 
 def _weight_dtype(params: PyTree) -> Any:
@@ -357,6 +410,11 @@ def _by_step(
   try:
     found, (gathered, args) = _evaluate(problem, weigh, options, values_first)
   except linear.NotLinearError as error:
+    blank = arguments.blank_arguments(plan, total)
+    if "norms" not in plan.rows and (
+      linear.looks_at(step, total, state, blank) == "norms"
+    ):
+      return _by_norms(problem, step, state, shards, plan)
     if options.axis_name is not None:
       raise ValueError(_NOT_OVER_DEVICES) from error
     if options.num_micro_batches > 1:
@@ -369,6 +427,21 @@ def _by_step(
   grads = (options.reduce or shards.sum)(found.grads)
   _, state = step.update(jnp.zeros([total], plan.dtype), state, None, **args)
   return Differentiated(found._replace(grads=grads), state, gathered.along)
+
+
+def _by_norms(
+  problem: Problem,
+  step: optax.GradientTransformationExtraArgs,
+  state: PyTree,
+  shards: Shards,
+  plan: arguments.Plan,
+) -> Differentiated:
+  """A step that looks at norms alone: a pass for them comes first."""
+  norms = per_example.norms(per_example.of_examples(problem, plan.options).sweep)
+  problem = problem.without(jnp.logical_and(problem.finite, jnp.isfinite(norms)))
+  rows = {**plan.rows, "norms": norms}
+  plan = arguments.make_plan(step, state, shards, plan._replace(rows=rows))
+  return _by_step(problem, step, state, shards, plan)
 
 
 def _by_examples(
@@ -390,6 +463,7 @@ def _by_examples(
   stepped = per_example.Stepped(step, state, args_for, problem.params)
   problem = problem._replace(finite=finite)
   # Here gradients are still apart, and one that is not finite makes its example bad.
-  grads, state, finite = per_example.run(problem, stepped, plan.options)
+  source = per_example.of_examples(problem, plan.options)
+  grads, state, finite = per_example.run(source, stepped, plan.options)
   found = Evaluated(losses, aux, statistics, grads, finite)
   return Differentiated(found, state, {})

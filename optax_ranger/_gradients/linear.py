@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_ranger._core.gramian import Directions
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.shards import axes_among
 from optax_ranger._core.types import Array
@@ -150,15 +151,26 @@ def _known_size(size: Any) -> int:
   return size if isinstance(size, int) else 8
 
 
-def uses_gramian(
+def looks_at(
   step: optax.GradientTransformationExtraArgs,
   n: int,
   state: PyTree,
   extra_args: dict[str, Any],
-) -> bool:
-  """Whether a step would decide on inner products of its n members, given them."""
-  gramian = jnp.zeros([n, n], jnp.float32)
-  return uses(step, n, state, {**extra_args, "gramian": gramian}, "gramian")
+) -> str | None:
+  """What a step would like to know of whole members, if it is told.
+
+  Returns:
+    ``"gramian"``, ``"norms"``, ``"directions"``, or None. None also where it would
+    like to know several: after a step that changes members they are others.
+  """
+  square, row = jnp.zeros([n, n], jnp.float32), jnp.ones([n], jnp.float32)
+  facts = {"gramian": square, "norms": row, "directions": Directions(row, square)}
+  found = [
+    name
+    for name, fact in facts.items()
+    if uses(step, n, state, {**extra_args, name: fact}, name)
+  ]
+  return found[0] if len(found) == 1 else None
 
 
 def uses(
@@ -172,8 +184,8 @@ def uses(
   leaf = jnp.zeros([n], jnp.float32)
   apply = lambda array: step.update(leaf, state, None, **{**extra_args, name: array})
   traced = jax.make_jaxpr(apply)(extra_args[name]).jaxpr
-  used = [variable for equation in traced.eqns for variable in equation.invars]
-  return any(variable is traced.invars[0] for variable in used)
+  used = {id(variable) for equation in traced.eqns for variable in equation.invars}
+  return any(id(variable) in used for variable in traced.invars)
 
 
 def reads(
@@ -200,6 +212,7 @@ def refuse_unless_entrywise(
   n: int,
   state: PyTree,
   extra_args: dict[str, Any],
+  message: str = _NOT_ENTRYWISE,
 ) -> None:
   """Refuses a step whose result for one entry depends on others, or on shapes."""
   with jax.ensure_compile_time_eval():
@@ -215,7 +228,7 @@ def refuse_unless_entrywise(
       whole = update(draw).ravel()
       parts = np.concatenate([update(flat[:, :5]), update(flat[:, 5:])])
     except (TypeError, ValueError) as error:
-      raise ValueError(_NOT_ENTRYWISE) from error
+      raise ValueError(message) from error
   room = 1e-4 * np.abs(whole).max(initial=0)
   if parts.shape != whole.shape or (np.abs(parts - whole) > room).any():
-    raise ValueError(_NOT_ENTRYWISE)
+    raise ValueError(message)

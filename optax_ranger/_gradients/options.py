@@ -26,6 +26,7 @@ class Options(NamedTuple):
     row_args: names of extra args that hold one row an example, besides `ROWS`.
     statistics: names of items of aux that hold no rows; None to leave aux as it is.
     along: names of items of aux that are wanted of all devices.
+    tasks: whether a loss is that of a task, and not of a row of the batch.
   """
 
   has_aux: bool = False
@@ -38,6 +39,7 @@ class Options(NamedTuple):
   row_args: tuple[str, ...] = ()
   statistics: tuple[str, ...] | None = None
   along: tuple[str, ...] = ()
+  tasks: bool = False
 
   def is_statistic(self, name: str, item: Any) -> bool:
     """Whether an item of aux holds no rows: declared so, or without any axis."""

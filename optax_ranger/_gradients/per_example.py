@@ -1,4 +1,4 @@
-"""Per-example gradients in micro-batches, and a part of every leaf at a time.
+"""Gradients of single losses, some at a time, and a part of every leaf at a time.
 
 A step that is not linear needs all examples of an entry at once, but not all
 entries: what is not kept of a leaf in one sweep over the examples is computed
@@ -7,6 +7,7 @@ again in another.
 
 from collections.abc import Callable
 import contextlib
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from optax_ranger._core.sharding import varying_axes
 from optax_ranger._core.shards import axes_among
 from optax_ranger._core.shards import vary_as
 from optax_ranger._core.tree import finite_rows
+from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import linear
@@ -33,13 +35,27 @@ from optax_ranger._gradients.options import Options
 Sweep = Callable[[Callable[[PyTree], Any]], Any]
 
 
-class Stepped(NamedTuple):
-  """A step over per-example gradients, and how to call it.
+class Source(NamedTuple):
+  """Where the gradients of single losses come from.
 
   Attributes:
-    step: over the examples.
+    finite: ``bool [n]``, which losses can be used.
+    sweep: over the gradients.
+    weighted: ``(finite, weights) -> gradient`` of the weighted losses, in one pass.
+  """
+
+  finite: Array
+  sweep: Sweep
+  weighted: Callable[[Array, Array], PyTree]
+
+
+class Stepped(NamedTuple):
+  """A step over these gradients, and how to call it.
+
+  Attributes:
+    step: over examples or tasks.
     state: its state before.
-    args_for: ``finite -> extra args``, of those examples.
+    args_for: ``finite -> extra args``, of those that are.
     params: the parameters.
   """
 
@@ -49,17 +65,47 @@ class Stepped(NamedTuple):
   params: PyTree
 
 
+def of_examples(problem: Problem, options: Options) -> Source:
+  """The gradients of a batch's examples, each computed by itself."""
+
+  def weighted(finite: Array, weights: Array) -> PyTree:
+    kept = problem.without(finite)
+    losses, pull_back = jax.vjp(lambda p: kept.values(p)[0], problem.params)
+    return pull_back(per_row(weights.astype(losses.dtype), losses))[0]
+
+  sweep = _sweep(problem, options.micro_batch_size)
+  return Source(problem.finite, sweep, weighted)
+
+
+def of_tasks(
+  losses: Array, pull_back: Callable[[Array], tuple[PyTree]], options: Options
+) -> Source:
+  """The gradients of losses that one forward pass has computed."""
+  one = lambda i: pull_back(jnp.zeros_like(losses).at[i].set(1))[0]
+
+  def sweep(visit):
+    each = jnp.arange(losses.shape[0])
+    return jax.lax.map(
+      lambda i: visit(one(i)), each, batch_size=options.micro_batch_size
+    )
+
+  weighted = lambda finite, weights: pull_back(
+    jnp.where(finite, weights.astype(losses.dtype), jnp.zeros_like(losses))
+  )[0]
+  return Source(jnp.isfinite(losses), sweep, weighted)
+
+
 def run(
-  problem: Problem, stepped: Stepped, options: Options
+  source: Source, stepped: Stepped, options: Options
 ) -> tuple[PyTree, PyTree, Array]:
-  """A step that is not linear, on per-example gradients.
+  """A step that is not linear, on the gradients of single losses.
 
   Returns:
     Its result, its new state, and ``bool [n]``, which gradients are finite.
   """
   step, state, args_for, params = stepped
-  finite = problem.finite
-  n, sweep = finite.shape[0], _sweep(problem, options.micro_batch_size)
+  finite, sweep = source.finite, source.sweep
+  n = finite.shape[0]
   if options.num_sweeps == 1:
     gradients = sweep(lambda gradient: gradient)
     finite = jnp.logical_and(finite, finite_rows(gradients, n))
@@ -68,25 +114,31 @@ def run(
   finite_gradients, sizes = _finite_and_sizes(sweep)
   finite = jnp.logical_and(finite, finite_gradients)
   args = args_for(finite)
-  if linear.uses_gramian(step, n, state, args):
+  about = linear.looks_at(step, n, state, args)
+  gramian = functools.partial(_gramian_in_sweeps, sweep, params, options.num_sweeps)
+  if about == "gramian":
     frame = gramian_lib.frame(sizes, args["member_weights"])
     too_far = jnp.logical_and(args["member_weights"] > 0, frame.weights == 0)
     finite = jnp.logical_and(finite, jnp.logical_not(too_far))
-    args = args_for(finite)
-    args["gramian"] = _gramian_in_sweeps(sweep, params, frame, options.num_sweeps)
+    args = {**args_for(finite), about: gramian(frame)}
+  elif about == "directions":
+    frame = gramian_lib.own_frame(sizes, args["member_weights"])
+    args[about] = gramian_lib.directions(gramian(frame), frame, sizes)
+  elif about == "norms":
+    args[about] = norms(sweep)
+  if about:
     with contextlib.suppress(linear.NotLinearError):
       weights = linear.transpose(step, n, state, args)
       leaf = vary(jnp.zeros([n], weights.dtype), varying_axes(weights))
       _, new_state = step.update(leaf, state, None, **args)
-      return _weighted(problem.without(finite), weights), new_state, finite
+      return source.weighted(finite, weights), new_state, finite
   stepped = stepped._replace(args_for=lambda _: args)
   return *_update_in_sweeps(sweep, stepped, finite, options.num_sweeps), finite
 
 
-def _weighted(problem: Problem, weights: Array) -> PyTree:
-  """The gradient of the weighted losses."""
-  losses, pull_back = jax.vjp(lambda p: problem.values(p)[0], problem.params)
-  return pull_back(per_row(weights.astype(losses.dtype), losses))[0]
+def norms(sweep: Sweep) -> Array:
+  """The norm of each whole gradient, [n]; infinite or NaN where it is."""
+  return jnp.sqrt(sweep(lambda gradient: inner_product(gradient, gradient)))
 
 
 def _sweep(problem: Problem, micro_batch_size: int) -> Sweep:
@@ -132,9 +184,9 @@ def _finite_and_sizes(sweep: Sweep) -> tuple[Array, Array]:
 
 
 def _gramian_in_sweeps(
-  sweep: Sweep, params: PyTree, frame: gramian_lib.Frame, num_sweeps: int
+  sweep: Sweep, params: PyTree, num_sweeps: int, frame: gramian_lib.Frame
 ) -> Array:
-  """Inner products of the examples' gradients, [n, n]."""
+  """Inner products of the gradients, [n, n]."""
   n = frame.weights.shape[0]
 
   def one_sweep(index, total):

@@ -18,12 +18,17 @@ class Told(NamedTuple):
     losses: ``float [n]``, zeros before the forward pass; None where there are none.
     gramian: ``float [n, n]``, inner products of the members' gradients around a
       center, in a unit; None where the step does not name it.
+    norms: ``float [n]``, of the members' whole gradients; None likewise.
+    directions: norms again, and cosines of the angles between the gradients, ``float
+      [n, n]``; None likewise.
   """
 
   member_weights: Array
   num_dropped: Array
   losses: Array | None = None
   gramian: Array | None = None
+  norms: Array | None = None
+  directions: Any = None
 
   def args(self) -> dict[str, Any]:
     """The keywords, without those that are None."""

@@ -12,6 +12,9 @@ r"""The five steps, each an Optax gradient transformation, one idea a file.
 4  aggregation         `_aggregation`     many gradients that become one
 \                      `_robust`          members that send corrupted gradients
 \                      `_devices`         devices as members
+\                      `_tasks`           tasks that conflict
+\                      `_mixing`          members that differ, some of them corrupted
+\                      `_clipping`        examples with large gradients
 5  smoothing           `_ema`             averaged parameters
 \                      `_lookahead`       slow and fast parameters
 \                      `_predictions`     smoothed predictions of every example
@@ -38,6 +41,8 @@ from optax_ranger.steps._aggregation import (
   aggregate_by_worst_regions as aggregate_by_worst_regions,
 )
 from optax_ranger.steps._averaging import average_neighbors as average_neighbors
+from optax_ranger.steps._clipping import ClipExamplesState as ClipExamplesState
+from optax_ranger.steps._clipping import clip_examples as clip_examples
 from optax_ranger.steps._devices import across_devices as across_devices
 from optax_ranger.steps._ema import EmaState as EmaState
 from optax_ranger.steps._ema import smooth_by_ema as smooth_by_ema
@@ -50,6 +55,7 @@ from optax_ranger.steps._lookahead import LookaheadState as LookaheadState
 from optax_ranger.steps._lookahead import smooth_by_lookahead as smooth_by_lookahead
 from optax_ranger.steps._masking import MaskState as MaskState
 from optax_ranger.steps._masking import mask_contradictions as mask_contradictions
+from optax_ranger.steps._mixing import mix_nearest as mix_nearest
 from optax_ranger.steps._predictions import PredictionState as PredictionState
 from optax_ranger.steps._predictions import smooth_predictions as smooth_predictions
 from optax_ranger.steps._predictions import smoothed_predictions as smoothed_predictions
@@ -61,3 +67,6 @@ from optax_ranger.steps._robust import aggregate_by_median as aggregate_by_media
 from optax_ranger.steps._robust import (
   aggregate_by_trimmed_mean as aggregate_by_trimmed_mean,
 )
+from optax_ranger.steps._tasks import aggregate_by_cagrad as aggregate_by_cagrad
+from optax_ranger.steps._tasks import aggregate_by_mgda as aggregate_by_mgda
+from optax_ranger.steps._tasks import aggregate_by_upgrad as aggregate_by_upgrad

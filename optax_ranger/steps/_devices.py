@@ -14,6 +14,7 @@ from optax_ranger._core.sharding import after
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.sharding import varying_axes
 from optax_ranger._core.tree import all_finite
+from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import transformation
@@ -107,34 +108,44 @@ def across_devices(
 
     # Facts about each member, as numbers: its weight, soundness, and size.
     ones = {"member_weights": jnp.ones([n], dtype), "num_dropped": jnp.int32(0)}
-    by_gramian = linear.uses_gramian(aggregator, n, state, {**extra_args, **ones})
+    about = linear.looks_at(aggregator, n, state, {**extra_args, **ones})
     validate.shape("weight", 1 if weight is None else weight, ())
     own = [
       numerics.scalar(1 if weight is None else weight, dtype),
       all_finite(updates).astype(dtype),
     ]
-    if by_gramian:
+    if about in ("gramian", "directions"):
       one_row = jax.tree.map(lambda leaf: leaf[None], updates)
       own.append(gramian_lib.sizes(one_row, 1)[0].astype(dtype))
+    elif about == "norms":
+      own.append(jnp.sqrt(inner_product(updates, updates)).astype(dtype))
     own = [vary(fact, names) if typed else fact for fact in own]
     facts = gather(jnp.stack(own))
     weights, _, num_dropped = clean_weights(
       facts[:, 0], n, dtype, finite=facts[:, 1] > 0
     )
     frame = None
-    if by_gramian:
+    if about == "gramian":
       frame = gramian_lib.frame(facts[:, 2], weights)
       num_dropped = num_dropped + ((weights > 0) & (frame.weights == 0)).sum()
       weights = frame.weights
+    elif about == "directions":
+      frame = gramian_lib.own_frame(facts[:, 2], weights)
     present = weights[index] > 0
     keep = lambda leaf, present: jnp.where(present, leaf, jnp.zeros_like(leaf))
 
     args = {**extra_args, "member_weights": weights, "num_dropped": num_dropped}
-    if frame is not None:
-      args["gramian"] = _gather_gramian(leaves, frame, index, present, gather)
+    if about == "norms":
+      args["norms"] = facts[:, 2]
+    elif frame is not None:
+      products = _gather_gramian(leaves, frame, index, present, gather)
+      if about == "directions":
+        products = gramian_lib.directions(products, frame, facts[:, 2])
+      args[str(about)] = products
     try:
       shares = linear.transpose(aggregator, n, state, args)
     except linear.NotLinearError:
+      linear.refuse_unless_entrywise(aggregator, n, state, args, _NOT_BY_LEAF)
       results = []
       for leaf in leaves:
         present = after(results[-1] if results else None, present)
@@ -152,6 +163,13 @@ def across_devices(
     return jax.tree.unflatten(structure, results), new_state
 
   return transformation(aggregator.init, update)
+
+
+_NOT_BY_LEAF = (
+  "across_devices gathers one leaf at a time, so it needs an aggregator that treats"
+  " every entry of the gradients alike, and by itself, or that is told of whole"
+  " gradients by one of gramian=, norms= and directions=, and no chain of such."
+)
 
 
 def _gather_gramian(

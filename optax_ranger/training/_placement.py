@@ -271,6 +271,18 @@ class Placement:
 
     return jax.tree.map(put, tree)
 
+  def place_rows_or_copies(self, tree: PyTree) -> PyTree:
+    """Splits leaves whose rows the devices divide, and copies the others."""
+    if self.mesh is None:
+      return tree
+
+    def put(leaf):
+      rows = (jnp.shape(leaf) or (0,))[0]
+      split = rows > 0 and rows % self.num_local_devices == 0
+      return self.place_rows(leaf) if split else self._put(jnp.asarray(leaf), WHOLE)
+
+    return jax.tree.map(put, tree)
+
 
 def padded(tree: Any, name: str, to: int) -> Any:
   """Repeats the last row of every leaf, so that there are `to` rows."""

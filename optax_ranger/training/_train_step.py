@@ -45,6 +45,7 @@ def train_step(
   shard_state: bool = False,
   batch_size: int | None = None,
   donate: bool = True,
+  over: str = "examples",
 ) -> "TrainStep":
   r"""Builds the update of a training step: losses, gradient, optimizer, all compiled.
 
@@ -104,6 +105,12 @@ def train_step(
     donate: whether parameters and state are updated in place; those that were
       passed are gone then. The arrays of an NNX model are copied once, at the first
       call, so that the model keeps its own.
+    over: ``"examples"``, or ``"tasks"``: `per_example_losses` returns the losses of
+      tasks, ``[T]``, and `step` is over these, such as ``aggregate_by_upgrad()``. The
+      leaves of the batch may differ in their rows; on a mesh, which needs
+      ``partition="jit"``, a leaf is split over devices where they divide its rows,
+      and else copied. ``member_weights`` has length T, and ``"losses"`` is one more
+      metric.
 
   ===================================== =================================
   sent in a call, on n examples         bytes, each device
@@ -180,6 +187,23 @@ def train_step(
     raise ValueError(
       f"partition=None leaves the mapping to the caller: mesh must be None, got {mesh}."
     )
+  tasks = over == "tasks"
+  validate.choice("over", over, ("examples", "tasks"))
+  if tasks:
+    _check_tasks(
+      {
+        "find_neighbors": (find_neighbors, None),
+        "row_args": (tuple(row_args), ()),
+        "num_micro_batches": (num_micro_batches, 1),
+        "reduce": (reduce, "every_call"),
+        "batch_size": (batch_size, None),
+      }
+    )
+    if mesh is not None and partition != "jit":
+      raise ValueError(
+        f"over='tasks' on a mesh needs partition='jit', got {partition=}: the compiler"
+        " splits the batch."
+      )
   body = _update.Update(
     per_example_losses,
     optax.with_extra_args_support(optimizer),
@@ -189,7 +213,8 @@ def train_step(
       find_neighbors=find_neighbors,
       num_micro_batches=num_micro_batches,
       row_args=tuple(row_args),
-      statistics=tuple(statistics),
+      statistics=None if tasks else tuple(statistics),
+      tasks=tasks,
     ),
   )
   return TrainStep(
@@ -287,6 +312,14 @@ class TrainStep:
   def _prepare(self, params, state, batch, extra_args):
     placement = self._placement
     rows, shared = self._split_extra(extra_args)
+    if self._body.options.tasks:
+      given = _update.Given(
+        placement.place_rows_or_copies(batch),
+        placement.place_shared(rows),
+        placement.place_shared(shared),
+      )
+      params = placement.place_params(params)
+      return params, placement.place_state(state, in_parts=False), given
     n = validate.leading_axis("batch", batch)
     if n is None:
       raise ValueError("batch must hold at least one array, got none.")
@@ -435,6 +468,9 @@ class TrainStep:
           " (value_fn=, grad=) need a loop of their own."
         )
     self._refuse_misspelled(extra_args)
+    if self._body.options.tasks:
+      rows = {name: arg for name, arg in extra_args.items() if name == "member_weights"}
+      return rows, {name: arg for name, arg in extra_args.items() if name not in rows}
     return arguments.split_rows(extra_args, self._body.options.row_args)
 
   def _refuse_misspelled(self, extra_args: dict[str, Any]) -> None:
@@ -450,6 +486,13 @@ class TrainStep:
         known |= {*inspect.signature(function).parameters}
     unknown = [name for name in extra_args if name not in known]
     validate.spelling(unknown, sorted(known), "train_step")
+
+
+def _check_tasks(options: dict[str, tuple[Any, Any]]) -> None:
+  """Refuses what cuts or reads the rows of a batch."""
+  for name, (value, default) in options.items():
+    if value != default:
+      raise ValueError(f"over='tasks' needs {name}={default!r}, got {value!r}.")
 
 
 def _check_params(params: PyTree) -> None:

@@ -157,7 +157,9 @@ class Update(NamedTuple):
   ) -> Forwarded:
     """Gradient and metrics of a batch, and the optimizer's extra args."""
     batch, rows, shared = given
-    shards = Shards(reduction.axis_name, validate.leading_axis("batch", batch) or 0)
+    tasks = self.options.tasks
+    n = 0 if tasks else validate.leading_axis("batch", batch) or 0
+    shards = Shards(reduction.axis_name, n)
     ids, remembered = None, {}
     if tables and "example_ids" in rows:
       ids = shards.gather(rows["example_ids"])
@@ -178,6 +180,11 @@ class Update(NamedTuple):
       {**rows, **shared},
       {**_keys_of_device(shared, shards), **remembered},
     )
+    if tasks:
+      metrics = _metrics(found._replace(aux=None), given, shards)
+      metrics = {**(found.aux or {}), **metrics, "losses": found.losses}
+      others = {"weight": metrics["weight"], "value": metrics["loss"], **shared}
+      return Forwarded(found.grads, divisor, step_state, {}, others, metrics)
     metrics = _metrics(found, given, shards)
     aux = found.aux or {}
     others = {"weight": metrics["weight"], "value": metrics["loss"], **shared}
@@ -231,7 +238,7 @@ def _metrics(found: fusion.Evaluated, given: Given, shards: Shards) -> dict[str,
       " rename it."
     )
   dtype = found.losses.dtype
-  asked = given.rows.get("member_weights", jnp.ones([shards.n], dtype))
+  asked = given.rows.get("member_weights", jnp.ones(found.losses.shape, dtype))
   present = jnp.logical_and(found.finite, asked > 0)
   weights = jnp.where(present, asked.astype(dtype), 0)
   add = lambda item: jnp.where(present, weights * item.astype(dtype), 0).sum()

@@ -19,6 +19,10 @@ STEPS = {
   "trimmed": ranger.aggregate_by_trimmed_mean(0.2),
   "geometric": ranger.aggregate_by_geometric_median(),
   "krum": ranger.aggregate_by_krum(2, 3),
+  "upgrad": ranger.aggregate_by_upgrad(),
+  "mgda": ranger.aggregate_by_mgda(),
+  "mixed-median": ranger.mix_nearest(ranger.aggregate_by_median(), 2),
+  "mixed-krum": ranger.mix_nearest(ranger.aggregate_by_krum(2), 2),
   "regions-max": ranger.aggregate_by_regions(3, within="max"),
   "neighbors-median": optax.chain(
     ranger.average_neighbors(), ranger.aggregate_by_median()
@@ -70,8 +74,23 @@ def test_sweeps_change_nothing(name, num_sweeps, micro_batch_size):
   close(jax.jit(in_sweeps)(params, batch, state=state, **extra), expected)
 
 
+@pytest.mark.parametrize("name", ["krum", "mgda"])
+def test_every_entry_of_a_part_counts_once(name):
+  """Gradients that differ in the first and last entries of the parts only."""
+  rng = np.random.default_rng(0)
+  batch = {"x": jnp.asarray(rng.standard_normal([7, 4]), jnp.float32)}
+  places = jnp.array([0, 2, 3, 9])  # Of parts of three entries, the last from 7 on.
+  losses = lambda w, batch: batch["x"] @ w[places]
+  step = {"krum": ranger.aggregate_by_krum(1), "mgda": ranger.aggregate_by_mgda()}[name]
+  found = [
+    ranger.value_and_grad(losses, step, num_sweeps=num)(jnp.zeros(10), batch)[1]
+    for num in (1, 4)
+  ]
+  close(*found, atol=1e-5)
+
+
 @pytest.mark.few(1)
-@pytest.mark.parametrize("name", ["median", "krum", "geometric"])
+@pytest.mark.parametrize("name", ["median", "krum", "geometric", "upgrad"])
 def test_bad_gradients_are_left_out_in_sweeps(name):
   """Finite losses with gradients that are not finite, or beyond all measure."""
   params, batch = (

@@ -107,7 +107,7 @@ def _with_weight(call: int) -> dict[str, Any]:
 
 
 def _member_case(factory: str, name: str = "", **arguments: Any) -> Case:
-  static = ("num_regions",) if "num_regions" in arguments else ()
+  static = tuple({"num_regions", "aggregator", "normalize"} & {*arguments})
   return Case(name or factory, factory, arguments, members=True, static=static)
 
 
@@ -130,6 +130,23 @@ CASES = (
   _member_case("aggregate_by_krum", num_corrupt=1),
   _member_case(
     "aggregate_by_krum", "aggregate_by_krum-3", num_corrupt=1, num_selected=3
+  ),
+  _member_case("clip_examples", norm=2.0),
+  _member_case("clip_examples", "clip_examples-quantile", quantile=0.5),
+  _member_case("aggregate_by_upgrad"),
+  _member_case("aggregate_by_mgda"),
+  _member_case("aggregate_by_cagrad"),
+  _member_case(
+    "mix_nearest",
+    "mix_nearest-median",
+    aggregator=ranger.aggregate_by_median(),
+    num_corrupt=2,
+  ),
+  _member_case(
+    "mix_nearest",
+    "mix_nearest-krum",
+    aggregator=ranger.aggregate_by_krum(1),
+    num_corrupt=2,
   ),
   *(
     _member_case(

@@ -186,6 +186,80 @@ REFUSALS = {
     ValueError,
     "num_corrupt must be a whole number of at least 0, got -1",
   ),
+  "directions": (
+    lambda: call(
+      ranger.aggregate_by_upgrad(), directions=(jnp.ones([6]), jnp.ones([5, 5]))
+    ),
+    ValueError,
+    r"directions\[1\] must have shape \[6, 6\], got \[5, 5\]",
+  ),
+  "radius": (
+    lambda: ranger.aggregate_by_cagrad(1.0),
+    ValueError,
+    r"radius must lie in \[0, 1\), got 1.0",
+  ),
+  "too many corrupt to mix": (
+    lambda: call(ranger.mix_nearest(ranger.aggregate_by_mean(), 6)),
+    ValueError,
+    "num_corrupt must be less than the number of members, n = 6, got 6",
+  ),
+  "norm to clip to": (
+    lambda: ranger.clip_examples(0.0),
+    ValueError,
+    r"norm must lie in \(0, inf\), got 0.0",
+  ),
+  "quantile": (
+    lambda: ranger.clip_examples(quantile=1.5),
+    ValueError,
+    r"quantile must lie in \[0, 1\], got 1.5",
+  ),
+  "norms": (
+    lambda: call(ranger.clip_examples(), norms=jnp.ones([5])),
+    ValueError,
+    r"norms must have shape \[6\], got \[5\]",
+  ),
+  "over": (
+    lambda: ranger.value_and_grad(
+      lambda p, b: p, ranger.aggregate_by_mean(), over="rows"
+    ),
+    ValueError,
+    "over must be one of 'examples', 'tasks'; got 'rows'",
+  ),
+  "over tasks on an axis": (
+    lambda: ranger.value_and_grad(
+      lambda p, b: p, ranger.aggregate_by_mean(), over="tasks", axis_name="data"
+    ),
+    ValueError,
+    "over='tasks' needs axis_name=None",
+  ),
+  "tasks without a loss each": (
+    lambda: ranger.value_and_grad(
+      lambda p, b: p.sum(), ranger.aggregate_by_mean(), over="tasks"
+    )(jnp.ones(3), None),
+    ValueError,
+    r"the losses must have shape \[tasks\], got \[\]",
+  ),
+  "weights of tasks": (
+    lambda: ranger.value_and_grad(
+      lambda p, b: p, ranger.aggregate_by_mean(), over="tasks"
+    )(jnp.ones(3), None, member_weights=jnp.ones(4)),
+    ValueError,
+    r"member_weights must have shape \[3\], got \[4\]",
+  ),
+  "micro-batches of tasks": (
+    lambda: ranger.train_step(
+      lambda p, b: p, optax.sgd(1.0), over="tasks", num_micro_batches=2
+    ),
+    ValueError,
+    "over='tasks' needs num_micro_batches=1, got 2",
+  ),
+  "tasks by hand on a mesh": (
+    lambda: ranger.train_step(
+      lambda p, b: p, optax.sgd(1.0), over="tasks", mesh=jax.make_mesh((1,), ("data",))
+    ),
+    ValueError,
+    "over='tasks' on a mesh needs partition='jit', got partition='shard_map'",
+  ),
   "too many corrupt": (
     lambda: call(ranger.aggregate_by_krum(2)),
     ValueError,

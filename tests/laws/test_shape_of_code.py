@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import optax_ranger as ranger
+from optax_ranger._core.gramian import Directions
 from optax_ranger._gradients import linear
 from optax_ranger._gradients.told import Told
 from tests.laws import registry
@@ -76,11 +77,17 @@ def test_a_step_that_is_told_is_linear_or_refused(name):
   args = registry.extra_args(case, 0)
   state = step.init(registry.params())
   told = Told(jnp.ones([n]), jnp.int32(0), args["losses"])
-  if linear.uses_gramian(step, n, state, {**args, **told.args()}):
-    told = told._replace(gramian=jnp.eye(n))
+  facts = {
+    "gramian": jnp.eye(n),
+    "norms": jnp.ones([n]),
+    "directions": Directions(jnp.ones([n]), jnp.eye(n)),
+  }
+  about = linear.looks_at(step, n, state, {**args, **told.args()})
+  if about:
+    told = told._replace(**{about: facts[about]})
   told = {**args, **told.args()}
-  sorting = ("aggregate_by_median", "aggregate_by_trimmed_mean")
-  if case.factory in sorting:
+  sorting = ("aggregate_by_median", "aggregate_by_trimmed_mean", "mix_nearest-median")
+  if name in sorting:
     with pytest.raises(linear.NotLinearError):
       linear.transpose(step, n, state, told)
     return

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from tests.helpers import close
 from tests.laws import registry
 
 
@@ -135,7 +136,8 @@ def test_a_checkpoint_survives_a_guard():
   for _ in range(2):
     updates, new = tx.update(params, new, params)
     expected, old = ranger.ranger(0.01, **options).update(params, old, params)
-  jax.tree.map(np.testing.assert_array_equal, updates, expected)
+  # XLA may fuse them otherwise, and round the last digit otherwise.
+  close(updates, expected, rtol=1e-6)
   assert int(new["accumulate"].inner_state["guard"].count) == 1
 
 

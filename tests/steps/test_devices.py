@@ -24,16 +24,20 @@ AGGREGATORS = {
   "trimmed": ranger.aggregate_by_trimmed_mean(0.25),
   "geometric": ranger.aggregate_by_geometric_median(),
   "krum": ranger.aggregate_by_krum(2),
+  "upgrad": ranger.aggregate_by_upgrad(),
+  "mixed": ranger.mix_nearest(ranger.aggregate_by_median(), 2),
+  "norms": optax.chain(ranger.clip_examples(1.0), ranger.aggregate_by_mean()),
   "multi-krum": ranger.aggregate_by_krum(2, 3),
   "clipped": optax.chain(ranger.aggregate_by_krum(2), optax.clip(0.5)),
 }
 EXTRA = {"regions": jnp.array([0, 1, 1, 1, 0, 1, 1, 1])}
 WEIGHTS = jnp.array([1.0, 2.0, 0.0, 1.0, 1.0, 3.0, 1.0, 0.5])
 # Krum with more to keep, or a step after it, is slow: the same collectives.
+_SLOW = ("clipped", "multi-krum", "mixed")
 each_aggregator = pytest.mark.parametrize(
   "name",
   [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ("clipped", "multi-krum")))
+    pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW))
     for name in sorted(AGGREGATORS)
   ],
 )

@@ -1,0 +1,148 @@
+"""Losses of tasks: the step over their gradients, in every form."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from tests.helpers import close
+
+STEPS = {
+  "mean": ranger.aggregate_by_mean(),
+  "upgrad": ranger.aggregate_by_upgrad(),
+  "mgda": ranger.aggregate_by_mgda(),
+  "cagrad": ranger.aggregate_by_cagrad(),
+  "median": ranger.aggregate_by_median(),
+  "clipped": optax.chain(ranger.clip_examples(1.0), ranger.aggregate_by_sum()),
+}
+
+
+def tasks(params, batch, scale=1.0):
+  """Two on rows of different numbers, one on no rows."""
+  hidden = jnp.tanh(batch["inside"] @ params["w"])
+  return scale * jnp.stack(
+    [
+      ((hidden @ params["v"] - 1) ** 2).mean(),
+      30 * jnp.abs(batch["border"] @ params["w"]).mean(),
+      (params["v"] ** 2).sum(),
+    ]
+  )
+
+
+def problem():
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  params = {"w": normal(5, 7), "v": normal(7)}
+  return params, {"inside": normal(16, 5), "border": normal(7, 5)}
+
+
+@pytest.mark.parametrize("num_sweeps", [1, 3])
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_the_step_is_over_the_gradients_of_tasks(name, num_sweeps):
+  params, batch = problem()
+  step, weights = STEPS[name], jnp.array([1.0, 2.0, 1.0])
+  rows = jax.jacrev(tasks)(params, batch)
+  state = step.init(params)
+  expected, _ = step.update(rows, state, member_weights=weights)
+  grad_fn = ranger.value_and_grad(tasks, step, over="tasks", num_sweeps=num_sweeps)
+  losses, found = jax.jit(grad_fn)(params, batch, member_weights=weights)
+  close(losses, tasks(params, batch))
+  close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_auxiliary_output_and_extra_args():
+  params, batch = problem()
+  both = lambda params, batch, scale: (tasks(params, batch, scale), {"any": batch})
+  grad_fn = ranger.value_and_grad(both, STEPS["mean"], over="tasks", has_aux=True)
+  (losses, aux), found = grad_fn(params, batch, scale=2.0)
+  close(aux, {"any": batch})
+  close(losses, 2 * tasks(params, batch))
+  close(found, jax.grad(lambda p: 2 * tasks(p, batch).mean())(params), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mean", "upgrad", "median"])
+def test_a_task_without_a_number_is_left_out(name):
+  """Its own parameters get no gradient; the others' is that without it."""
+  params = {"a": jnp.array(2.0), "b": jnp.array(0.0)}
+  losses = lambda p, _: jnp.stack([p["a"] ** 2, jnp.log(p["b"] - 1), 3 * p["a"]])
+  grad_fn = ranger.value_and_grad(losses, STEPS[name], over="tasks")
+  _, found, state = grad_fn(params, None, state=STEPS[name].init(params))
+  assert float(found["a"]) == pytest.approx(3.5, rel=1e-4)
+  assert float(found["b"]) == 0
+  assert int(state.num_dropped) == 1
+
+
+@pytest.mark.parametrize("name", ["mean", "upgrad", "median"])
+def test_a_gradient_that_tasks_share_is_never_nan(name):
+  params = jnp.array([1.0, 2.0])
+
+  def losses(p, _):
+    shared = jnp.sqrt(p - 1)  # of zero, whose slope is infinite
+    return jnp.stack([shared.sum(), (shared**2).sum()])
+
+  step = STEPS[name]
+  update = ranger.train_step(
+    losses, optax.sgd(0.1), step=step, over="tasks", donate=False
+  )
+  moved, state, metrics = update(params, update.init(params), {})
+  close(moved, params)
+  assert int(metrics["weight"]) == 0
+  assert int(state.step.num_dropped) == 2
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["upgrad", "mean"])
+def test_train_step_over_tasks_on_a_mesh(name, kind):
+  params, batch = problem()
+  step = None if name == "mean" else STEPS[name]
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  weights = jnp.array([1.0, 2.0, 1.0])
+  rows = jax.jacrev(tasks)(params, batch)
+  expected, _ = STEPS[name].update(
+    rows, STEPS[name].init(params), member_weights=weights
+  )
+  expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, expected)
+  for options in ({}, {"mesh": mesh, "partition": "jit"}):
+    if options and kind == AxisType.Explicit:
+      continue
+    update = ranger.train_step(
+      tasks, optax.sgd(0.1), step=step, over="tasks", donate=False, **options
+    )
+    moved, _, metrics = update(
+      params, update.init(params), batch, member_weights=weights
+    )
+    close(moved, expected, atol=1e-5)
+    losses = tasks(params, batch)
+    close(metrics["losses"], losses)
+    close(metrics["loss"], (weights * losses).sum() / 4)
+
+
+def test_a_leaf_of_the_batch_is_split_where_devices_divide_its_rows():
+  params, batch = problem()
+  mesh = jax.make_mesh((8,), ("data",))
+  update = ranger.train_step(
+    tasks, optax.sgd(0.1), over="tasks", mesh=mesh, partition="jit"
+  )
+  _, _, given = update._prepare(params, update.init(params), batch, {})
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  assert given.batch["inside"].sharding.is_equivalent_to(split, 2)
+  assert given.batch["border"].sharding.is_fully_replicated
+
+
+def test_no_task_gets_worse_where_the_mean_makes_one_worse():
+  """Two with opposite gradients, of which one is a thousand times the other."""
+  target = jnp.array([[1.0, 0.5], [-1.0, 0.5]])
+  scale = jnp.array([1.0, 1000.0])
+  losses = lambda w, _: scale * ((w[None] - target) ** 2).sum(axis=1)
+  start = jnp.array([0.0, 0.8])
+  for name, fair in (("mean", False), ("upgrad", True), ("mgda", True)):
+    grad_fn = ranger.value_and_grad(losses, STEPS[name], over="tasks")
+    _, gradient = grad_fn(start, None)
+    rows = jax.jacrev(losses)(start, None)
+    slopes = rows @ gradient / jnp.linalg.norm(rows, axis=1)
+    assert bool((slopes > -1e-4 * jnp.linalg.norm(gradient)).all()) == fair

@@ -1,0 +1,148 @@
+"""Clipping of examples: the norms, the quantile, and the memory of the fused form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+from tests.helpers import close
+
+
+def draw(n=10, seed=0):
+  rng = np.random.default_rng(seed)
+  scale = 10 ** rng.uniform(-1, 1, n)
+  normal = lambda *shape: jnp.asarray(
+    rng.standard_normal((n, *shape)) * scale.reshape(n, *[1] * len(shape)), jnp.float32
+  )
+  return {"a": normal(3, 2), "b": normal()}
+
+
+def norms(tree):
+  squares = [
+    (np.asarray(leaf, float).reshape(len(leaf), -1) ** 2).sum(axis=1)
+    for leaf in tree.values()
+  ]
+  return np.sqrt(sum(squares))
+
+
+@pytest.mark.guarantees("clip_examples", "No gradient comes out longer than the norm")
+@pytest.mark.guarantees("clip_examples", "Without normalize, gradients that are")
+def test_longer_gradients_are_clipped_and_others_kept():
+  tree, step = draw(), ranger.clip_examples(2.0)
+  found, _ = step.update(tree, step.init(tree))
+  before, after = norms(tree), norms(found)
+  assert (before > 2).any()
+  assert (before < 2).any()
+  np.testing.assert_allclose(after, np.minimum(before, 2), rtol=1e-5)
+  for leaf, old in zip(found.values(), tree.values(), strict=True):
+    np.testing.assert_array_equal(leaf[before < 2], old[before < 2])
+    factor = np.maximum(before / 2, 1).reshape(-1, *[1] * (old.ndim - 1))
+    np.testing.assert_allclose(leaf * factor, old, rtol=1e-5)
+
+
+def test_all_are_normalized():
+  tree, step = draw(), ranger.clip_examples(2.0, normalize=True)
+  tree = jax.tree.map(lambda leaf: leaf.at[3].set(0), tree)
+  found, _ = step.update(tree, step.init(tree))
+  expected = np.full(10, 2.0)
+  expected[3] = 0
+  np.testing.assert_allclose(norms(found), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.8])
+def test_the_norm_finds_the_quantile(quantile):
+  step = ranger.clip_examples(1e-3, quantile=quantile)
+  state, update = step.init(None), jax.jit(step.update)
+  for seed in range(300):
+    tree = draw(100, seed)
+    _, state = update(tree, state)
+  expected = np.quantile(
+    np.concatenate([norms(draw(100, s)) for s in range(20)]), quantile
+  )
+  np.testing.assert_allclose(state.norm, expected, rtol=0.1)
+
+
+@pytest.mark.guarantees("clip_examples", "A non-finite gradient stays what it is")
+def test_bad_gradients_reach_the_aggregation_only():
+  tree, step = draw(), ranger.clip_examples(1.0, quantile=0.5)
+  bad = {**tree, "b": tree["b"].at[4].set(jnp.nan)}
+  found, state = step.update(bad, step.init(tree))
+  assert np.isnan(found["b"][4])
+  good = jax.tree.map(lambda leaf: jnp.delete(leaf, 4, axis=0), tree)
+  expected, other = step.update(good, step.init(tree))
+  close(state, other)
+  close(jax.tree.map(lambda leaf: jnp.delete(leaf, 4, axis=0), found), expected)
+  everything = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tree)
+  _, state = step.update(everything, step.init(tree))
+  close(state, step.init(tree))
+
+
+def losses(params, batch):
+  hidden = jnp.tanh(batch["x"] @ params["w"])
+  return ((hidden @ params["v"]) - batch["y"]) ** 2
+
+
+def problem(n=24, width=6):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  params = {"w": normal(5, width), "v": normal(width)}
+  return params, {"x": normal(n, 5), "y": normal(n)}
+
+
+def steps(**options):
+  return optax.chain(
+    ranger.clip_examples(0.5, **options),
+    ranger.aggregate_by_mean(),
+  )
+
+
+@pytest.mark.parametrize("options", [{}, {"quantile": 0.3}, {"normalize": True}])
+def test_the_engine_computes_norms_first(options):
+  """The gradient of the per-example form, also of a bad example."""
+  params, batch = problem()
+  batch["x"] = batch["x"].at[3].set(jnp.inf)
+  step = steps(**options)
+  one = lambda row: jax.grad(
+    lambda p: losses(p, jax.tree.map(lambda leaf: leaf[None], row))[0]
+  )(params)
+  rows = jax.vmap(one)(batch)
+  expected, other = step.update(rows, step.init(params))
+  grad_fn = jax.jit(ranger.value_and_grad(losses, step))
+  _, found, state = grad_fn(params, batch, state=step.init(params))
+  close(found, expected, rtol=1e-5, atol=1e-6)
+  close(state, other, rtol=1e-5)
+  assert int(state[1].num_dropped) == 1
+
+
+def test_the_memory_is_that_of_a_micro_batch():
+  params, batch = problem(n=128, width=4096)
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  grad_fn = ranger.value_and_grad(losses, steps(), micro_batch_size=8)
+  compiled = jax.jit(grad_fn).lower(params, batch).compile()
+  activations = 3 * 128 * 4096 * 4
+  room = compiled.memory_analysis().temp_size_in_bytes - activations
+  assert room < 1.5 * 8 * size
+
+
+@pytest.mark.parametrize("options", [{"mesh": True}, {"num_micro_batches": 3}])
+def test_devices_and_micro_batches_change_nothing(options):
+  params, batch = problem()
+  if "mesh" in options:
+    options = {"mesh": jax.make_mesh((8,), ("data",))}
+  results = []
+  for given in ({}, options):
+    update = ranger.train_step(
+      losses, optax.sgd(0.1), step=steps(quantile=0.4), donate=False, **given
+    )
+    found, state, metrics = update(params, update.init(params), batch)
+    results.append(jax.device_get((found, state.step, metrics)))
+  close(*results, atol=1e-5)
+
+
+def test_a_chain_that_would_need_other_norms_is_refused_in_sweeps():
+  params, batch = problem()
+  step = optax.chain(ranger.clip_examples(0.5), ranger.aggregate_by_krum(2))
+  with pytest.raises(ValueError, match="num_sweeps above 1 needs a step"):
+    ranger.value_and_grad(losses, step, num_sweeps=2)(params, batch)
