@@ -15,7 +15,13 @@ from benchmarks.learning import problems
 from benchmarks.learning.problems._source import Missing
 
 # A study is a module of this package with a `STUDY`.
-STUDIES = ("wrong_labels", "other_noise", "learning_rates", "outer_momentum")
+STUDIES = (
+  "wrong_labels",
+  "other_noise",
+  "learning_rates",
+  "outer_momentum",
+  "attacks",
+)
 
 
 def selected(pieces: list[_runner.Piece], only: str) -> list[_runner.Piece]:

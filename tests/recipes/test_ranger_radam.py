@@ -195,6 +195,20 @@ def test_finite_updates_are_the_inner_ones():
   assert int(state.num_skipped) == 0
 
 
+def test_a_bad_gradient_at_a_synchronization_changes_nothing():
+  """On the sixth step the parameters would go back to the slow copy."""
+  tx = ranger.ranger_radam(0.1, every=3)
+  params = jnp.arange(4, dtype=jnp.float32)
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for call in range(1, 7):
+    updates, after = update(jnp.full([4], jnp.nan), state, params)
+    assert not np.asarray(updates).any()
+    assert int(after.num_skipped) == 1
+    updates, state = update(jnp.sin(params + call), state, params)
+    params = optax.apply_updates(params, updates)
+
+
 def test_squares_that_overflow_are_skipped():
   tx = ranger.ranger_radam(0.1)
   params = jnp.ones([4])

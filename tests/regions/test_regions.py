@@ -40,6 +40,19 @@ def test_grid_regions_are_equal_cells(parts):
   assert set(np.bincount(regions)) == {4 ** len(parts)}
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_position_does_not_move_the_corners(bad):
+  """Of a grid, and of spans of time, that are found in the positions."""
+  places = np.linspace(0, 1, 12, dtype=np.float32)
+  with_bad = np.append(places, np.float32(bad))
+  for find in (
+    lambda t: ranger.regions.by_grid(t[:, None], [4]),
+    lambda t: ranger.regions.by_time(t, num_regions=4),
+  ):
+    np.testing.assert_array_equal(find(with_bad)[:-1], find(places))
+    assert len(np.unique(find(places))) == 4
+
+
 def test_grid_regions_keep_what_is_outside_and_leave_out_nan():
   positions = np.array([[-5.0, 0.1], [np.nan, 0.1], [0.9, 7.0], [1.0, 1.0]])
   regions = ranger.regions.by_grid(positions, (2, 2), low=0.0, high=1.0)
