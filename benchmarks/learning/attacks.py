@@ -173,7 +173,8 @@ def _accuracy(problem: Problem, aggregator: Any, corrupt: int, attack: Any, give
       with_sent = lambda sent: jnp.concatenate(
         [good, jnp.broadcast_to(sent, (corrupt, len(sent)))]
       )
-      sent = ATTACKS[attack](good, lambda sent: aggregate(with_sent(sent)))
+      choose: Any = ATTACKS[attack]
+      sent = choose(good, lambda sent: aggregate(with_sent(sent)))
       result = aggregate(with_sent(sent))
     return (flat - problem.rate * result, momentum), None
 

@@ -67,3 +67,19 @@ def test_the_picture_of_the_demo_cuts_nothing_off(tmp_path, monkeypatch):
   assert len(boxes) > 20
   assert min(box.x0 for box in boxes) >= figure.bbox.x0
   assert max(box.x1 for box in boxes) <= figure.bbox.x1
+
+
+@pytest.mark.slow
+def test_conflicting_tasks(tmp_path):
+  done = subprocess.run(
+    [sys.executable, EXAMPLES / "conflicting_tasks.py", "--quick", "--out", tmp_path],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  rows = re.findall(r"^(\w+) +(\d) of 5", done.stdout, re.M)
+  found = {name: int(count) for name, count in rows}
+  assert set(found) == {"mean", "UPGrad", "MGDA", "CAGrad"}
+  assert found["MGDA"] == found["CAGrad"] == 5
+  assert (tmp_path / "conflicting_tasks.png").stat().st_size > 1000

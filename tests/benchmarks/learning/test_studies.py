@@ -333,6 +333,7 @@ def test_a_piece_gives_rows_and_curves(method):
     ("learning_rates", "quadratic", len(learning_rates.OPTIMIZERS)),
     ("learning_rates", "small,cosine adamw", 1),
     ("outer_momentum", "characters", 1),
+    ("attacks", "digits,mixed median,3", 1),
   ],
 )
 def test_a_quick_study(tmp_path, study, only, pieces):
