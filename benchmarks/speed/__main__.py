@@ -41,6 +41,7 @@ _SMALL = {"rounds": 2, "width": 256}
 SECTIONS = {
   "gradient": Section("fusion.gradient_rows", {"rounds": 5, "size": 32}),
   "clipping": Section("fusion.clipping_rows", {"rounds": 2, "size": 32}),
+  "tasks": Section("tasks.step_rows", {"rounds": 2, "width": 64}),
   "accumulation": Section("accumulation.micro_step_rows", _SMALL),
   "one-step": Section("accumulation.one_step_rows", _SMALL),
   "quiet": Section("accumulation.quiet_rows", {"rounds": 2, "width": 64}),
