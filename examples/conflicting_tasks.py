@@ -92,7 +92,7 @@ def paths(aggregator: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
     _, points = jax.lax.scan(piece, (start, optimizer.init(start)), None, length=100)
     return points, two_functions(points[-1], None)
 
-  optimizer = optax.adam(60 / steps)
+  optimizer = optax.adam(100 / steps)
   grad_fn = ranger.value_and_grad(two_functions, aggregator, over="tasks")
   points, losses = jax.jit(jax.vmap(one))(jnp.array(STARTS))
   return np.asarray(points), np.asarray(losses)
