@@ -16,6 +16,7 @@ from benchmarks.learning import _ranger
 from benchmarks.learning import _report
 from benchmarks.learning import _rivals
 from benchmarks.learning import _runner
+from benchmarks.learning import attacks
 from benchmarks.learning import learning_rates
 from benchmarks.learning import other_noise
 from benchmarks.learning import outer_momentum
@@ -275,6 +276,7 @@ def _committed(study):
     (other_noise, "other_noise.md"),
     (learning_rates, "learning_rates.md"),
     (outer_momentum, "smoothing.md"),
+    (attacks, "aggregation.md"),
   ],
 )
 def test_other_pages_have_the_committed_figures(study, page):
