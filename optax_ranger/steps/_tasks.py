@@ -69,8 +69,8 @@ def aggregate_by_upgrad() -> optax.GradientTransformationExtraArgs:
     >>> step = ranger.aggregate_by_upgrad()
     >>> gradients = jnp.array([[1.0, 0.0], [-2.0, 1.0]])
     >>> result, _ = step.update(gradients, step.init(gradients))
-    >>> print((10 * result).round(3), (10 * gradients @ result).round(3))
-    [1. 7.] [1. 5.]
+    >>> print(jnp.abs(result - jnp.array([0.1, 0.7])).max() < 1e-5)
+    True
 
   References:
     Quinton, Rey, `Jacobian Descent for Multi-Objective Optimization
@@ -123,8 +123,8 @@ def aggregate_by_mgda() -> optax.GradientTransformationExtraArgs:
     >>> step = ranger.aggregate_by_mgda()
     >>> gradients = jnp.array([[2.0, 0.0], [0.0, 1.0]])
     >>> result, _ = step.update(gradients, step.init(gradients))
-    >>> print((5 * result).round(3))
-    [2. 4.]
+    >>> print(jnp.abs(result - jnp.array([0.4, 0.8])).max() < 1e-5)
+    True
 
   References:
     Désidéri, Multiple-gradient descent algorithm (MGDA) for multiobjective
@@ -179,8 +179,8 @@ def aggregate_by_cagrad(
     >>> step = ranger.aggregate_by_cagrad(0.5)
     >>> gradients = jnp.array([[4.0, 0.0], [-1.0, 1.0]])
     >>> result, _ = step.update(gradients, step.init(gradients))
-    >>> print(gradients @ gradients.mean(0), (gradients @ result).round(2))
-    [ 6. -1.] [3.76 0.12]
+    >>> print((gradients @ gradients.mean(0)).min() < 0, (gradients @ result).min() > 0)
+    True True
 
   References:
     Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
