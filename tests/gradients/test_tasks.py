@@ -16,7 +16,6 @@ STEPS = {
   "mean": ranger.aggregate_by_mean(),
   "upgrad": ranger.aggregate_by_upgrad(),
   "mgda": ranger.aggregate_by_mgda(),
-  "cagrad": ranger.aggregate_by_cagrad(),
   "median": ranger.aggregate_by_median(),
   "clipped": optax.chain(ranger.clip_examples(1.0), ranger.aggregate_by_sum()),
 }

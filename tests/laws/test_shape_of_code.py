@@ -91,7 +91,7 @@ def test_a_step_that_is_told_is_linear_or_refused(name):
     with pytest.raises(linear.NotLinearError):
       linear.transpose(step, n, state, told)
     return
-  apply = lambda leaf: step.update(leaf, state, None, **told)[0]
+  apply = jax.jit(lambda leaf: step.update(leaf, state, None, **told)[0])
   rng = np.random.default_rng(0)
   a, b = (jnp.asarray(rng.standard_normal([n, 4]), jnp.float32) for _ in range(2))
   together = apply(2 * a - 3 * b)

@@ -101,7 +101,7 @@ def test_mgda_is_the_shortest_mean(kind):
 @each_kind
 def test_cagrad_pleases_the_worst_task(kind):
   """By duality: no direction near the mean is better than the bound of any weights."""
-  for seed in range(8):
+  for seed in range(3):
     rows = hard(kind, seed)
     rows /= np.linalg.norm(rows, axis=1).max()
     found, mean = run("cagrad", rows), rows.mean(axis=0)
@@ -130,7 +130,7 @@ def test_without_a_radius_it_is_the_mean():
   rows = {"a": jnp.asarray(hard("uneven", 0), jnp.float32)}
   weights = jnp.arange(len(rows["a"]), dtype=jnp.float32)
   results = [
-    step.update(rows, step.init(rows), member_weights=weights)[0]
+    jax.jit(step.update)(rows, step.init(rows), member_weights=weights)[0]
     for step in (ranger.aggregate_by_cagrad(0.0), ranger.aggregate_by_mean())
   ]
   close(*results, rtol=1e-5)
@@ -173,14 +173,14 @@ def test_scale(name, scale):
   close(run(name, scale * rows) / scale, run(name, rows), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(STEPS))
+@pytest.mark.parametrize("name", ["mgda", "upgrad"])
 def test_leaves_and_directions_that_are_told(name):
   """Over a tree it is the same as over its concatenation, and linear once told."""
   rows = jnp.asarray(hard("plain", 5), jnp.float32)
   tree = {"a": rows[:, :1], "b": rows[:, 1:]}
   step = STEPS[name]
-  whole, _ = step.update(rows, step.init(rows))
-  parts, _ = step.update(tree, step.init(tree))
+  whole = run(name, np.asarray(rows))
+  parts, _ = jax.jit(step.update)(tree, step.init(tree))
   close(jnp.concatenate([parts["a"], parts["b"]]), whole, atol=1e-5)
   norms = jnp.linalg.norm(rows, axis=1)
   cosines = (rows @ rows.T) / (norms[:, None] * norms[None])
@@ -194,19 +194,20 @@ def test_absent_and_zero_tasks(name):
   bad = jnp.concatenate([rows, jnp.full_like(rows[:1], jnp.nan), 5 * rows[:1]])
   weights = jnp.ones([len(bad)]).at[-1].set(0)
   step = STEPS[name]
-  expected, _ = step.update(rows, step.init(rows))
-  found, state = step.update(bad, step.init(bad), member_weights=weights)
-  close(found, expected, atol=1e-5)
+  found, state = jax.jit(step.update)(bad, step.init(bad), member_weights=weights)
+  close(found, run(name, np.asarray(rows)), atol=1e-5)
   assert int(state.num_dropped) == 1
-  zeros = jnp.zeros([3, 4])
-  assert not np.asarray(step.update(zeros, step.init(zeros))[0]).any()
+  assert not run(name, np.zeros([3, 4])).any()
 
 
 def test_a_preference_counts_in_upgrad():
   """A task of weight three is as three tasks."""
   rows = jnp.asarray(hard("plain", 9), jnp.float32)
-  step = STEPS["upgrad"]
-  weights = jnp.ones([len(rows)]).at[0].set(3)
-  found, _ = step.update(rows, step.init(rows), member_weights=weights)
-  many = jnp.concatenate([rows, rows[:1], rows[:1]])
-  close(found, step.update(many, step.init(many))[0], atol=1e-4)
+  many = np.concatenate([rows, rows[:1], rows[:1]])
+  rows = np.concatenate([rows, np.zeros([MOST - len(rows), rows.shape[1]])])
+  weights = (np.abs(rows).sum(axis=1) > 0).astype(np.float32)
+  weights[0] = 3
+  wide = np.zeros([MOST, WIDTH], np.float32)
+  wide[:, : rows.shape[1]] = rows
+  found = np.asarray(compiled("upgrad")(wide, weights))[: rows.shape[1]]
+  close(found, run("upgrad", many), atol=1e-4)
