@@ -16,14 +16,16 @@ _RIDGE = 1e-5
 # How far a round goes of the way to the boundary.
 _NEARLY = 0.99
 _REFINEMENTS = 3
+# How often the set of positive entries is corrected, after the first guess.
+_CORRECTIONS = 3
 
 
 def nonnegative(matrix: Array, linear: Array) -> Array:
   r"""The minimizer of :math:`\frac12 x^T A x - b^T x` over :math:`x \ge 0`.
 
   A primal-dual interior-point method finds out which entries are positive; these
-  then solve their linear system, with iterative refinement. Of the two results, the
-  one is taken that is nearer to optimality.
+  then solve their linear system, with iterative refinement, and entries with the
+  wrong sign change sides. Of all results, the one nearest to optimality is taken.
 
   Args:
     matrix: A, ``float [n, n]``, symmetric and positive semidefinite, its diagonal
@@ -37,10 +39,18 @@ def nonnegative(matrix: Array, linear: Array) -> Array:
     Mehrotra, On the Implementation of a Primal-Dual Interior Point Method, 1992.
   """
   ridge = _RIDGE * jnp.eye(linear.shape[0], dtype=linear.dtype)
-  inner, slack = _interior_point(matrix + ridge, linear)
-  exact = _solve_positive(matrix, linear, inner > slack)
-  better = _violation(matrix, linear, exact) < _violation(matrix, linear, inner)
-  return jnp.where(better, exact, inner)
+  start, slack = _interior_point(matrix + ridge, linear)
+
+  def correct(_, carry):
+    best, positive = carry
+    exact = _solve_positive(matrix, linear, positive)
+    better = _violation(matrix, linear, exact) < _violation(matrix, linear, best)
+    # Entries that came out negative are zero, and where the gradient falls, positive.
+    falls = jnp.logical_and(_product(matrix, exact) < linear, exact == 0)
+    return jnp.where(better, exact, best), jnp.logical_or(exact > 0, falls)
+
+  best, _ = jax.lax.fori_loop(0, _CORRECTIONS, correct, (start, start > slack))
+  return best
 
 
 def _interior_point(matrix: Array, linear: Array) -> tuple[Array, Array]:
