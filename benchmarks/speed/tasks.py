@@ -94,32 +94,37 @@ def _torchjd(params: Any, batch: Any) -> dict[str, _measure.Contender]:
   torch, aggregation, autogram, autojac = map(importlib.import_module, modules)
   torch.set_num_threads(_measure.cores())  # which is what XLA takes
   tensor = lambda leaf: torch.tensor(np.array(leaf))
-  layers = []
-  for kernel, bias in params["trunk"]:
-    layer = torch.nn.Linear(*kernel.shape)
-    layer.weight.data, layer.bias.data = tensor(kernel.T), tensor(bias)
-    layers += [layer, torch.nn.ReLU()]
-  trunk = torch.nn.Sequential(*layers)
-  heads = torch.nn.Linear(*params["heads"].shape, bias=False)
-  heads.weight.data = tensor(params["heads"].T)
-  model = torch.nn.Sequential(trunk, heads)
+
+  def network():
+    layers = []
+    for kernel, bias in params["trunk"]:
+      layer = torch.nn.Linear(*kernel.shape)
+      layer.weight.data, layer.bias.data = tensor(kernel.T), tensor(bias)
+      layers += [layer, torch.nn.ReLU()]
+    trunk = torch.nn.Sequential(*layers)
+    heads = torch.nn.Linear(*params["heads"].shape, bias=False)
+    heads.weight.data = tensor(params["heads"].T)
+    return torch.nn.Sequential(trunk, heads)
+
   x, y = tensor(batch["x"]), tensor(batch["y"])
   aggregator, weighting = aggregation.UPGrad(), aggregation.UPGradWeighting()
-  engine = autogram.Engine(model)
+  # The engine leaves hooks in its model.
+  plain, hooked = network(), network()
+  engine = autogram.Engine(hooked, batch_dim=None)
 
-  def losses():
+  def losses(model):
     model.zero_grad()
     return ((model(x) - y) ** 2).mean(dim=0)
 
   def jacobian():
-    autojac.backward(losses())
-    autojac.jac_to_grad(model.parameters(), aggregator)
-    return model[1].weight.grad
+    autojac.backward(losses(plain))
+    autojac.jac_to_grad(plain.parameters(), aggregator)
+    return plain[1].weight.grad
 
   def gramian():
-    values = losses()
+    values = losses(hooked)
     values.backward(weighting(engine.compute_gramian(values)))
-    return model[1].weight.grad
+    return hooked[1].weight.grad
 
   return {
     "TorchJD, autojac": _measure.Contender(jacobian, 0),
