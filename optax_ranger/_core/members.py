@@ -152,6 +152,21 @@ def weighted_sum(weights: Array, leaf: Array) -> Array:
   )
 
 
+def combine(shares: Array, updates: PyTree, *, one_by_one: bool) -> PyTree:
+  """Sums the members with these weights; those of weight zero are left out.
+
+  With `one_by_one`, a leaf waits for the one before it, as in `aggregator`.
+  """
+  leaves, structure = jax.tree.flatten(updates)
+  reduced: list[Array] = []
+  for leaf in leaves:
+    if one_by_one and reduced:
+      shares = after(reduced[-1], shares)
+    kept = keep_rows(shares != 0, leaf)
+    reduced.append(weighted_sum(shares, kept).astype(leaf.dtype))
+  return jax.tree.unflatten(structure, reduced)
+
+
 def aggregator(
   reduce: Callable[[Members], Callable[[Array], Any]],
   *,

@@ -13,12 +13,10 @@ from optax_ranger._core import validate
 from optax_ranger._core.members import Members
 from optax_ranger._core.members import MemberState
 from optax_ranger._core.members import aggregator
+from optax_ranger._core.members import combine
 from optax_ranger._core.members import gather_rows
 from optax_ranger._core.members import init_members
-from optax_ranger._core.members import keep_rows
 from optax_ranger._core.members import present_members
-from optax_ranger._core.members import weighted_sum
-from optax_ranger._core.sharding import after
 from optax_ranger._core.sharding import is_sharded
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
@@ -331,14 +329,7 @@ def _by_inner_products(
       weights = frame.weights
     validate.shape("gramian", gramian, (n, n))
     shares = choose(jnp.asarray(gramian).astype(weights.dtype), weights)
-    leaves, structure = jax.tree.flatten(updates)
-    reduced: list[Array] = []
-    for leaf in leaves:
-      if own and reduced:
-        shares = after(reduced[-1], shares)
-      kept = keep_rows(shares > 0, leaf)
-      reduced.append(weighted_sum(shares, kept).astype(leaf.dtype))
-    return jax.tree.unflatten(structure, reduced), state
+    return combine(shares, updates, one_by_one=own), state
 
   return transformation(init_members, update)
 

@@ -13,11 +13,9 @@ from optax_ranger._core import quadratic
 from optax_ranger._core import validate
 from optax_ranger._core.gramian import Directions
 from optax_ranger._core.members import MemberState
+from optax_ranger._core.members import combine
 from optax_ranger._core.members import init_members
-from optax_ranger._core.members import keep_rows
 from optax_ranger._core.members import present_members
-from optax_ranger._core.members import weighted_sum
-from optax_ranger._core.sharding import after
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
@@ -289,14 +287,7 @@ def _by_directions(
       found = _given(directions, weights)
     shares = choose(found, weights)
     shares = jnp.where(weights > 0, shares, jnp.zeros_like(shares))
-    leaves, structure = jax.tree.flatten(members.updates)
-    reduced: list[Array] = []
-    for leaf in leaves:
-      if own and reduced:
-        shares = after(reduced[-1], shares)
-      kept = keep_rows(shares != 0, leaf)
-      reduced.append(weighted_sum(shares, kept).astype(leaf.dtype))
-    return jax.tree.unflatten(structure, reduced), members.state
+    return combine(shares, members.updates, one_by_one=own), members.state
 
   return transformation(init_members, update)
 

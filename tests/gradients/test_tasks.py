@@ -107,8 +107,6 @@ def test_train_step_over_tasks_on_a_mesh(name, kind):
   )
   expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, expected)
   for options in ({}, {"mesh": mesh, "partition": "jit"}):
-    if options and kind == AxisType.Explicit:
-      continue
     update = ranger.train_step(
       tasks, optax.sgd(0.1), step=step, over="tasks", donate=False, **options
     )
