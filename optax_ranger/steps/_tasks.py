@@ -54,8 +54,8 @@ def aggregate_by_upgrad() -> optax.GradientTransformationExtraArgs:
     An ``optax.GradientTransformationExtraArgs``.
 
   Guarantees:
-    * No member's inner product with the result is below -1e-4 of the product of
-      their norms' bounds: the member's and the largest.
+    * No member's inner product with the result is below -1e-4 times the member's norm
+      times the largest norm.
     * Gradients that do not conflict are averaged.
     * The guarantees of ``aggregate_by_mean``.
 
