@@ -1,5 +1,6 @@
 """A step over tasks against TorchJD: `python -m benchmarks.speed.tasks`."""
 
+import functools
 import importlib
 import importlib.util
 from typing import Any
@@ -37,55 +38,30 @@ def _losses(params: Any, batch: Any) -> jax.Array:
 def step_rows(
   rounds: int = 15, width: int = 1024, layers: int = 4
 ) -> list[_measure.Row]:
-  """UPGrad of eight tasks, forward and backward, in 1, 4 and 16 sweeps."""
+  """UPGrad of eight tasks, forward and backward."""
   params, batch = _problem(width, layers)
   step = ranger.aggregate_by_upgrad()
   rivals = _torchjd(params, batch) if importlib.util.find_spec("torchjd") else {}
-  ours = {
-    sweeps: _measure.stateless(
-      lambda p, b, n=sweeps: ranger.value_and_grad(
-        _losses, step, over="tasks", num_sweeps=n
-      )(p, b),
-      params,
-      batch,
-    )
-    for sweeps in (1, 4, 16)
-  }
+  ours = _measure.stateless(
+    ranger.value_and_grad(_losses, step, over="tasks"), params, batch
+  )
   mean = _measure.stateless(
     jax.value_and_grad(lambda p, b: _losses(p, b).mean()), params, batch
   )
-  contenders = [*ours.values(), mean, *rivals.values()]
-  times = _measure.measure("UPGrad, 8 tasks", contenders, rounds)
-  of = dict(zip([*ours, "mean", *rivals], times, strict=True))
+  contenders = [ours, mean, *rivals.values()]
+  own, of_mean, *others = _measure.measure("UPGrad, 8 tasks", contenders, rounds)
   what = f"UPGrad of {_TASKS} tasks, {_measure.millions(params)}, batch {_BATCH}"
-  rows = [
-    _measure.Row(
-      f"{what}, {sweeps} sweeps" if sweeps > 1 else what,
-      "the mean loss",
-      of[sweeps],
-      of["mean"],
-      "-",
-      contender.temporaries,
-      mean.temporaries,
-    )
-    for sweeps, contender in ours.items()
-  ]
+  row = functools.partial(_measure.Row, what)
+  rows = [row("the mean loss", own, of_mean, "-", ours.temporaries, mean.temporaries)]
   if not rivals:
     empty = np.array([])
-    return [*rows, _measure.Row(what, _NOT_MEASURED, empty, empty, "1.3")]
+    return [*rows, row(_NOT_MEASURED, empty, empty, "1.3")]
+  of = dict(zip(rivals, others, strict=True))
   fastest = min(rivals, key=lambda name: np.median(of[name]))
-  rows += [
-    _measure.Row(
-      what,
-      name,
-      of[1],
-      of[name],
-      "1.3" if name == fastest else "-",
-      ours[1].temporaries,
-    )
-    for name in rivals
+  reach = lambda name: "1.3" if name == fastest else "-"
+  return rows + [
+    row(name, own, times, reach(name), ours.temporaries) for name, times in of.items()
   ]
-  return rows
 
 
 def _torchjd(params: Any, batch: Any) -> dict[str, _measure.Contender]:

@@ -20,6 +20,7 @@ from optax_ranger._core.sharding import after
 from optax_ranger._core.sharding import is_sharded
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.sharding import replicate
+from optax_ranger._core.tree import inner_product
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 
@@ -118,6 +119,25 @@ def own_frame(sizes: Array, weights: Array) -> Frame:
   sizes = sizes.astype(weights.dtype)
   unit = jnp.where(sizes > 0, sizes, jnp.ones_like(sizes))
   return Frame(weights, jnp.zeros_like(weights), unit)
+
+
+def direction(gradient: PyTree) -> tuple[Array, PyTree]:
+  """The norm of one gradient, and the gradient in that unit; zero stays zero.
+
+  The norm of a gradient that is not finite is infinite or NaN.
+  """
+  size = sizes(jax.tree.map(lambda leaf: leaf[None], gradient), 1)[0]
+
+  def over(divisor: Array, leaf: Array) -> Array:
+    return numerics.divide(leaf.astype(numerics.wide(leaf.dtype)), divisor)
+
+  # In two steps: the square of the norm may overflow where the norm does not.
+  scaled = jax.tree.map(lambda leaf: over(size, leaf), gradient)
+  length = jnp.sqrt(inner_product(scaled, scaled)).astype(size.dtype)
+  unit = jax.tree.map(
+    lambda leaf, whole: over(length, leaf).astype(whole.dtype), scaled, gradient
+  )
+  return size * length, unit
 
 
 def directions(products: Array, frame: Frame, sizes: Array) -> Directions:

@@ -146,6 +146,9 @@ def value_and_grad(
       not of rows. `step` is then over tasks, ``member_weights`` has length T, and
       the batch is any tree: nothing of it is checked, and it is not cut.
       `micro_batch_size` is the number of tasks whose gradients are computed at once.
+      UPGrad, MGDA and CAGrad hold one at a time, and take T + 1 backward passes and T
+      passes in forward mode, whatever `num_sweeps`; losses that use
+      ``jax.custom_vjp`` have none, so for them the gradients are held as for examples.
       A task whose loss is not finite has weight zero; if the gradient is not finite
       all the same, since tasks share what isn't, it is zero, and all tasks count as
       dropped.

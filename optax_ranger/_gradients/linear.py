@@ -207,6 +207,25 @@ def reads(
   return structure.unflatten(id(variable) in used for variable in jaxpr.invars)
 
 
+def has_forward_mode(push: Callable[[PyTree], Any], params: PyTree) -> bool:
+  """Whether a linearized function can be applied to tangents.
+
+  What goes through ``jax.custom_vjp`` can't, and JAX says so only when it compiles.
+  """
+
+  def has_none(jaxpr) -> bool:
+    is_jaxpr = lambda node: hasattr(node, "eqns") or hasattr(node, "jaxpr")
+    for equation in jaxpr.eqns:
+      inner = filter(is_jaxpr, jax.tree.leaves(equation.params, is_leaf=is_jaxpr))
+      if equation.primitive.name == "custom_lin" or any(
+        has_none(getattr(node, "jaxpr", node)) for node in inner
+      ):
+        return True
+    return False
+
+  return not has_none(jax.make_jaxpr(push)(params).jaxpr)
+
+
 def refuse_unless_entrywise(
   step: optax.GradientTransformationExtraArgs,
   n: int,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_ranger._core import gramian
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.members import Members
@@ -60,21 +61,65 @@ def by_step(
     known = arguments.Known(finite, losses, aux)
     return arguments.step_arguments(plan, arguments.gather(shards, plan, known))
 
-  finite = source.finite
-  args = args_for(finite)
+  finite, told = source.finite, {}
   try:
-    weights = linear.transpose(step, n, state, args, plan.dtype)
+    try:
+      weights = linear.transpose(step, n, state, args_for(finite), plan.dtype)
+    except linear.NotLinearError:
+      match linear.looks_at(step, n, state, args_for(finite)):
+        case "directions":
+          found = _directions(problem, pull_back)
+          norms, told = found.norms, {"directions": found}
+        case "norms":
+          norms = per_example.norms(source.sweep)
+          told = {"norms": norms}
+        case _:
+          raise
+      finite = jnp.logical_and(finite, jnp.isfinite(norms))
+      args = args_for(finite) | told
+      weights = linear.transpose(step, n, state, args, plan.dtype)
     grads = source.weighted(finite, weights)
     good = all_finite(grads)
     # What isn't finite in one task's part of the graph reaches what tasks share.
     finite = jnp.logical_and(finite, good)
-    _, state = step.update(jnp.zeros([n], plan.dtype), state, None, **args_for(finite))
+    args = args_for(finite) | told
+    _, state = step.update(jnp.zeros([n], plan.dtype), state, None, **args)
   except linear.NotLinearError:
     stepped = per_example.Stepped(step, state, args_for, problem.params)
     grads, state, finite = per_example.run(source, stepped, options)
     good = all_finite(grads)
   grads = jax.tree.map(lambda g: jnp.where(good, g, jnp.zeros_like(g)), grads)
   return Evaluated(losses, aux, {}, grads, finite), state
+
+
+def _directions(
+  problem: Problem, pull_back: Callable[[Array], tuple[PyTree]]
+) -> gramian.Directions:
+  """Norms and cosines of the tasks' gradients, of which one is held at a time.
+
+  The derivatives of all losses along one gradient are its inner products with all
+  gradients: what a pass in forward mode computes. The norm of a gradient is NaN if
+  it, or such a derivative, is not finite.
+  """
+  losses, push, _ = jax.linearize(problem.values, problem.params, has_aux=True)
+  if not linear.has_forward_mode(push, problem.params):
+    raise linear.NotLinearError("jax.custom_vjp has no forward mode.")
+  dtype = numerics.widest(numerics.wide(losses.dtype))
+
+  def one(i: Array) -> tuple[Array, Array]:
+    (gradient,) = pull_back(jnp.zeros_like(losses).at[i].set(1))
+    norm, direction = gramian.direction(gradient)
+    along = push(jax.tree.map(jnp.conj, direction))
+    return norm.astype(dtype), along.astype(dtype)
+
+  norms, products = jax.lax.map(one, jnp.arange(losses.shape[0]))
+  there = jnp.isfinite(norms)
+  both = jnp.logical_and(there[:, None], there[None])
+  bad = jnp.logical_and(both, jnp.logical_not(jnp.isfinite(products))).any(axis=1)
+  norms = jnp.where(bad, jnp.nan, norms)
+  keep = jnp.logical_and(both, jnp.logical_not(bad[:, None] | bad[None]))
+  cosines = jnp.where(keep, numerics.divide(products, norms[None]), 0)
+  return gramian.Directions(norms, jnp.clip((cosines + cosines.T) / 2, -1, 1))
 
 
 def member_weights(extra_args: dict[str, Any], n: int) -> dict[str, Any]:

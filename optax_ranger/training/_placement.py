@@ -276,12 +276,20 @@ class Placement:
     if self.mesh is None:
       return tree
 
-    def put(leaf):
+    def put(path, leaf):
       rows = (jnp.shape(leaf) or (0,))[0]
-      split = rows > 0 and rows % self.num_local_devices == 0
-      return self.place_rows(leaf) if split else self._put(jnp.asarray(leaf), WHOLE)
+      if rows > 0 and rows % self.num_local_devices == 0:
+        return self.place_rows(leaf)
+      # Those of one process are not those of another.
+      if rows and jax.process_count() > 1 and not self.is_global(leaf):
+        raise ValueError(
+          f"batch{jax.tree_util.keystr(path)} has {rows} rows, which the"
+          f" {self.num_local_devices} devices of this process do not divide. What is"
+          " the same in all processes can be an extra arg."
+        )
+      return self._put(jnp.asarray(leaf), WHOLE)
 
-    return jax.tree.map(put, tree)
+    return jax.tree_util.tree_map_with_path(put, tree)
 
 
 def padded(tree: Any, name: str, to: int) -> Any:

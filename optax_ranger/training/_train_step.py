@@ -109,8 +109,8 @@ def train_step(
       tasks, ``[T]``, and `step` is over these, such as ``aggregate_by_upgrad()``. The
       leaves of the batch may differ in their rows; on a mesh, which needs
       ``partition="jit"``, a leaf is split over devices where they divide its rows,
-      and else copied. ``member_weights`` has length T, and ``"losses"`` is one more
-      metric.
+      and else copied, or refused if there are several processes. ``member_weights``
+      has length T, and ``"losses"`` is one more metric.
 
   ===================================== =================================
   sent in a call, on n examples         bytes, each device

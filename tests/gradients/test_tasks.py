@@ -54,6 +54,69 @@ def test_the_step_is_over_the_gradients_of_tasks(name, num_sweeps):
   close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["plain", "in a loop"])
+def test_losses_without_a_forward_mode(form):
+  """Their gradients are held instead."""
+
+  @jax.custom_vjp
+  def tripled(params):
+    return params
+
+  tripled.defvjp(lambda params: (params, None), lambda _, g: (3 * g,))
+  params, batch = problem()
+
+  def losses(params, batch):
+    if form == "plain":
+      return tasks(jax.tree.map(tripled, params), batch)
+    again = lambda tree, _: (jax.tree.map(tripled, tree), None)
+    return tasks(jax.lax.scan(again, params, length=2)[0], batch)
+
+  step = STEPS["upgrad"]
+  rows = jax.jacrev(losses)(params, batch)
+  expected, _ = step.update(rows, step.init(params))
+  _, found = ranger.value_and_grad(losses, step, over="tasks")(params, batch)
+  close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e-25, 1.0, 1e25, 1e34])
+def test_gradients_whose_squares_overflow_or_vanish(scale):
+  params, batch = problem()
+  step, by = STEPS["mgda"], jnp.array([scale, 3.0, scale])
+  losses = lambda params, batch: by * tasks(params, batch)
+  rows = jax.jacrev(losses)(params, batch)
+  expected, _ = step.update(rows, step.init(params))
+  _, found = ranger.value_and_grad(losses, step, over="tasks")(params, batch)
+  largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+  close(found, expected, rtol=1e-3, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "room"), [(jnp.complex64, 1e-5), (jnp.float16, 1e-2), (jnp.bfloat16, 5e-2)]
+)
+def test_other_types(dtype, room):
+  rng = np.random.default_rng(1)
+  draws = rng.standard_normal([2, 3, 6]) * np.array([1.0, 30.0, 0.1])[:, None]
+  is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+  rows = jnp.asarray(draws[0] + 1j * draws[1] if is_complex else draws[0], dtype)
+  losses = lambda params, _: jnp.real(rows.conj() @ params)
+  step, params = STEPS["upgrad"], jnp.ones(6, dtype)
+  expected, _ = step.update(rows.conj(), step.init(params))
+  _, found = ranger.value_and_grad(losses, step, over="tasks")(params, None)
+  assert found.dtype == dtype
+  close(found, expected, rtol=room, atol=room * 30)
+
+
+def test_no_gradient_is_held_beside_another():
+  """The matrix of inner products comes without them."""
+  params, n = {"w": jnp.ones([512, 512])}, 16
+  losses = lambda params, batch: jnp.tanh(batch @ params["w"]).sum(axis=1)
+  batch = jnp.eye(n, 512)
+  grad_fn = ranger.value_and_grad(losses, STEPS["upgrad"], over="tasks")
+  compiled = jax.jit(grad_fn).lower(params, batch).compile()
+  one = params["w"].nbytes
+  assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * one
+
+
 def test_auxiliary_output_and_extra_args():
   params, batch = problem()
   both = lambda params, batch, scale: (tasks(params, batch, scale), {"any": batch})
