@@ -42,6 +42,7 @@ SECTIONS = {
   "gradient": Section("fusion.gradient_rows", {"rounds": 5, "size": 32}),
   "clipping": Section("fusion.clipping_rows", {"rounds": 2, "size": 32}),
   "tasks": Section("tasks.step_rows", {"rounds": 2, "width": 64}),
+  "robust": Section("robust.median_rows", {"rounds": 2, "size": 1024}),
   "accumulation": Section("accumulation.micro_step_rows", _SMALL),
   "one-step": Section("accumulation.one_step_rows", _SMALL),
   "quiet": Section("accumulation.quiet_rows", {"rounds": 2, "width": 64}),

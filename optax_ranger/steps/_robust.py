@@ -9,6 +9,7 @@ import optax
 
 from optax_ranger._core import gramian as gramian_lib
 from optax_ranger._core import numerics
+from optax_ranger._core import sorting
 from optax_ranger._core import validate
 from optax_ranger._core.members import Members
 from optax_ranger._core.members import MemberState
@@ -17,6 +18,7 @@ from optax_ranger._core.members import combine
 from optax_ranger._core.members import gather_rows
 from optax_ranger._core.members import init_members
 from optax_ranger._core.members import present_members
+from optax_ranger._core.platforms import for_one_cpu
 from optax_ranger._core.sharding import is_sharded
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.types import Array
@@ -37,8 +39,9 @@ def aggregate_by_median() -> optax.GradientTransformationExtraArgs:
 
   Shapes:
     ``[n, *shape]`` to ``[*shape]``, types kept. Members are sorted leaf by
-    leaf, which takes twice a leaf's members in float32 or better. Real and
-    imaginary parts are taken apart. The state is one counter.
+    leaf, which takes twice a leaf's members in float32 or better, or less: inside of
+    jit on a CPU, up to 32 members take half of that. Real and imaginary parts
+    are taken apart. The state is one counter.
 
   Returns:
     An ``optax.GradientTransformationExtraArgs``.
@@ -351,7 +354,6 @@ def _sorted_mean(
     values = jnp.where(there, leaf, jnp.full_like(leaf, jnp.inf))
     weights = per_row(members.weights, leaf).astype(leaf.dtype)
     weights = jnp.broadcast_to(weights, leaf.shape, out_sharding=_layout(leaf))
-    rows = jax.lax.sort((values, weights), dimension=0, num_keys=1)
 
     def add(carry, row):
       mean, lower, counted = carry
@@ -365,10 +367,20 @@ def _sorted_mean(
       value = jnp.where(part > 0, value, jnp.zeros_like(value))
       return (mean * (1 - ratio) + value * ratio, upper, counted), None
 
+    def by_network(start, values, weights):
+      for row in zip(*sorting.sort_rows([*values], [*weights]), strict=True):
+        start, _ = add(start, row)
+      return start[0]
+
+    def by_sort(start, values, weights):
+      rows = jax.lax.sort((values, weights), dimension=0, num_keys=1)
+      return jax.lax.scan(add, start, rows)[0][0]
+
     zeros = jnp.zeros_like(leaf[0]) if leaf.shape[0] else jnp.zeros(leaf.shape[1:])
     zeros = zeros.astype(leaf.dtype)
-    (mean, _, _), _ = jax.lax.scan(add, (zeros, zeros, zeros), rows)
-    return mean
+    few = leaf.shape[0] <= sorting.MOST_ROWS
+    mean = for_one_cpu(leaf, by_network, by_sort) if few else by_sort
+    return mean((zeros, zeros, zeros), values, weights)
 
   def of_leaf(leaf: Array) -> Array:
     leaf = gather_rows(leaf.astype(numerics.wide(leaf.dtype)))
