@@ -7,6 +7,9 @@ is aggregated.
 
 import argparse
 from collections.abc import Callable
+import importlib
+import importlib.util
+import sys
 from typing import Any
 from typing import NamedTuple
 
@@ -62,6 +65,32 @@ MIXED = {
   f"mixed {name}": lambda f, make=make: ranger.mix_nearest(make(f), f)
   for name, make in AGGREGATORS.items()
 }
+
+BYZFL = {
+  "ByzFL: CAF": ("CAF",),
+  "ByzFL: Meamed": ("Meamed",),
+  "ByzFL: NNM + trimmed mean": ("NNM", "TrMean"),
+  "ByzFL: ARC + NNM + trimmed mean": ("ARC", "NNM", "TrMean"),
+}
+
+
+def byzfl(names: tuple[str, ...], corrupt: int) -> optax.GradientTransformation:
+  """Aggregators of ByzFL one after the other, called on the host."""
+  library: Any = importlib.import_module("byzfl.aggregators")
+  functions = [getattr(library, name)(corrupt) for name in names]
+
+  def aggregate(rows: Any) -> np.ndarray:
+    rows = np.array(rows)  # ARC writes to them.
+    for function in functions:
+      rows = function(rows)
+    return rows.astype(np.float32)
+
+  def update(rows, state, params=None):
+    del params
+    row = jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
+    return jax.pure_callback(aggregate, row, rows, vmap_method="sequential"), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _strongest(
@@ -185,12 +214,24 @@ def _accuracy(problem: Problem, aggregator: Any, corrupt: int, attack: Any, give
 
 def pieces(args: argparse.Namespace) -> list[_runner.Piece]:
   del args
+  names = [_HONEST, *AGGREGATORS, *MIXED]
+  if importlib.util.find_spec("byzfl"):
+    names += BYZFL
+  else:
+    print("ByzFL is left out: pip install byzfl", file=sys.stderr)
   return [
     {"problem": problem, "aggregator": name, "corrupt": str(corrupt)}
     for problem in PROBLEMS
     for corrupt in CORRUPT
-    for name in (_HONEST, *AGGREGATORS, *MIXED)
+    for name in names
   ]
+
+
+def _aggregator(name: str, corrupt: int) -> Any:
+  """None: the mean of the honest members."""
+  if name in BYZFL:
+    return byzfl(BYZFL[name], corrupt)
+  return None if name == _HONEST else {**AGGREGATORS, **MIXED}[name](corrupt)
 
 
 def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
@@ -204,9 +245,7 @@ def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
     for seed in seeds
   ]
   given = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
-  name = piece["aggregator"]
-  makers = {**AGGREGATORS, **MIXED}
-  aggregator = None if name == _HONEST else makers[name](corrupt)
+  aggregator = _aggregator(piece["aggregator"], corrupt)
   rows = []
   for attack in (_HONEST,) if aggregator is None else ATTACKS:
     train = jax.jit(
@@ -229,7 +268,7 @@ def report(tables: dict[str, list[_runner.Row]]) -> str:
   texts = []
   for problem in PROBLEMS:
     lines = []
-    for name in (_HONEST, *AGGREGATORS, *MIXED):
+    for name in (_HONEST, *AGGREGATORS, *MIXED, *BYZFL):
       cells = [name]
       for corrupt in CORRUPT:
         for split in SPLITS:
@@ -241,8 +280,9 @@ def report(tables: dict[str, list[_runner.Row]]) -> str:
           ]
           accuracy, attack = min(own, default=(np.nan, ""))
           cells.append(f"{accuracy:.3f}" + f" ({attack})" * (name != _HONEST))
-      lines.append(cells)
-    if any("nan" not in cell for line in lines for cell in line[1:]):
+      if any("nan" not in cell for cell in cells[1:]):
+        lines.append(cells)
+    if lines:
       heads = ["aggregator", *(f"{f} corrupt, {s}" for f in CORRUPT for s in SPLITS)]
       texts.append(
         f"**{problem}**, test accuracy under the worst attack, mean of the seeds\n\n"
