@@ -135,6 +135,7 @@ def test_good_features_are_believed():
   robust, known = _init(blurred)
   after = robust.ask(known, data.x, data.labels)
   assert (int(after.asked), int(after.believed)) == (1, 1)
+  assert float(after.noise) == float(known.noise) != float(after.learned_noise)
   wrong = np.asarray(data.labels) != data.true
   gap = lambda k: float(k.weights[~wrong].mean() - k.weights[wrong].mean())
   assert gap(after) > gap(known) + 0.2
