@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: demo test test-all test-versions locks lint format bench clean
+.PHONY: demo test test-all test-versions locks lint format bench docs docs-check clean
 
 demo: .venv/.installed  ## Trains on digits with 40% wrong labels.
 	@mkdir -p $(OUT)
@@ -52,6 +52,18 @@ format: .venv/.installed  ## Formats the code, and mends what ruff can mend.
 
 bench: .venv/.installed  ## Measures the figures of the README, side by side.
 	$(BIN)/python -m benchmarks.speed --out $(OUT)
+
+docs: .venv/.docs  ## Makes the site; a warning is an error.
+	rm -rf docs/api/generated $(OUT)/site
+	$(BIN)/sphinx-build -q -W --keep-going docs $(OUT)/site
+	@echo "$(OUT)/site/index.html"
+
+docs-check: docs  ## Opens every page in Chromium (Debian's).
+	$(BIN)/python docs/check.py $(OUT)/site --out $(OUT)/screenshots
+
+.venv/.docs: .venv/.installed .ci/docs.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .ci/docs.lock
+	@touch $@
 
 clean:
 	rm -rf .venv .venvs out

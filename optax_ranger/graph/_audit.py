@@ -108,7 +108,7 @@ def audit(
       don't vote. None: their given labels.
     contradicted: ``float [n]``, how often training predicted another class than the
       label; with ``visits``, a number or ``float [n]``, how often it visited the
-      example. Support is :math:`(visits - contradicted + 1/2) / (visits + 1)`, so
+      example. Support is ``(visits - contradicted + 1/2) / (visits + 1)``, so
       that few visits say little. Nothing is known where these are not finite, or
       there was no visit.
     visits: see there.

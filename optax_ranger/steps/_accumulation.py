@@ -365,8 +365,8 @@ def large_step(learning_rate: Scalar, every: int, *, rule: str = "linear") -> An
   the linear one is usual for SGD; the square root, for adaptive optimizers.
 
   .. math::
-    \eta' = m \, \eta \quad (\text{"linear"}), \qquad
-    \eta' = \sqrt m \, \eta \quad (\text{"square\_root"})
+    \eta' = m \, \eta \quad (\text{linear}), \qquad
+    \eta' = \sqrt m \, \eta \quad (\text{square root})
 
   Args:
     learning_rate: a number, or a schedule of the optimizer step.
