@@ -66,6 +66,22 @@ MIXED = {
   for name, make in AGGREGATORS.items()
 }
 
+
+def _clipped(name: str) -> Callable[[int], Any]:
+  """With the longest members clipped to the next first (ARC)."""
+
+  def make(f: int) -> optax.GradientTransformation:
+    quantile = 1 - 2 * f * (MEMBERS - f) / MEMBERS**2
+    clip = ranger.clip_examples(quantile=quantile, rate=None)
+    return optax.chain(clip, MIXED[name](f))
+
+  return make
+
+
+CLIPPED = {
+  f"clipped {name}": _clipped(name)
+  for name in ("mixed mean", "mixed trimmed mean", "mixed geometric median")
+}
 # Its CAF does not end where a member is far away; MDA and SMEA try 19,448 subsets.
 BYZFL = {
   "ByzFL: Meamed": ("Meamed",),
@@ -85,10 +101,11 @@ def byzfl(names: tuple[str, ...], corrupt: int) -> optax.GradientTransformation:
       rows = function(rows)
     return rows.astype(np.float32)
 
-  def update(rows, state, params=None):
+  def update(updates, state, params=None):
     del params
-    row = jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
-    return jax.pure_callback(aggregate, row, rows, vmap_method="sequential"), state
+    row = jax.ShapeDtypeStruct(updates.shape[1:], updates.dtype)
+    result = jax.pure_callback(aggregate, row, updates, vmap_method="sequential")
+    return result, state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -214,7 +231,7 @@ def _accuracy(problem: Problem, aggregator: Any, corrupt: int, attack: Any, give
 
 def pieces(args: argparse.Namespace) -> list[_runner.Piece]:
   del args
-  names = [_HONEST, *AGGREGATORS, *MIXED]
+  names = [_HONEST, *AGGREGATORS, *MIXED, *CLIPPED]
   if importlib.util.find_spec("byzfl"):
     names += BYZFL
   else:
@@ -231,7 +248,7 @@ def _aggregator(name: str, corrupt: int) -> Any:
   """None: the mean of the honest members."""
   if name in BYZFL:
     return byzfl(BYZFL[name], corrupt)
-  return None if name == _HONEST else {**AGGREGATORS, **MIXED}[name](corrupt)
+  return None if name == _HONEST else {**AGGREGATORS, **MIXED, **CLIPPED}[name](corrupt)
 
 
 def run(piece: _runner.Piece, options: _runner.Options) -> dict[str, list[Any]]:
@@ -268,7 +285,7 @@ def report(tables: dict[str, list[_runner.Row]]) -> str:
   texts = []
   for problem in PROBLEMS:
     lines = []
-    for name in (_HONEST, *AGGREGATORS, *MIXED, *BYZFL):
+    for name in (_HONEST, *AGGREGATORS, *MIXED, *CLIPPED, *BYZFL):
       cells = [name]
       for corrupt in CORRUPT:
         for split in SPLITS:

@@ -60,7 +60,7 @@ def frame(sizes: Array, weights: Array) -> Frame:
   """Chooses the center and the unit by the members' sizes and weights, [n] each."""
   sizes = sizes.astype(weights.dtype)
   positive = jnp.where(sizes > 0, weights, jnp.zeros_like(weights))
-  unit = weighted_median(sizes, positive)
+  unit = weighted_quantile(sizes, positive)
   # A member of median size, so no large outlier; the first if there are several.
   there = jnp.logical_and(positive > 0, sizes == unit)
   first = jnp.logical_and(there, jnp.cumsum(there) == 1)
@@ -165,15 +165,16 @@ def squared_distances(gramian: Array) -> Array:
   return jnp.maximum(squared, jnp.zeros_like(squared))
 
 
-def weighted_median(values: Array, weights: Array) -> Array:
-  """The lower weighted median of a vector; zero where no weight is positive."""
+def weighted_quantile(values: Array, weights: Array, share: Any = 0.5) -> Array:
+  """The lower weighted quantile of a vector; zero where no weight is positive."""
   if not values.shape[0]:
     return jnp.zeros([], values.dtype)
   order = jnp.argsort(jnp.where(weights > 0, values, jnp.inf))
   upper = jnp.cumsum(weights[order])
-  place = jnp.argmax(upper >= upper[-1] / 2)
-  median = values[order[place]]
-  return jnp.where(upper[-1] > 0, median, jnp.zeros_like(median))
+  room = upper[-1] * (values.shape[0] * jnp.finfo(upper.dtype).eps)
+  place = jnp.argmax(upper >= upper[-1] * share - room)
+  quantile = values[order[place]]
+  return jnp.where(upper[-1] > 0, quantile, jnp.zeros_like(quantile))
 
 
 def _summed(updates: PyTree, frame: Frame) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_ranger._core import gramian
 from optax_ranger._core import numerics
 from optax_ranger._core import states
 from optax_ranger._core import validate
@@ -35,7 +36,7 @@ def clip_examples(
   norm: Scalar = 1.0,
   *,
   quantile: Scalar | None = None,
-  rate: Scalar = 0.2,
+  rate: Scalar | None = 0.2,
   normalize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Scales each example's gradient down to a norm, before an aggregation.
@@ -59,7 +60,9 @@ def clip_examples(
   Args:
     norm: C, positive; with a quantile, where it starts.
     quantile: q in [0, 1]: C moves to where this share of the norms is below it.
-    rate: :math:`\eta`, of that move, positive.
+    rate: :math:`\eta`, of that move, positive; or None: C is that quantile of this
+      batch's norms. Before robust aggregators this is adaptive robust clipping (ARC),
+      with :math:`q = 1 - 2 f (n - f) / n^2` for f corrupted members of n.
     normalize: whether gradients shorter than C are scaled up to it.
 
   Extra args of ``update``:
@@ -97,10 +100,15 @@ def clip_examples(
     Abadi et al., `Deep Learning with Differential Privacy
     <https://arxiv.org/abs/1607.00133>`_, 2016, algorithm 1; Andrew et al.,
     `Differentially Private Learning with Adaptive Clipping
-    <https://arxiv.org/abs/1905.03871>`_, 2019, section 2.1.
+    <https://arxiv.org/abs/1905.03871>`_, 2019, section 2.1; Allouah et al.,
+    `Adaptive Gradient Clipping for Robust Federated Learning
+    <https://arxiv.org/abs/2405.14432>`_, 2024, algorithm 2.
   """
   validate.in_range("norm", norm, 0, float("inf"), open_low=True, open_high=True)
-  validate.in_range("rate", rate, 0, float("inf"), open_low=True, open_high=True)
+  if rate is not None:
+    validate.in_range("rate", rate, 0, float("inf"), open_low=True, open_high=True)
+  elif quantile is None:
+    raise ValueError("rate=None needs quantile=, got None.")
   validate.choice("normalize", normalize, (True, False))
   if quantile is not None:
     validate.in_range("quantile", quantile, 0, 1)
@@ -129,8 +137,14 @@ def clip_examples(
     else:
       validate.shape("norms", norms, (n,))
       norms = jnp.asarray(norms).astype(jnp.float32)
-    top = state.norm if quantile is not None else numerics.scalar(norm)
     usable = jnp.isfinite(norms)
+    weights, _, _ = clean_weights(member_weights, n, jnp.float32, usable)
+    if quantile is None:
+      top = numerics.scalar(norm)
+    elif rate is None:
+      top = gramian.weighted_quantile(norms, weights, numerics.scalar(quantile))
+    else:
+      top = state.norm
     factors = numerics.divide(top, jnp.where(usable, norms, top))
     if not normalize:
       factors = jnp.where(norms > top, factors, jnp.ones_like(factors))
@@ -142,15 +156,15 @@ def clip_examples(
       return (by_row.astype(wide.dtype) * wide).astype(leaf.dtype)
 
     if quantile is not None:
-      weights, _, _ = clean_weights(member_weights, n, jnp.float32, usable)
-      below = jnp.where(norms <= top, weights, jnp.zeros_like(weights)).sum()
-      share = numerics.divide(below, weights.sum())
-      moved = top * jnp.exp(
-        -numerics.scalar(rate) * (share - numerics.scalar(quantile))
-      )
+      moved = top
+      if rate is not None:
+        below = jnp.where(norms <= top, weights, jnp.zeros_like(weights)).sum()
+        share = numerics.divide(below, weights.sum())
+        distance = share - numerics.scalar(quantile)
+        moved = top * jnp.exp(-numerics.scalar(rate) * distance)
       good = jnp.logical_and(weights.sum() > 0, jnp.isfinite(moved))
       good = jnp.logical_and(good, moved > 0)
-      state = ClipExamplesState(jnp.where(good, moved, top))
+      state = ClipExamplesState(jnp.where(good, moved, state.norm))
     return jax.tree.map(scaled, updates), state
 
   return transformation(init, update)

@@ -194,7 +194,7 @@ def aggregate_by_geometric_median(
   def choose(gramian: Array, weights: Array) -> Array:
     squares = jnp.maximum(jnp.diagonal(gramian), 0)
     away = jnp.logical_and(weights > 0, squares > 0)
-    typical = gramian_lib.weighted_median(
+    typical = gramian_lib.weighted_quantile(
       jnp.sqrt(squares), jnp.where(away, weights, jnp.zeros_like(weights))
     )
     floor = numerics.scalar(smoothing, weights.dtype) * typical

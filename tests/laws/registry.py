@@ -133,6 +133,7 @@ CASES = (
   ),
   _member_case("clip_examples", norm=2.0),
   _member_case("clip_examples", "clip_examples-quantile", quantile=0.5),
+  _member_case("clip_examples", "clip_examples-of-batch", quantile=0.5, rate=None),
   _member_case("aggregate_by_upgrad"),
   _member_case("aggregate_by_mgda"),
   _member_case("aggregate_by_cagrad"),

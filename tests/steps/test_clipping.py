@@ -51,6 +51,27 @@ def test_all_are_normalized():
   np.testing.assert_allclose(norms(found), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("corrupt", [1, 3, 4])
+def test_the_batch_may_choose_the_norm(corrupt):
+  """As in adaptive robust clipping, where the longest ones are clipped to the next."""
+  tree, n = draw(), 10
+  step = ranger.clip_examples(
+    quantile=1 - 2 * corrupt * (n - corrupt) / n**2, rate=None
+  )
+  found, state = step.update(tree, step.init(tree))
+  before = norms(tree)
+  top = np.sort(before)[n - int(2 * corrupt / n * (n - corrupt)) - 1]
+  np.testing.assert_allclose(norms(found), np.minimum(before, top), rtol=1e-5)
+  assert float(state.norm) == pytest.approx(top, rel=1e-5)
+  # Absent ones do not choose.
+  weights = jnp.asarray(before < np.median(before), jnp.float32)
+  step = ranger.clip_examples(quantile=1.0, rate=None)
+  _, state = step.update(tree, state, member_weights=weights)
+  assert float(state.norm) == pytest.approx(np.sort(before)[4], rel=1e-5)
+  with pytest.raises(ValueError, match="rate=None needs quantile=, got None"):
+    ranger.clip_examples(rate=None)
+
+
 @pytest.mark.parametrize("quantile", [0.2, 0.8])
 def test_the_norm_finds_the_quantile(quantile):
   step = ranger.clip_examples(1e-3, quantile=quantile)
