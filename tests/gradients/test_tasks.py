@@ -45,9 +45,9 @@ def problem():
 def test_the_step_is_over_the_gradients_of_tasks(name, num_sweeps):
   params, batch = problem()
   step, weights = STEPS[name], jnp.array([1.0, 2.0, 1.0])
-  rows = jax.jacrev(tasks)(params, batch)
+  rows = jax.jit(jax.jacrev(tasks))(params, batch)
   state = step.init(params)
-  expected, _ = step.update(rows, state, member_weights=weights)
+  expected, _ = jax.jit(step.update)(rows, state, member_weights=weights)
   grad_fn = ranger.value_and_grad(tasks, step, over="tasks", num_sweeps=num_sweeps)
   losses, found = jax.jit(grad_fn)(params, batch, member_weights=weights)
   close(losses, tasks(params, batch))
@@ -72,20 +72,20 @@ def test_losses_without_a_forward_mode(form):
     return tasks(jax.lax.scan(again, params, length=2)[0], batch)
 
   step = STEPS["upgrad"]
-  rows = jax.jacrev(losses)(params, batch)
-  expected, _ = step.update(rows, step.init(params))
-  _, found = ranger.value_and_grad(losses, step, over="tasks")(params, batch)
+  rows = jax.jit(jax.jacrev(losses))(params, batch)
+  expected, _ = jax.jit(step.update)(rows, step.init(params))
+  _, found = jax.jit(ranger.value_and_grad(losses, step, over="tasks"))(params, batch)
   close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-33, 1e-25, 1.0, 1e25, 1e34])
+@pytest.mark.parametrize("scale", [1e-33, 1e34])
 def test_gradients_whose_squares_overflow_or_vanish(scale):
   params, batch = problem()
   step, by = STEPS["mgda"], jnp.array([scale, 3.0, scale])
   losses = lambda params, batch: by * tasks(params, batch)
-  rows = jax.jacrev(losses)(params, batch)
-  expected, _ = step.update(rows, step.init(params))
-  _, found = ranger.value_and_grad(losses, step, over="tasks")(params, batch)
+  rows = jax.jit(jax.jacrev(losses))(params, batch)
+  expected, _ = jax.jit(step.update)(rows, step.init(params))
+  _, found = jax.jit(ranger.value_and_grad(losses, step, over="tasks"))(params, batch)
   largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
   close(found, expected, rtol=1e-3, atol=1e-4 * largest)
 
@@ -101,7 +101,7 @@ def test_other_types(dtype, room):
   losses = lambda params, _: jnp.real(rows.conj() @ params)
   step, params = STEPS["upgrad"], jnp.ones(6, dtype)
   expected, _ = step.update(rows.conj(), step.init(params))
-  _, found = ranger.value_and_grad(losses, step, over="tasks")(params, None)
+  _, found = jax.jit(ranger.value_and_grad(losses, step, over="tasks"))(params, None)
   assert found.dtype == dtype
   close(found, expected, rtol=room, atol=room * 30)
 
@@ -202,7 +202,7 @@ def test_no_task_gets_worse_where_the_mean_makes_one_worse():
   start = jnp.array([0.0, 0.8])
   for name, fair in (("mean", False), ("upgrad", True), ("mgda", True)):
     grad_fn = ranger.value_and_grad(losses, STEPS[name], over="tasks")
-    _, gradient = grad_fn(start, None)
+    _, gradient = jax.jit(grad_fn)(start, None)
     rows = jax.jacrev(losses)(start, None)
     slopes = rows @ gradient / jnp.linalg.norm(rows, axis=1)
     assert bool((slopes > -1e-4 * jnp.linalg.norm(gradient)).all()) == fair
