@@ -26,7 +26,6 @@ extensions = [
   "mathml",
 ]
 exclude_patterns = ["_*"]
-nitpicky = False
 html_theme = "furo"
 html_title = "optax_ranger"
 html_show_sphinx = False
@@ -36,31 +35,25 @@ add_module_names = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
-# Nothing is loaded from elsewhere.
-html_theme_options = {"source_repository": "", "footer_icons": []}
 
-myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 autosummary_generate = True
-autosummary_ignore_module_all = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 
-_SECTIONS = ("Extra args of update", "Extra args")
 napoleon_custom_sections = [
-  *((name, "params_style") for name in _SECTIONS),
+  ("Extra args of update", "params_style"),
   ("Shapes", "notes_style"),
   ("Guarantees", "notes_style"),
 ]
 napoleon_use_rtype = False
 napoleon_use_ivar = True
-napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 

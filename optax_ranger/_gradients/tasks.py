@@ -98,8 +98,8 @@ def _directions(
   """Norms and cosines of the tasks' gradients, of which one is held at a time.
 
   The derivatives of all losses along one gradient are its inner products with all
-  gradients: what a pass in forward mode computes. The norm of a gradient is NaN if
-  it, or such a derivative, is not finite.
+  gradients: what a pass in forward mode computes. The norm of a gradient that is not
+  finite is infinite or NaN.
   """
   losses, push, _ = jax.linearize(problem.values, problem.params, has_aux=True)
   if not linear.has_forward_mode(push, problem.params):
@@ -115,10 +115,7 @@ def _directions(
   norms, products = jax.lax.map(one, jnp.arange(losses.shape[0]))
   there = jnp.isfinite(norms)
   both = jnp.logical_and(there[:, None], there[None])
-  bad = jnp.logical_and(both, jnp.logical_not(jnp.isfinite(products))).any(axis=1)
-  norms = jnp.where(bad, jnp.nan, norms)
-  keep = jnp.logical_and(both, jnp.logical_not(bad[:, None] | bad[None]))
-  cosines = jnp.where(keep, numerics.divide(products, norms[None]), 0)
+  cosines = jnp.where(both, numerics.divide(products, norms[None]), 0)
   return gramian.Directions(norms, jnp.clip((cosines + cosines.T) / 2, -1, 1))
 
 
