@@ -10,7 +10,9 @@ import pytest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
-PAGES = sorted(page.name for page in DOCS.glob("*.md") if BLOCK.search(page.read_text()))
+PAGES = sorted(
+  page.name for page in DOCS.glob("*.md") if BLOCK.search(page.read_text())
+)
 
 # Readers have data and a model already. Pages not listed here import what they use.
 DATA = """
