@@ -8,11 +8,14 @@ import argparse
 import functools
 import http.server
 import pathlib
+import subprocess
 import sys
 import threading
 from typing import Any
 
+import numpy as np
 from playwright import sync_api
+from sklearn import datasets
 import tqdm
 
 _PHONE, _SCREEN = 400, 1280
@@ -23,6 +26,7 @@ _KEPT = {
   "guide": "aggregation.html",
   "api": "api/generated/optax_ranger.aggregate_by_upgrad.html",
   "search": "search.html?q=accumulate",
+  "audit": "audit/audit.html",
 }
 
 _BROKEN_IMAGES = "[...document.images].filter(i => i.naturalWidth == 0).map(i => i.src)"
@@ -114,6 +118,20 @@ def faults_of(page: sync_api.Page) -> list[str]:
   return faults
 
 
+def audit_page(site: pathlib.Path) -> str:
+  """Writes the page of the command `audit` on digits, some of them labeled wrong."""
+  pixels, labels = datasets.load_digits(return_X_y=True)
+  labels = np.where(np.arange(len(labels)) % 10 == 0, (labels + 1) % 10, labels)
+  folder = site / "audit"
+  folder.mkdir(exist_ok=True)
+  paths = [folder / "features.npy", folder / "labels.npy"]
+  for path, array in zip(paths, (pixels, labels), strict=True):
+    np.save(path, array)
+  command = [sys.executable, "-m", "optax_ranger", "audit", *paths]
+  subprocess.run([*command, "--images", "8x8", "--out", folder], check=True)
+  return "audit/audit.html"
+
+
 def search_faults(page: sync_api.Page, root: str) -> list[str]:
   """Whether the search box finds a step."""
   page.goto(f"{root}/index.html")
@@ -136,11 +154,13 @@ def main() -> int:
   args.out.mkdir(parents=True, exist_ok=True)
   server = serve(args.site)
   root = f"http://localhost:{server.server_port}"
+  audited = audit_page(args.site)
   paths = sorted(
     str(path.relative_to(args.site))
     for path in args.site.rglob("*.html")
     if "_modules" not in path.parts and path.name != "genindex.html"
   )
+  assert audited in paths
   faults, outside = [], set()
   with sync_api.sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=args.chromium)
