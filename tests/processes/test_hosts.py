@@ -103,6 +103,7 @@ def two_processes(tmp_path_factory):
   return finish(folder, start(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.guarantees(
   "train_step", "Several processes have the same parameters, bit for bit"
 )
