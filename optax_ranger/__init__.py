@@ -3,8 +3,12 @@
 Steps, recipes and the engine are flat in this namespace. `labels`, `neighbors`,
 `regions` and `graph` hold what works on arrays and data sets; `steps`, `recipes` and
 `training` hold the classes of states and results besides. `layers` needs Flax, and is
-imported by itself.
+imported on first use, as `testing` is.
 """
+
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from optax_ranger import graph as graph
 from optax_ranger import labels as labels
@@ -60,3 +64,10 @@ from optax_ranger.training import eval_params as eval_params
 from optax_ranger.training import train_step as train_step
 
 __version__ = "0.1.0"
+
+if not _TYPE_CHECKING:
+
+  def __getattr__(name: str) -> _Any:
+    if name in ("layers", "testing"):
+      return _importlib.import_module(f"optax_ranger.{name}")
+    raise AttributeError(f"module 'optax_ranger' has no attribute {name!r}")

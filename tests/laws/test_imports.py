@@ -4,6 +4,7 @@ import ast
 import graphlib
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -158,3 +159,21 @@ def test_planted_import_is_caught(file, tmp_path):
   text = path.read_text() if path.exists() else ""
   path.write_text(text + "\n" + line + "\n")
   assert any(expected in sentence for sentence in violations(copy))
+
+
+def test_layers_and_testing_are_imported_on_first_use():
+  code = """
+import sys
+import optax_ranger as ranger
+assert not {"flax", "optax_ranger.layers", "optax_ranger.testing"} & set(sys.modules)
+assert callable(ranger.testing.check)
+try:
+  ranger.layer
+except AttributeError as error:
+  assert "has no attribute 'layer'" in str(error)
+else:
+  raise AssertionError
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
+  pytest.importorskip("flax")
+  assert ranger.layers.RegionalAggregator
