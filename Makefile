@@ -6,8 +6,7 @@ OUT ?= out
 .PHONY: demo test test-all test-versions locks lint format bench docs docs-check clean
 
 demo: .venv/.installed  ## Trains on digits with 40% wrong labels.
-	@mkdir -p $(OUT)
-	$(BIN)/python examples/noisy_labels.py --out $(OUT)/noisy_labels.png --json $(OUT)/noisy_labels.json
+	$(BIN)/python examples/noisy_labels.py --out $(OUT)
 
 test: .venv/.installed  ## Unit tests, laws on each step once, doctests.
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"

@@ -25,6 +25,7 @@ _KEPT = {
   "home": "index.html",
   "guide": "aggregation.html",
   "api": "api/generated/optax_ranger.aggregate_by_upgrad.html",
+  "gallery": "gallery/index.html",
   "search": "search.html?q=accumulate",
   "audit": "audit/audit.html",
 }

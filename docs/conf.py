@@ -23,6 +23,7 @@ extensions = [
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
   "sphinx_copybutton",
+  "gallery",
   "mathml",
 ]
 exclude_patterns = ["_*"]

@@ -1,25 +1,31 @@
-"""Finds wrong labels by their neighborhoods: a picture for images, a table for text.
+"""Finds wrong labels by their neighbors.
 
-`python examples/label_audit.py` flips labels of Fashion-MNIST, or of digits where
-Debian's package dataset-fashion-mnist is missing; `--data text` those of the
-docstrings of Python's own library. `--score posterior` also asks held-out predictions,
-and judges labels by both.
+The program flips 40% of the labels of Fashion-MNIST (Debian's package
+`dataset-fashion-mnist`; digits where it is missing), and asks `graph.audit` for the
+most suspicious ones. The baseline is what you would do with scikit-learn: logistic
+regression, cross-validated; the labels with the smallest probability are suspicious.
+
+The picture shows the most suspicious images, with the given and the suggested label.
+For files of features and labels there is a command: `python -m optax_ranger audit`.
+
+`python examples/label_audit.py` takes about two minutes on two cores for 60,000 images.
 """
 
 import argparse
-import ast
 import gzip
+import json
 import pathlib
-import sysconfig
-import time
 from typing import Any
 
-import jax
 import matplotlib
 import numpy as np
 from sklearn import datasets
+from sklearn import decomposition
+from sklearn import linear_model
 from sklearn import metrics
-from sklearn.feature_extraction import text
+from sklearn import model_selection
+from sklearn import pipeline
+import tqdm
 
 from optax_ranger import graph
 
@@ -28,7 +34,6 @@ FASHION_NAMES = (
   "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
   "bag", "boot",
 )  # fmt: skip
-PACKAGES = ("asyncio", "email", "tkinter", "unittest", "xml", "multiprocessing")
 
 
 def load_fashion(folder: pathlib.Path) -> tuple[Any, np.ndarray, Any, Any]:
@@ -44,35 +49,12 @@ def load_fashion(folder: pathlib.Path) -> tuple[Any, np.ndarray, Any, Any]:
   return features, read("train-labels-idx1-ubyte.gz"), FASHION_NAMES, images
 
 
-def load_digits(folder: pathlib.Path) -> tuple[Any, np.ndarray, Any, Any]:
+def load_digits() -> tuple[Any, np.ndarray, Any, Any]:
   """As `load_fashion`."""
-  del folder
   pixels, labels = datasets.load_digits(return_X_y=True)
-  names = [str(digit) for digit in range(10)]
   images = np.asarray(pixels, np.float32)
+  names = [str(digit) for digit in range(10)]
   return images, np.asarray(labels), names, images.reshape(-1, 8, 8)
-
-
-def load_text(folder: pathlib.Path) -> tuple[Any, np.ndarray, Any, Any]:
-  """Docstrings of packages of Python's library, as sparse TF-IDF features."""
-  del folder
-  kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
-  library, texts, labels = pathlib.Path(sysconfig.get_path("stdlib")), [], []
-  for label, package in enumerate(PACKAGES):
-    for path in sorted((library / package).rglob("*.py")):
-      if "test" in path.parts:
-        continue
-      tree = ast.parse(path.read_text(errors="replace"))
-      documented = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-      found = [ast.get_docstring(node) or "" for node in documented]
-      texts += [doc for doc in found if len(doc.split()) >= 12]
-      labels += [label] * (len(texts) - len(labels))
-  vectorizer = text.TfidfVectorizer(sublinear_tf=True, stop_words="english", min_df=2)
-  features = vectorizer.fit_transform(texts)
-  return features, np.asarray(labels), PACKAGES, texts
-
-
-LOADERS = {"fashion": load_fashion, "digits": load_digits, "text": load_text}
 
 
 def flip(labels: np.ndarray, share: float, classes: int, seed: int) -> np.ndarray:
@@ -84,6 +66,19 @@ def flip(labels: np.ndarray, share: float, classes: int, seed: int) -> np.ndarra
   return given
 
 
+def cross_validated(features: Any, given: Any, seed: int) -> np.ndarray:
+  """The probability of each given label, by a classifier that has not seen it."""
+  components = min(50, features.shape[1] - 1)
+  model = pipeline.make_pipeline(
+    decomposition.TruncatedSVD(components, random_state=seed),
+    linear_model.LogisticRegression(max_iter=100),
+  )
+  probabilities = model_selection.cross_val_predict(
+    model, features / abs(features).max(), given, cv=3, method="predict_proba"
+  )
+  return probabilities[np.arange(len(given)), given]
+
+
 def draw(path: pathlib.Path, images, found: graph.Audit, given, true, names) -> None:
   """The forty most suspicious images: given, and what the neighbors say."""
   matplotlib.use("Agg")
@@ -91,84 +86,59 @@ def draw(path: pathlib.Path, images, found: graph.Audit, given, true, names) -> 
 
   figure, axes = plt.subplots(5, 8, figsize=(13, 8.5), layout="constrained")
   for axis, i in zip(axes.flat, found.order, strict=False):
-    right = found.suggested[i] == true[i]
+    color = "tab:green" if found.suggested[i] == true[i] else "tab:red"
     axis.imshow(images[i], cmap="gray_r")
-    axis.set_title(
-      f"{names[given[i]]} \u2192 {names[found.suggested[i]]}",
-      color="tab:green" if right else "tab:red",
-      fontsize=9,
-    )
+    title = f"{names[given[i]]} \u2192 {names[found.suggested[i]]}"
+    axis.set_title(title, color=color, fontsize=9)
     axis.axis("off")
-  figure.suptitle(
-    "the forty most suspicious labels: given \u2192 suggested (green: that is right)"
-  )
+  figure.suptitle("the most suspicious labels: given \u2192 suggested (green: right)")
   figure.savefig(path, dpi=80)
-  plt.close(figure)
-
-
-def show(texts: list[str], found: graph.Audit, given, true, names, rows: int) -> None:
-  """The most suspicious texts as a table."""
-  print(f"\n{'given':16}{'suggested':16}{'true':16}{'support':>8}  text")
-  for i in found.order[:rows]:
-    start = " ".join(texts[i].split())[:56]
-    print(
-      f"{names[given[i]]:16}{names[found.suggested[i]]:16}{names[true[i]]:16}"
-      f"{found.support[i]:8.2f}  {start}"
-    )
 
 
 def main() -> None:
   """Flips labels, audits them, prints how well that worked, and shows it."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--data", choices=LOADERS, help="default: fashion, or digits")
+  parser.add_argument("--quick", action="store_true", help="digits, one seed")
+  parser.add_argument("--data", choices=("fashion", "digits"))
   parser.add_argument("--folder", type=pathlib.Path, default=FASHION_FOLDER)
   parser.add_argument("--noise", type=float, default=0.4, help="share of wrong labels")
-  parser.add_argument("--k", type=int, default=20)
-  parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--score", choices=("votes", "posterior"), default="votes")
-  parser.add_argument("--out", type=pathlib.Path, help="picture to write")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
   args = parser.parse_args()
-  if not 0 < args.noise < 1:
-    parser.error(f"--noise must lie in (0, 1), got {args.noise}")
-  kind = args.data or ("fashion" if args.folder.exists() else "digits")
+  is_fashion = args.folder.exists() if args.data is None else args.data == "fashion"
+  loaded = load_fashion(args.folder) if is_fashion and not args.quick else load_digits()
+  features, true, names, images = loaded
 
-  features, true, names, content = LOADERS[kind](args.folder)
-  given = flip(true, args.noise, len(names), args.seed)
-  start = time.perf_counter()
-  neighbors, report = graph.build(
-    features,
-    args.k,
-    metric="cosine" if kind == "text" else "euclidean",
-    with_report=True,
-  )
-  jax.block_until_ready(neighbors)
-  built = time.perf_counter() - start
-  start = time.perf_counter()
-  predictions = None
-  if args.score == "posterior":
-    predictions = graph.held_out_predictions(features, given)
-  found = graph.audit(neighbors, given, score=args.score, predictions=predictions)
-  audited = time.perf_counter() - start
+  neighbors = graph.build(features, 20)
+  ours, baseline = f"graph.audit, {args.score}", "cross-validated logistic regression"
+  results = {baseline: [], ours: []}
+  for seed in tqdm.trange(1 if args.quick else 3):
+    given = flip(true, args.noise, len(names), seed)
+    wrong, predictions = given != true, None
+    if args.score == "posterior":
+      predictions = graph.held_out_predictions(features, given)
+    found = graph.audit(neighbors, given, score=args.score, predictions=predictions)
+    theirs = cross_validated(features, given, seed).argsort()
+    for name, order in ((ours, found.order), (baseline, theirs)):
+      ranks: Any = np.arange(len(order), 0, -1)
+      auc = metrics.roc_auc_score(wrong[order], ranks)
+      results[name].append(float(wrong[order][: wrong.sum()].mean()))
+      tqdm.tqdm.write(f"{name:36} AUC {auc:.3f}, precision {results[name][-1]:.3f}")
+    after = f"labels right before, after: {1 - args.noise:.3f}, "
+    tqdm.tqdm.write(f"{after}{(found.suggested == true).mean():.3f}")
 
-  wrong = given != true
-  suspicious = found.order[: wrong.sum()]
-  backing = found.margin if args.score == "votes" else found.support
-  auc = metrics.roc_auc_score(wrong, -np.nan_to_num(backing, nan=1))
-  print(f"{kind}: {len(given)} examples, {wrong.mean():.0%} wrong labels, k = {args.k}")
-  print(f"wrong labels, estimated without clean ones  {found.num_wrong:.0f}"
-        f" of {wrong.sum()}")  # fmt: skip
-  print(f"AUC                                   {auc:.4f}")
-  print(f"precision at the number of flips      {wrong[suspicious].mean():.4f}")
-  print(f"suggested labels that are right, of those  "
-        f"{(found.suggested == true)[suspicious].mean():.4f}")  # fmt: skip
-  print(f"labels right before, after            {(~wrong).mean():.4f},"
-        f" {(found.suggested == true).mean():.4f}")  # fmt: skip
-  print(f"graph ({report.backend}) {built:.1f} s, audit {audited:.2f} s")
-  if kind == "text":
-    show(content, found, given, true, names, 12)
-  elif args.out:
-    draw(args.out, content, found, given, true, names)
-    print(f"picture: {args.out}")
+  args.out.mkdir(parents=True, exist_ok=True)
+  draw(args.out / "label_audit.png", images, found, given, true, names)
+  data = "digits" if images.shape[1] == 8 else "Fashion-MNIST"
+  table = {
+    "problem": f"{data}, {args.noise:.0%} wrong labels",
+    "measure": "precision at the number of wrong labels",
+    "better": "higher",
+    "results": results,
+    "baseline": baseline,
+    "ours": ours,
+  }
+  (args.out / "label_audit.json").write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

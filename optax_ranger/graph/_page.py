@@ -18,7 +18,7 @@ _NEAR = 0.05
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto;
-  padding: 1rem; overflow-wrap: anywhere; }
+  padding: 1rem; overflow-wrap: anywhere; background: Canvas; color: CanvasText; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; }
 td, th { border: 1px solid #888; padding: .2rem .5rem; text-align: right; }

@@ -1,7 +1,7 @@
-"""The examples run as they stand.
+"""The demo's picture, and the example of many hosts on one.
 
-`tests/recipes/test_ranger.py` runs the demo, `tests/processes/test_hosts.py` the one
-of many hosts.
+`tests/recipes/test_ranger.py` runs the demo, `tests/processes/test_hosts.py` the one of
+many hosts, and `test_gallery.py` all others.
 """
 
 import importlib.util
@@ -16,20 +16,6 @@ import pytest
 import optax_ranger as ranger
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-
-
-@pytest.mark.slow
-def test_batch_norm():
-  done = subprocess.run(
-    [sys.executable, EXAMPLES / "batch_norm.py", "--epochs", "4"],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  accuracies = re.findall(r"(0\.\d{3})$", done.stdout, re.M)
-  assert len(accuracies) == 4
-  assert min(map(float, accuracies)) > 0.9
 
 
 @pytest.mark.slow
@@ -67,19 +53,3 @@ def test_the_picture_of_the_demo_cuts_nothing_off(tmp_path, monkeypatch):
   assert len(boxes) > 20
   assert min(box.x0 for box in boxes) >= figure.bbox.x0
   assert max(box.x1 for box in boxes) <= figure.bbox.x1
-
-
-@pytest.mark.slow
-def test_conflicting_tasks(tmp_path):
-  done = subprocess.run(
-    [sys.executable, EXAMPLES / "conflicting_tasks.py", "--quick", "--out", tmp_path],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  rows = re.findall(r"^(\w+) +(\d) of 5", done.stdout, re.M)
-  found = {name: int(count) for name, count in rows}
-  assert set(found) == {"mean", "UPGrad", "MGDA", "CAGrad"}
-  assert found["MGDA"] == found["CAGrad"] == 5
-  assert (tmp_path / "conflicting_tasks.png").stat().st_size > 1000
