@@ -3,9 +3,9 @@
 The data is synthetic: noisy spectra of 128 to 512 frames; formants glide from one vowel
 to another. One task is to name the speaker, one of ten; the other is to name the word:
 five pairs of vowels in both orders. `RegionalAggregator` runs windows side by side and
-combines them by a mean, weighted by frames, or by a maximum. A step takes 0.6 times as
-long, in the same memory. With the mean, there is no difference in naming speakers. The
-order of vowels is lost: words fall from 0.99 to 0.71 (64 frames). Three minutes.
+combines them by a mean, weighted by frames, or by a maximum. A step takes 0.6 to 0.7 of
+the time and the same memory. With the mean, there is no difference for speakers. The
+order of vowels is lost: words fall from 0.99 to 0.71 (64 frames). It takes minutes.
 """
 
 import argparse

@@ -29,6 +29,7 @@ MORE = {
   "recommendation": [
     ("rare movies", "the same, movies with few ratings", "factorization", "regions"),
   ],
+  "speech": [("words", "the same, words", "512 frames, mean", "64 frames, mean")],
 }
 
 
