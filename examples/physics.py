@@ -8,7 +8,7 @@ than zero everywhere. UPGrad, MGDA and CAGrad treat the losses as conflicting ta
 One setting for all: Adam with a cosine, 4,000 steps. UPGrad is best. MGDA decides for
 the task with the smaller gradient: it fits the border and not the equation.
 
-`python examples/physics.py` takes about two minutes on two cores.
+`python examples/physics.py` takes about five minutes on two cores.
 """
 
 import argparse

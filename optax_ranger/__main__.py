@@ -32,9 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     "--score",
     choices=("votes", "posterior"),
     default="votes",
-    help="posterior also asks held-out predictions: slower, better for look-alikes",
+    help="posterior also uses held-out predictions: slower, finds more",
   )
-  command.add_argument("--images", metavar="HxW", help="shows rows as images, as 28x28")
+  command.add_argument(
+    "--images", metavar="HxW", help="shows rows as images, e.g. 28x28"
+  )
   command.add_argument(
     "--out", type=pathlib.Path, default=pathlib.Path("audit"), help="folder to write"
   )

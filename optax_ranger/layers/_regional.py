@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -170,5 +171,10 @@ class RegionalAggregator(nnx.Module):
       apart = results.reshape(batch, -1, *results.shape[1:])
       return jnp.moveaxis(apart, 1, 0)
     axes = (None if self.shared else 0, *(0 for _ in pieces))
+    graph, params, others = nnx.split(self.local, nnx.Param, ...)
+    if not jax.tree.leaves(others):
+      # Also where a jitted function closes over the layer, unlike nnx.vmap.
+      call = lambda params, *pieces: nnx.merge(graph, params, others)(*pieces)
+      return jax.vmap(call, in_axes=axes)(params, *pieces)
     call = nnx.vmap(lambda local, *pieces: local(*pieces), in_axes=axes)
     return call(self.local, *pieces)

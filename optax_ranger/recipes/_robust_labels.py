@@ -66,7 +66,8 @@ class RobustLabels(NamedTuple):
     init: ``(features, labels) -> KnownLabels``.
     losses: ``(known, logits, labels, ids) -> losses [n]`` of a batch.
     ask: ``(known, features, labels) -> KnownLabels``, with features that the network
-      has learned.
+      has learned. Changes what the losses use: ``beliefs``, ``weights``,
+      ``confusion``, ``spread``. ``trust`` and ``noise`` stay.
     metrics: ``(known, predictions, labels) -> dict`` of scalars.
   """
 

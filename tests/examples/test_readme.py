@@ -88,6 +88,7 @@ def test_every_snippet_runs():
     "features": images, "labels": labels, "ids": ids,
     "losses": per_example_losses(params, batch),
     "params": params, "grads": jax.tree.map(jnp.ones_like, params), "num_tokens": 32,
+    "num_steps": 1000,
     "model": model, "evaluate": lambda model: model(images).mean(),
     "per_example_losses": per_example_losses, "batch": batch,
     "batch_neighbors": ranger.neighbors.weigh(neighbors, labels=batch["y"]),

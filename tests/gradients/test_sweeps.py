@@ -74,7 +74,7 @@ def test_sweeps_change_nothing(name, num_sweeps, micro_batch_size):
   close(jax.jit(in_sweeps)(params, batch, state=state, **extra), expected)
 
 
-@pytest.mark.parametrize("name", ["krum", "mgda"])
+@pytest.mark.parametrize("name", ["krum", pytest.param("mgda", marks=pytest.mark.slow)])
 def test_every_entry_of_a_part_counts_once(name):
   """Gradients that differ in the first and last entries of the parts only."""
   rng = np.random.default_rng(0)

@@ -78,6 +78,7 @@ def test_losses_without_a_forward_mode(form):
   close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scale", [1e-33, 1e34])
 def test_gradients_whose_squares_overflow_or_vanish(scale):
   params, batch = problem()
@@ -90,6 +91,7 @@ def test_gradients_whose_squares_overflow_or_vanish(scale):
   close(found, expected, rtol=1e-3, atol=1e-4 * largest)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
   ("dtype", "room"), [(jnp.complex64, 1e-5), (jnp.float16, 1e-2), (jnp.bfloat16, 5e-2)]
 )
@@ -157,6 +159,7 @@ def test_a_gradient_that_tasks_share_is_never_nan(name):
   assert int(state.step.num_dropped) == 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ["upgrad", "mean"])
 def test_train_step_over_tasks_on_a_mesh(name, kind):

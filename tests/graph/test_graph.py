@@ -67,6 +67,7 @@ def test_devices_hold_their_rows_only():
   assert memory.temp_size_in_bytes < 60e6 + 4 * 1024 * 8192 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.guarantees(
   "graph.build", "Every exact backend, 8 devices, and two processes give one"
 )

@@ -7,6 +7,7 @@ import chex
 from flax import linen as nn
 from flax import nnx
 import jax
+from jax import export
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -225,6 +226,34 @@ def test_gradients_flow_through_everything(name, aggregator):
 
 
 @pytest.mark.guarantees("layers.RegionalAggregator", "Empty regions are left out")
+def test_a_function_of_jax_closes_over_a_layer():
+  x = jax.random.normal(jax.random.key(0), [2, 4, 3])
+  for shared in (True, False):
+    layer = layers.RegionalAggregator(
+      layers.Grid((2,)),
+      lambda rngs: nnx.Linear(3, 5, rngs=rngs),
+      "mean",
+      shared=shared,
+      rngs=nnx.Rngs(0),
+    )
+    exported = export.export(jax.jit(lambda x, layer=layer: layer(x)))(x)
+    close(exported.call(x), layer(x))
+
+
+def test_state_of_local_layers_changes():
+  local = lambda rngs: nnx.Sequential(
+    nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+  )
+  layer = layers.RegionalAggregator(
+    layers.Grid((2,)), local, "mean", shared=False, rngs=nnx.Rngs(0)
+  )
+  before = nnx.state(layer, nnx.BatchStat)
+  nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones([2, 4, 3]))
+  after = nnx.state(layer, nnx.BatchStat)
+  assert jax.tree.leaves(before)[0].shape == (2, 3)
+  assert not jax.tree.all(jax.tree.map(jnp.array_equal, before, after))
+
+
 def test_empty_regions_of_a_layer_count_for_nothing():
   """Nothing is near the fourth center; its 0 / 0 reaches neither value nor gradient."""
   layer = build("centers", shared=False)

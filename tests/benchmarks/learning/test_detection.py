@@ -61,6 +61,7 @@ def test_figures_equal_counting():
   assert float(row["auc"]) == pytest.approx(6 / 9, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_method_runs(capsys):
   one = detection.drawn(_source(300), "symmetric", 0.2, 0, 300)
   args = argparse.Namespace(epochs=2, cleanlab_python="no-such-python")

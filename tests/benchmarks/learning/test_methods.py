@@ -350,6 +350,7 @@ def test_memorized_features_change_nothing():
 
 
 @pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("asks", "epochs", "when"),
   [
@@ -390,6 +391,7 @@ def test_features_that_are_the_inputs_are_not_asked():
   assert int(after.asked) == 1
 
 
+@pytest.mark.slow
 def test_ablations_change_the_memory_as_they_say():
   problem = _digits()
   start = _memory(problem)
@@ -414,6 +416,7 @@ def test_ablations_change_the_memory_as_they_say():
     np.testing.assert_array_equal(known.weights, np.ones(1000))
 
 
+@pytest.mark.slow
 def test_ablations_of_the_matrix_change_nothing_else():
   problem = _digits()
   known, ids = _memory(problem), jnp.arange(20)
@@ -431,6 +434,7 @@ def test_ablations_of_the_matrix_change_nothing_else():
     assert float(jnp.abs(found - usual).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_without_asking_it_is_never_asked():
   method, before = _ranger.ABLATIONS["no_ask"], _known(1000)
   view = _view(_digits())

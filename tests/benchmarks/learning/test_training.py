@@ -28,6 +28,7 @@ def _train(method, problem, epochs, *, pull=False, **settings):
   return _training.train(method, "small", problem, settings, 0, epochs, pull)
 
 
+@pytest.mark.slow
 def test_ranger_trains_and_learns_the_confusion():
   problem = _digits("asymmetric")
   history = _training.train(
