@@ -114,7 +114,6 @@ def draw(path: pathlib.Path, found: dict[str, np.ndarray]) -> None:
   for name, values in found.items():
     axis.scatter(*values.T, label=name)
   axis.set(xlabel="test accuracy", ylabel="share of the variance drawn again")
-  axis.grid(alpha=0.3)
   axis.legend()
   plt.savefig(path, dpi=90)
 
@@ -128,8 +127,9 @@ def main() -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   seeds, steps = (1, 50) if args.quick else (5, 1500)
   found = {}
-  for name, aggregator in tqdm.tqdm(AGGREGATORS.items()):
-    found[name] = np.array([digits(aggregator, seed, steps) for seed in range(seeds)])
+  for name in tqdm.tqdm(["mean", "CAGrad"] if args.quick else AGGREGATORS):
+    runs = [digits(AGGREGATORS[name], seed, steps) for seed in range(seeds)]
+    found[name] = np.array(runs)
   print(f"{'':8}{'test accuracy':>16}{'variance drawn':>16}")
   for name, values in found.items():
     print(f"{name:8}{mean_of(values[:, 0]):>16}{mean_of(values[:, 1]):>16}")

@@ -127,11 +127,11 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
   args = parser.parse_args()
   seeds, epochs, size = (1, 2, 600) if args.quick else (5, 10, 10_000)
-  folder = pathlib.Path(args.folder)
+  folder, methods = pathlib.Path(args.folder), METHODS[args.quick :]
   data = [load(folder, args.kind, size, seed) for seed in range(seeds)]
-  runs = [(method, seed) for method in METHODS for seed in range(seeds)]
+  runs = [(method, seed) for method in methods for seed in range(seeds)]
   found = [train(method, data[seed], seed, epochs) for method, seed in tqdm.tqdm(runs)]
-  curves = dict(zip(METHODS, np.reshape(found, [-1, seeds, epochs, 2]), strict=True))
+  curves = dict(zip(methods, np.reshape(found, [-1, seeds, epochs, 2]), strict=True))
   problem = f"{'Fashion-MNIST' if folder.exists() else 'digits'}, 40% {args.kind} noise"
   print(f"{problem}, {seeds} seeds, test accuracy: last epoch, best on validation")
   report = {"problem": problem, "measure": "test accuracy, last epoch", "results": {}}

@@ -188,7 +188,7 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
   args = parser.parse_args()
   if args.quick:
-    args.seeds, args.epochs = 1, 12
+    args.seeds, args.epochs = 1, 10
   if not 0 <= args.noise <= 1:
     parser.error(f"--noise must lie in [0, 1], got {args.noise}")
 

@@ -96,8 +96,8 @@ def main() -> None:
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   found, results = {}, {}
-  for name, aggregator in tqdm.tqdm(AGGREGATORS.items()):
-    found[name] = paths(aggregator, 300 if args.quick else 30_000)
+  for name in tqdm.tqdm(["mean", "UPGrad"] if args.quick else AGGREGATORS):
+    found[name] = paths(AGGREGATORS[name], 300 if args.quick else 30_000)
     results[name] = (np.abs(found[name][:, -1, 1] + 8) < 1).astype(float).tolist()
     tqdm.tqdm.write(f"{name:8}{sum(results[name]):.0f} of {len(STARTS)} starts arrive")
   table = {
