@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import draws
 from optax_ranger._core import host
 from optax_ranger._core import progress as _progress
 from optax_ranger._core import validate
@@ -240,7 +241,7 @@ def measure_recall(
       f" features, got {list(indices.shape)}."
     )
   k = indices.shape[1]
-  rng = np.random.default_rng(seed)
+  rng = draws.generator(seed)
   chosen = np.sort(rng.choice(n, min(sample, n), replace=False))
   queries = rows.take(chosen)
   truth, _ = _double.search(rows, queries, chosen, k, k, metric)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optax_ranger._core import draws
 from optax_ranger._core import labels as _labels
 from optax_ranger._core import progress as _progress
 from optax_ranger._core import validate
@@ -115,7 +116,7 @@ def held_out_predictions(
   taught = np.flatnonzero(rows.alive & (given >= 0))
   if not len(taught):
     return predictions
-  rng = np.random.default_rng(seed)
+  rng = draws.generator(seed)
   sample = np.sort(rng.choice(taught, min(len(taught), _SAMPLE), replace=False))
   errors = []
   for scale in _SCALES:
@@ -201,7 +202,7 @@ def _columns(
   """Random features of a Gaussian as wide as `scale` median distances."""
   some = rows(sample[:2000])
   d = some.shape[1]
-  rng = np.random.default_rng([seed, 1])
+  rng = draws.generator(seed, 1)
   pairs = rng.integers(0, some.shape[0], [2, 2000])
   apart = some[pairs[0]] - some[pairs[1]]
   if rows.sparse:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optax_ranger._core import draws
+
 _SAMPLE = 20_000  # examples that weigh the witnesses
 _SHARPNESS = 8  # of anchors, as in `labels.label_confusion`
 _ROUNDS = 20  # from labels to classes
@@ -35,7 +37,7 @@ def fit(
   """Weighs the witnesses by how well they predict the labels, then finds anchors."""
   usable = np.flatnonzero(given >= 0)
   if len(usable) > _SAMPLE:
-    chosen = np.random.default_rng(0).choice(len(usable), _SAMPLE, replace=False)
+    chosen = draws.generator(0).choice(len(usable), _SAMPLE, replace=False)
     usable = usable[np.sort(chosen)]
   weights = weigh([_known(one)[0] for one in scores(usable)], given[usable])
 

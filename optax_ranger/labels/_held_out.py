@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_ranger._core import blocks
+from optax_ranger._core import draws
 from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import replicate
@@ -120,7 +121,7 @@ def held_out_beliefs(
   given = replicate(_rows.read(labels, n, num_classes))
   if not n:
     return jnp.zeros([n, num_classes], jnp.float32)
-  rows, key = replicate(rows).astype(jnp.float32), jax.random.key(seed)
+  rows, key = replicate(rows).astype(jnp.float32), draws.key(seed)
   bars = progress and validate.is_known(rows) and validate.is_known(given)
   sizes = _Sizes(num_classes, num_random, min(num_keys, n))
   return jax.lax.stop_gradient(_beliefs(rows, given, key, sizes, bars))

@@ -377,3 +377,17 @@ def test_held_out_predictions_of_any_features(change):
 def test_held_out_refusals(features, arguments, message):
   with pytest.raises((TypeError, ValueError), match=message):
     graph.held_out_predictions(features, [0, 1, 1, 0], **arguments)
+
+
+def test_labels_flipped_with_our_seed_are_no_sample_of_ours():
+  rng = np.random.default_rng(0)
+  n = 12_000  # More than the examples that choose.
+  wrong = rng.choice(n, round(0.4 * n), replace=False)
+  true = np.arange(n) % 3
+  points = 4 * np.eye(3)[true] + np.random.default_rng(1).normal(size=[n, 3])
+  given = true.copy()
+  given[wrong] = (given[wrong] + rng.integers(1, 3, len(wrong))) % 3
+  predictions = graph.held_out_predictions(points, given)
+  assert (predictions.argmax(axis=1) == true).mean() > 0.95
+  found = graph.audit(None, given, predictions=predictions, score="posterior")
+  assert abs(found.num_wrong / n - 0.4) < 0.05

@@ -42,6 +42,7 @@ def run(folder, features, labels, *options):
   for name, content in (features, labels):
     paths.append(folder / name if content is None else write(folder / name, content))
   arguments = ["audit", *map(str, paths), "--out", str(folder / "out"), "--k", "5"]
+  arguments += ["--score", "votes"]
   return command.main([*arguments, *options])
 
 
@@ -334,7 +335,10 @@ def test_it_finds_what_the_function_finds_as_a_process(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  found = graph.audit(graph.build(pixels, 20), labels)
+  predictions = graph.held_out_predictions(pixels, labels)
+  found = graph.audit(
+    graph.build(pixels, 20), labels, predictions=predictions, score="posterior"
+  )
   rows = table(tmp_path)
   assert [int(row["row"]) for row in rows] == found.order.tolist()
   likely = sum(row["likely_wrong"] == "1" for row in rows)

@@ -274,3 +274,14 @@ def test_votes_equal_counting():
   for k, found in zip((5, 10, 20, 50), near.ask(seen), strict=True):
     votes = np.eye(3)[labels[order[:, :k]]].sum(axis=1) + shares / shares.sum()
     np.testing.assert_allclose(found, votes / votes.sum(axis=1, keepdims=True), 1e-5)
+
+
+def test_keys_are_not_the_users():
+  key = jax.random.split(jax.random.key(0))[0]
+  n = 6000  # More than there are keys.
+  wrong = jax.random.bernoulli(key, 0.4, [n])
+  true = jnp.arange(n) % 3
+  points = 4 * jnp.eye(3)[true] + jax.random.normal(jax.random.key(7), [n, 3])
+  given = jnp.where(wrong, (true + 1) % 3, true)
+  beliefs = ranger.labels.held_out_beliefs(points, given, num_classes=3)
+  assert float((beliefs.argmax(axis=1) == true).mean()) > 0.9
