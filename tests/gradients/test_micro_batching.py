@@ -262,3 +262,13 @@ def test_counts_are_added_up_whatever_the_weights():
   value, _, _ = jax.jit(function)(jnp.ones(2), jnp.array([1.0, 2.0, -1.0, 3.0]))
   assert value["positive"] == 3
   assert value["first"] == pytest.approx(12 / 23)
+
+
+def test_a_micro_batch_of_weight_zero_is_not_left_out():
+  mean_loss = lambda w, batch: (w * batch).mean()
+  grad_fn = ranger.micro_batched(
+    jax.value_and_grad(mean_loss), 2, weigh=lambda batch: (batch > 0).sum()
+  )
+  _, grad, report = grad_fn(jnp.array(2.0), jnp.array([1.0, 3.0, -1.0, -1.0]))
+  assert float(grad) == 2
+  assert int(report.num_left_out) == 0

@@ -12,6 +12,7 @@ from sklearn import datasets
 from optax_ranger import __main__ as command
 from optax_ranger import graph
 from optax_ranger.graph import _page
+from optax_ranger.graph import _tables
 
 N = 40
 
@@ -344,3 +345,25 @@ def test_it_finds_what_the_function_finds_as_a_process(tmp_path):
   likely = sum(row["likely_wrong"] == "1" for row in rows)
   assert likely == round(found.num_wrong)
   assert f"About {likely} labels" in done.stdout
+
+
+def test_the_metric_is_that_of_the_graph(tmp_path):
+  rng = np.random.default_rng(3)
+  x = rng.normal(size=[N, 3]) * rng.uniform(0.1, 10, [N, 1])
+  tables = []
+  for metric in ("euclidean", "cosine"):
+    assert run(tmp_path, ("x.npy", x), GOOD_LABELS, "--metric", metric) == 0
+    tables.append([int(row["row"]) for row in table(tmp_path)])
+    neighbors = graph.build(x, 5, metric=metric)
+    assert tables[-1] == graph.audit(neighbors, np.int32(LABELS)).order.tolist()
+  assert tables[0] != tables[1]
+
+
+def test_fractions_are_no_integers(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  path = tmp_path / "y.parquet"
+  for values, wanted in (([1.0, 2.0], [1, 2]), ([1.5, 1.0], [1.5, 1.0])):
+    parquet.write_table(pyarrow.table({"label": values}), path)
+    assert _tables.read_labels(path, 2).tolist() == wanted

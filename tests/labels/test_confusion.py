@@ -650,3 +650,10 @@ def test_no_gradient_flows_into_what_is_estimated():
   of = lambda function: jax.jit(jax.grad(lambda b: (function(b) ** 2).sum()))(beliefs)
   assert not of(lambda b: ranger.labels.neighbor_beliefs(neighbors, b)).any()
   assert not of(lambda b: ranger.labels.label_confusion(labels, b)).any()
+
+
+def test_no_gradient_flows_into_smoothed_predictions():
+  logits = jax.random.normal(jax.random.key(0), [4, 3])
+  loss = lambda smoothed: ranger.labels.early_learning_regularizer(logits, smoothed)
+  slope = jax.grad(lambda smoothed: loss(smoothed).sum())(jnp.full([4, 3], 1 / 3))
+  assert not slope.any()

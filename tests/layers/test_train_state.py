@@ -76,3 +76,13 @@ def test_fields_are_replaced_as_flax_does():
   after = state.apply_gradients(grads=gradient(state), apply_fn=None)
   assert after.apply_fn is None
   assert after.tx is state.tx
+
+
+def test_another_optimizer_takes_its_place():
+  state = layers.TrainState.create(
+    apply_fn=None, params={"w": jnp.ones([])}, tx=optax.sgd(1.0)
+  )
+  other = optax.sgd(0.5)
+  grads = {"w": jnp.ones([])}
+  assert state.apply_gradients(grads=grads, tx=other).tx is other
+  assert state.apply_gradients(grads=grads).tx is state.tx

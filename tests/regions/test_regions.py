@@ -310,3 +310,10 @@ def test_the_direction_of_edges_does_not_matter():
   regions = ranger.regions.by_graph(ring, 12, 3)
   for edges in (ring[:, ::-1], np.concatenate([ring, ring[:, ::-1]])):
     np.testing.assert_array_equal(ranger.regions.by_graph(edges, 12, 3), regions)
+
+
+def test_the_same_seed_gives_the_same_clusters():
+  points = np.random.default_rng(0).uniform(size=[200, 2])
+  find = lambda seed: np.asarray(ranger.regions.by_kmeans(points, 8, seed=seed)[0])
+  np.testing.assert_array_equal(find(0), find(0))
+  assert (find(0) != find(1)).any()

@@ -167,3 +167,10 @@ def test_a_chain_that_would_need_other_norms_is_refused_in_sweeps():
   step = optax.chain(ranger.clip_examples(0.5), ranger.aggregate_by_krum(2))
   with pytest.raises(ValueError, match="num_sweeps above 1 needs a step"):
     ranger.value_and_grad(losses, step, num_sweeps=2)(params, batch)
+
+
+def test_a_norm_equal_to_the_threshold_lies_below_it():
+  step = ranger.clip_examples(1.0, quantile=0.5, rate=0.2)
+  gradients = jnp.eye(4)
+  _, state = step.update(gradients, step.init(jnp.zeros([4])))
+  np.testing.assert_allclose(state.norm, np.exp(-0.2 * (1 - 0.5)), rtol=1e-6)
