@@ -120,7 +120,9 @@ def page(name: str) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-def write_pages(app=None) -> None:
+def write_pages(app) -> None:
+  for path in set(FOLDER.glob("*.md")) - {FOLDER / "index.md"}:
+    path.unlink()  # Its program may be gone.
   for name in programs():
     (FOLDER / f"{name}.md").write_text(page(name))
 

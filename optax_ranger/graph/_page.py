@@ -98,7 +98,7 @@ def render(result: Findings, title: str, notes: list[str]) -> str:
   parts += ["<h2>Which classes are confused</h2>", _confusion(result)]
   parts += ["<h2>The most suspicious labels</h2>", _worst(result)]
   if result.images is not None:
-    parts.append(_pictures(result))
+    parts.append(_pictures(result, result.images))
   parts += ["<h2>Near-duplicates</h2>", _near(result)]
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -153,10 +153,10 @@ def _worst(result: Findings) -> str:
   return _table(["row", "given", "suggested", "support"], rows)
 
 
-def _pictures(result: Findings) -> str:
+def _pictures(result: Findings, images: np.ndarray) -> str:
   figures = []
   for i in result.found.order[:_MOST_ROWS]:
-    data = base64.b64encode(png(result.images[i])).decode()  # type: ignore[index]
+    data = base64.b64encode(png(images[i])).decode()
     text = html.escape(f"{i}: {result.names[i]} → {suggested_name(result, i)}")
     figures.append(
       f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'

@@ -23,7 +23,7 @@ def _gallery():
 GALLERY = _gallery()
 PROGRAMS = GALLERY.programs()
 MEASURED = [name for name in PROGRAMS if GALLERY.results(name)]
-# Several processes: tests/processes. The demo: tests/recipes.
+# The demo, and several processes with checkpoints.
 LONG = {"multi_host", "noisy_labels"}
 
 
@@ -64,7 +64,7 @@ def test_gain(ours, better, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(MEASURED) - {"noisy_labels"}))
+@pytest.mark.parametrize("name", MEASURED)
 def test_a_program_runs(name, tmp_path):
   script = ROOT / "examples" / f"{name}.py"
   done = subprocess.run(

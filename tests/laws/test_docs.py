@@ -50,6 +50,11 @@ predictions = all_predictions = jnp.zeros_like(targets)
 }
 
 
+def test_pages_with_code_are_found():
+  assert len(PAGES) > 10
+  assert set(READERS) < set(PAGES)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
