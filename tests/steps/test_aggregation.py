@@ -6,9 +6,12 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from optax.experimental import aggregating
 import pytest
 
 import optax_ranger as ranger
+from tests.laws import registry
 
 AGGREGATIONS = {
   "mean": ranger.aggregate_by_mean,
@@ -220,3 +223,35 @@ def test_float64_keeps_its_digits(shape):
     for step, right in expected.items():
       found, _ = step.update(jnp.asarray(rows), step.init(rows[0]), **given)
       np.testing.assert_allclose(found, right, rtol=1e-14, atol=1e-15)
+
+
+PER_EXAMPLE = [case for case in registry.CASES if case.members and case.axis is None]
+
+
+@pytest.mark.parametrize("case", PER_EXAMPLE, ids=lambda case: case.name)
+def test_optax_process_equals_a_chain(case):
+  step, optimizer, params = case.make(), optax.sgd(0.1), registry.params()
+  if case.factory in ("average_neighbors", "clip_examples"):  # They return rows.
+    before, aggregator = step, ranger.aggregate_by_mean()
+  else:
+    before, aggregator = optax.with_extra_args_support(optax.identity()), step
+  process = aggregating.process(before, aggregator, optimizer)
+  chain = optax.chain(before, aggregator, optimizer)
+  results = []
+  for tx in (process, chain):
+    update, state = jax.jit(tx.update), tx.init(params)
+    for call in range(2):
+      gradients = registry.gradients(case, call, params)
+      extra = registry.extra_args(case, call)
+      updates, state = update(gradients, state, params, **extra)
+    results.append((updates, state))
+  jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize("name", sorted(set(AGGREGATIONS) - {"regions"}))
+def test_optax_process_needs_no_extra_args(name):
+  rows, _, _ = draw()
+  process = aggregating.process(optax.identity(), AGGREGATIONS[name](), optax.sgd(1.0))
+  updates, _ = aggregate(process, rows)
+  expected, _ = aggregate(AGGREGATIONS[name](), rows)
+  np.testing.assert_array_equal(updates, -expected)
