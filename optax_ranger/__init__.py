@@ -48,6 +48,7 @@ from optax_ranger.steps import aggregate_by_trimmed_mean as aggregate_by_trimmed
 from optax_ranger.steps import aggregate_by_upgrad as aggregate_by_upgrad
 from optax_ranger.steps import aggregate_by_worst_regions as aggregate_by_worst_regions
 from optax_ranger.steps import average_neighbors as average_neighbors
+from optax_ranger.steps import by_noise_scale as by_noise_scale
 from optax_ranger.steps import clip_examples as clip_examples
 from optax_ranger.steps import large_step as large_step
 from optax_ranger.steps import mask_contradictions as mask_contradictions

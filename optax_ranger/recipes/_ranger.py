@@ -23,6 +23,7 @@ from optax_ranger.steps import _averaging
 from optax_ranger.steps import _ema
 from optax_ranger.steps import _factor
 from optax_ranger.steps import _guarding
+from optax_ranger.steps import _noise_scale
 from optax_ranger.steps import _predictions
 
 
@@ -78,7 +79,7 @@ def ranger(
   weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
   clip_norm: Scalar | None = None,
   skip_spikes: Scalar | None = None,
-  every: int | Schedule = 1,
+  every: int | Schedule | _noise_scale.NoiseScaleRule = 1,
   ema_decay: ScalarOrSchedule | None = None,
   ema_warmup: Scalar = 10,
   num_examples: int | None = None,

@@ -5,6 +5,7 @@ r"""The five steps, each an Optax gradient transformation, one idea a file.
 == =================== ================== ======================================
 1  neighbor averaging  `_averaging`       examples whose neighbors disagree
 2  accumulation        `_accumulation`    batches that do not fit
+\                      `_noise_scale`     how many micro-batches the noise asks for
 \                      `_guarding`        spikes, and non-finite gradients
 3  NGS                 `_acceleration`    a learning rate that is a guess
 \                      `_factor`          its learned acceleration factor
@@ -21,7 +22,8 @@ r"""The five steps, each an Optax gradient transformation, one idea a file.
 == =================== ================== ======================================
 
 NGS is short for Nesterov gradient scaling. A step imports `_core`,
-`_gradients.linear` and `neighbors`, and never another step.
+`_gradients.linear` and `neighbors`, and never another step; `_factor`
+and `_noise_scale` are parts of one.
 """
 
 from optax_ranger._core.members import MemberState as MemberState
@@ -56,6 +58,9 @@ from optax_ranger.steps._lookahead import smooth_by_lookahead as smooth_by_looka
 from optax_ranger.steps._masking import MaskState as MaskState
 from optax_ranger.steps._masking import mask_contradictions as mask_contradictions
 from optax_ranger.steps._mixing import mix_nearest as mix_nearest
+from optax_ranger.steps._noise_scale import NoiseScaleRule as NoiseScaleRule
+from optax_ranger.steps._noise_scale import NoiseScaleState as NoiseScaleState
+from optax_ranger.steps._noise_scale import by_noise_scale as by_noise_scale
 from optax_ranger.steps._predictions import PredictionState as PredictionState
 from optax_ranger.steps._predictions import smooth_predictions as smooth_predictions
 from optax_ranger.steps._predictions import smoothed_predictions as smoothed_predictions

@@ -1,6 +1,7 @@
 """Step 2: m gradients become one large step."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -10,16 +11,19 @@ import numpy as np
 import optax
 
 from optax_ranger._core import numerics
+from optax_ranger._core import rounding
 from optax_ranger._core import states
 from optax_ranger._core import validate
 from optax_ranger._core.sharding import like_tree
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.shards import axes_of
 from optax_ranger._core.tree import all_finite
+from optax_ranger._core.tree import squared_norm
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
+from optax_ranger.steps import _noise_scale
 
 # What `update` takes for itself; other extra args go to the inner step.
 _KNOWN = ("weight", "last", "value", "present")
@@ -39,6 +43,7 @@ class AccumulateState(NamedTuple):
       gradients was not finite.
     value_sum: the weighted sum of the open window's ``value=``.
     value_weight: the weight of those micro-batches that came with one.
+    noise: with ``every=by_noise_scale(...)``, a ``NoiseScaleState``; else empty.
     accumulated: the weighted sum of the open window's gradients; empty where every
       window is of one micro-batch.
     inner_state: the state of the inner transformation.
@@ -51,6 +56,7 @@ class AccumulateState(NamedTuple):
   num_overflowed: Array
   value_sum: Array
   value_weight: Array
+  noise: PyTree
   accumulated: PyTree
   inner_state: PyTree
 
@@ -61,7 +67,7 @@ class AccumulateState(NamedTuple):
 
 def accumulate(
   inner: optax.GradientTransformation,
-  every: int | Callable[[Any], Any],
+  every: int | Callable[[Any], Any] | _noise_scale.NoiseScaleRule,
   *,
   reduce: str = "mean",
   accumulator_dtype: str | None = "float32",
@@ -83,10 +89,14 @@ def accumulate(
   Args:
     inner: the transformation of the large step; any optimizer.
     every: micro-batches in a window; 1 is `inner` itself. Or a function of the
-      number of optimizer steps taken, to a number of at least 1.
+      number of optimizer steps taken, to a number of at least 1. Or
+      ``by_noise_scale(...)``, which chooses it by the gradient noise.
     reduce: ``"mean"`` or ``"sum"`` over the window.
     accumulator_dtype: the least precise type to accumulate in; None to use the
-      gradients'. Wider gradients (float64, complex) keep their type.
+      gradients'. Wider gradients (float64, complex) keep their type. With
+      ``"bfloat16"``, float32 gradients too are added in bfloat16, 2 bytes a
+      parameter: each sum, and what `inner` returns, is rounded up or down by chance,
+      so that its expectation is exact.
 
   Extra args of ``update``:
     weight: the micro-batch's weight (tokens, examples, a mask's sum), not
@@ -139,7 +149,8 @@ def accumulate(
     >>> print(update)  # -(3 * 1 + 1 * 5) / 4
     -2.0
   """
-  if not callable(every):
+  rule = every if isinstance(every, _noise_scale.NoiseScaleRule) else None
+  if rule is None and not callable(every):
     validate.count("every", every)
   keeps = not (isinstance(every, int) and every == 1)
   validate.choice("reduce", reduce, ("mean", "sum"))
@@ -150,6 +161,8 @@ def accumulate(
   def accumulator_type(leaf: Array) -> np.dtype:
     if accumulator_dtype is None:
       return leaf.dtype
+    if accumulator_dtype == "bfloat16" and numerics.wide(leaf.dtype) == np.float32:
+      return np.dtype(jnp.bfloat16)
     return numerics.widest(leaf.dtype, accumulator_dtype)
 
   def start(tree: PyTree) -> PyTree:
@@ -168,6 +181,7 @@ def accumulate(
       num_overflowed=numerics.zero_count(),
       value_sum=jnp.zeros([], dtype),
       value_weight=jnp.zeros([], dtype),
+      noise=() if rule is None else _noise_scale.start(rule),
       accumulated=zeros if keeps else (),
       inner_state=inner.init(params),
     )
@@ -185,7 +199,7 @@ def accumulate(
   ) -> tuple[PyTree, AccumulateState]:
     validate.state(state, AccumulateState, "accumulate")
     validate.spelling(extra_args, _KNOWN, "accumulate")
-    _check_window(state, updates, keeps)
+    _check_window(state, updates, keeps, rule)
     weight = 1 if weight is None else weight
     validate.one_number("weight", weight, "single examples have member_weights=")
     validate.arrays("updates", updates, "accumulate")
@@ -196,8 +210,9 @@ def accumulate(
     present = jnp.asarray(present).astype(bool)
     weight = numerics.scalar(weight, state.weight_sum.dtype)
     good = jnp.logical_and(weight >= 0, weight < jnp.inf)
-    good = jnp.logical_and(good, all_finite(updates))
     apart = axes_of(*jax.tree.leaves(totals))
+    finite, square = _all_finite(updates, rule is not None, bool(apart))
+    good = jnp.logical_and(good, finite)
     if apart:  # All devices decide alike.
       bad = vary(jnp.logical_not(good).astype(jnp.int32), apart)
       good = jax.lax.psum(bad, apart) == 0
@@ -205,8 +220,16 @@ def accumulate(
     good = jnp.logical_and(good, present)
     weight = jnp.where(good, weight, jnp.zeros_like(weight))
     weight_sum = state.weight_sum + weight
-    window = every(state.gradient_step) if callable(every) else every
-    full = state.mini_step + 1 >= numerics.scalar(window, jnp.int32)
+    noise = state.noise
+    if rule is not None:
+      num_parts = math.prod(jax.lax.axis_size(name) for name in apart)
+      if apart:  # Each part is one of the sum, not of the mean.
+        square = num_parts * jax.lax.psum(square, apart)
+      noise = _noise_scale.add(noise, weight, square, num_parts)
+      size = noise.every
+    else:
+      size = every(state.gradient_step) if callable(every) else every
+    full = state.mini_step + 1 >= numerics.scalar(size, jnp.int32)
     emit = jnp.logical_or(full, jnp.asarray(last).astype(bool))
     emit = jnp.logical_and(emit, present)
     step_now = jnp.logical_and(emit, weight_sum > 0)
@@ -221,55 +244,84 @@ def accumulate(
     if value is not None:
       extra_args["value"] = value
 
+    cast = _cast(totals, state, apart)
+
     # Weight, guard and divisor go into the one pass that adds: inside the
     # branch, a traced divisor would cost a buffer of the parameters' size.
     def add(total: Array, leaf: Array) -> Array:
       if only_guards:
         return jnp.where(good, leaf.astype(total.dtype), total)
-      new = total + weight.astype(total.dtype) * leaf.astype(total.dtype)
+      dtype = numerics.wide(total.dtype)
+      total = total.astype(dtype)
+      new = total + weight.astype(dtype) * leaf.astype(dtype)
       new = jnp.where(good, new, total)
       if reduce == "sum":
         return new
-      one = jnp.ones([], numerics.real(total.dtype))
+      one = jnp.ones([], numerics.real(dtype))
       mean = numerics.divide(one, weight_sum.astype(one.dtype))
-      return new * jnp.where(emit, mean, one).astype(total.dtype)
+      return new * jnp.where(emit, mean, one).astype(dtype)
 
-    accumulated = jax.tree.map(add, totals, updates)
+    accumulated = cast(jax.tree.map(add, totals, updates))
+
+    def look(now, total):
+      # Of a sum in half precision, both at once would make XLA keep a wide copy.
+      square = jnp.zeros([], jnp.float32)
+      if rule is not None:
+        square = jax.lax.cond(now, squared_norm, lambda total: square, total)
+        if all(leaf.dtype != jnp.float16 for leaf in jax.tree.leaves(updates)):
+          now = jnp.logical_and(now, jnp.logical_not(jnp.isfinite(square)))
+      if only_guards:
+        return jnp.asarray(True), square
+      fits = lambda total: _fits(total, updates)
+      return jax.lax.cond(now, fits, lambda total: jnp.asarray(True), total), square
 
     def run_inner(total, old):
       gradient = jax.tree.map(lambda a, u: a.astype(u.dtype), total, updates)
       result, new = inner.update(gradient, old, params, **extra_args)
       return like_tree(result, updates), like_tree(new, old)
 
+    window = _Window(step_now, accumulated, state.inner_state)
     if apart:
-      stepped, emitted, kept, inner_state = _step_reduced(
-        run_inner, step_now, accumulated, updates, state.inner_state, apart
-      )
+      closed = _step_reduced(run_inner, look, window, updates, apart)
     else:
-      fits = lambda total: jnp.asarray(True) if only_guards else _fits(total, updates)
-      stepped, emitted, kept, inner_state = _step_in_place(
-        run_inner, fits, step_now, accumulated, state.inner_state
-      )
-      emitted = jax.tree.map(lambda e, u: e.astype(u.dtype), emitted, updates)
+      closed = _step_in_place(run_inner, look, cast, window)
+    stepped = closed.stepped
+    emitted = jax.tree.map(lambda e, u: e.astype(u.dtype), closed.emitted, updates)
     unless_emitted = lambda leaf: jnp.where(emit, jnp.zeros_like(leaf), leaf)
     overflowed = jnp.logical_and(step_now, jnp.logical_not(stepped))
+    calls = state.mini_step + present.astype(jnp.int32)
+    if rule is not None:
+      square = closed.square
+      if reduce == "sum":
+        square = numerics.divide(square, weight_sum.astype(square.dtype) ** 2)
+      new = _noise_scale.close(rule, noise, weight_sum, square, calls)
+      noise = jax.tree.map(lambda new, old: jnp.where(emit, new, old), new, noise)
     return like_tree(emitted, given), AccumulateState(
-      mini_step=unless_emitted(state.mini_step + present.astype(jnp.int32)),
+      mini_step=unless_emitted(calls),
       gradient_step=numerics.increment(state.gradient_step, stepped),
       weight_sum=unless_emitted(weight_sum),
       num_left_out=numerics.increment(state.num_left_out, left_out),
       num_overflowed=numerics.increment(state.num_overflowed, overflowed),
       value_sum=unless_emitted(value_sum),
       value_weight=unless_emitted(value_weight),
-      accumulated=jax.tree.map(unless_emitted, kept) if keeps else (),
-      inner_state=inner_state,
+      noise=noise,
+      accumulated=jax.tree.map(unless_emitted, closed.kept) if keeps else (),
+      inner_state=closed.inner_state,
     )
 
   return transformation(init, update)
 
 
-def _check_window(state: AccumulateState, updates: PyTree, keeps: bool) -> None:
+def _check_window(
+  state: AccumulateState, updates: PyTree, keeps: bool, rule: Any
+) -> None:
   """Refuses a state that has a window where this step has none, and the reverse."""
+  if (rule is None) != (state.noise == ()):
+    has, lacks = ("no rule", "one") if rule is None else ("a rule", "none")
+    raise ValueError(
+      f"accumulate with {has} for every=, but this state is from {lacks}: give it the"
+      " field of a new one, state._replace(noise=tx.init(params).noise)."
+    )
   has_window = bool(jax.tree.leaves(state.accumulated))
   if has_window == keeps or not jax.tree.leaves(updates):
     return
@@ -285,6 +337,40 @@ def _check_window(state: AccumulateState, updates: PyTree, keeps: bool) -> None:
   )
 
 
+def _all_finite(updates: PyTree, wants_square: bool, apart: bool) -> tuple[Array, Any]:
+  """Whether all entries are finite, and the squared norm where it is wanted."""
+  if not wants_square:
+    return all_finite(updates), None
+  square = squared_norm(updates)
+  if apart:
+    return all_finite(updates), square
+  # Of finite entries too, the squares may overflow; else one pass tells both.
+  fine = lambda tree: jnp.asarray(True)
+  return jax.lax.cond(jnp.isfinite(square), fine, all_finite, updates), square
+
+
+def _cast(
+  totals: PyTree, state: AccumulateState, apart: tuple[str, ...]
+) -> Callable[..., PyTree]:
+  """Casts a tree to the types of the sums, each time with another rounding."""
+  wanted = jax.tree.leaves(totals)
+  if all(leaf.dtype != jnp.bfloat16 for leaf in wanted):
+    return lambda tree, _=0: jax.tree.map(lambda x, t: x.astype(t.dtype), tree, totals)
+  # Leaves without entries draw nothing.
+  numbers = np.cumsum([leaf.size > 0 for leaf in wanted])
+  device = jax.lax.axis_index(apart) if apart else 0
+  seed = rounding.seed(state.gradient_step, state.mini_step, device)
+
+  def cast(tree, number=0):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(
+      rounding.to(total.dtype, leaf, rounding.seed(seed, number, i))
+      for leaf, total, i in zip(leaves, wanted, numbers, strict=True)
+    )
+
+  return cast
+
+
 def _fits(total: PyTree, updates: PyTree) -> Array:
   """Whether the sum is finite, in the type of the gradients too."""
   # A cast first would be one more array, and only float16 has a smaller range.
@@ -298,63 +384,85 @@ def _fits(total: PyTree, updates: PyTree) -> Array:
 _FLOAT16_ROUNDS_TO_INF = 65520
 
 
+class _Window(NamedTuple):
+  """A window: whether it makes a step now, its sum, and the state of `inner`."""
+
+  step_now: Array
+  accumulated: PyTree
+  inner_state: PyTree
+
+
+class _Closed(NamedTuple):
+  """What became of it.
+
+  Attributes:
+    stepped: whether it made a step; not if the sum overflowed.
+    square: the squared norm of the sum, where it is wanted and a step was due.
+    emitted: the update, or zeros.
+    kept: the sum, unless a step was due.
+    inner_state: the state of `inner`.
+  """
+
+  stepped: Array
+  square: Array
+  emitted: PyTree
+  kept: PyTree
+  inner_state: PyTree
+
+
 def _step_in_place(
   run_inner: Callable[..., Any],
-  fits: Callable[[PyTree], Array],
-  step_now: Array,
-  accumulated: PyTree,
-  inner_state: PyTree,
-) -> tuple[Array, PyTree, PyTree, PyTree]:
-  """Takes the step if it is time and the sum fits.
-
-  Returns:
-    Whether it did, what to emit, what to keep unless it did, the inner state.
-  """
-  # Two conditionals after each other: one in the other would cost a buffer.
-  fine = jax.lax.cond(step_now, fits, lambda total: jnp.asarray(True), accumulated)
-  stepped = jnp.logical_and(step_now, fine)
+  look: Callable[[Array, PyTree], tuple[Array, Array]],
+  cast: Callable[..., PyTree],
+  window: _Window,
+) -> _Closed:
+  """Takes the step if it is time and the sum fits."""
+  # Conditionals after each other: one in the other would cost a buffer.
+  fine, square = look(window.step_now, window.accumulated)
+  stepped = jnp.logical_and(window.step_now, fine)
 
   # The inner update comes back in the accumulator's place, so that the
   # branches carry nothing else of the parameters' size.
   def step(carry):
-    total, inner_state = carry
-    result, inner_state = run_inner(total, inner_state)
-    result = jax.tree.map(lambda r, a: r.astype(a.dtype), result, total)
-    return result, inner_state
+    result, inner_state = run_inner(*carry)
+    return cast(result, 1), inner_state
 
   carried, inner_state = jax.lax.cond(
-    stepped, step, lambda carry: carry, (accumulated, inner_state)
+    stepped, step, lambda carry: carry, (window.accumulated, window.inner_state)
   )
   emitted = jax.tree.map(lambda c: jnp.where(stepped, c, jnp.zeros_like(c)), carried)
-  return stepped, emitted, carried, inner_state
+  return _Closed(stepped, square, emitted, carried, inner_state)
 
 
 def _step_reduced(
   run_inner: Callable[..., Any],
-  step_now: Array,
-  accumulated: PyTree,
+  look: Callable[[Array, PyTree], tuple[Array, Array]],
+  window: _Window,
   updates: PyTree,
-  inner_state: PyTree,
   apart: tuple[str, ...],
-) -> tuple[Array, PyTree, PyTree, PyTree]:
+) -> _Closed:
   """The same where each device accumulates its part: they meet at the step only."""
 
   def wait(inner_state):
     zeros = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), updates)
-    return jnp.asarray(False), zeros, inner_state
+    return jnp.asarray(False), jnp.zeros([], jnp.float32), zeros, inner_state
 
   def step(inner_state):
-    total = jax.lax.psum(accumulated, apart)
+    wide = lambda leaf: leaf.astype(numerics.wide(leaf.dtype))
+    total = jax.lax.psum(jax.tree.map(wide, window.accumulated), apart)
+    fits, square = look(jnp.asarray(True), total)
 
     def run(inner_state):
       result, inner_state = run_inner(total, inner_state)
       result = jax.tree.map(lambda r, u: r.astype(u.dtype), result, updates)
-      return jnp.asarray(True), result, inner_state
+      return jnp.asarray(True), square, result, inner_state
 
-    return jax.lax.cond(_fits(total, updates), run, wait, inner_state)
+    return jax.lax.cond(fits, run, wait, inner_state)
 
-  stepped, emitted, inner_state = jax.lax.cond(step_now, step, wait, inner_state)
-  return stepped, emitted, accumulated, inner_state
+  stepped, square, emitted, inner_state = jax.lax.cond(
+    window.step_now, step, wait, window.inner_state
+  )
+  return _Closed(stepped, square, emitted, window.accumulated, inner_state)
 
 
 def large_step(learning_rate: Scalar, every: int, *, rule: str = "linear") -> Any:

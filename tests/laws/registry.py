@@ -36,6 +36,7 @@ class Case(NamedTuple):
     absorbs: whether non-finite updates are kept from coming out.
     skips: whether a non-finite update is skipped as a whole, and zeros come out.
     by_entry: whether non-finite entries are skipped one by one.
+    tolerance: how nearly results of other types must agree with those of float32.
     axis: the name of the axis of which the step takes each member as a device.
   """
 
@@ -49,6 +50,7 @@ class Case(NamedTuple):
   absorbs: bool = True
   skips: bool = False
   by_entry: bool = False
+  tolerance: float = 1e-4
   axis: str | None = None
 
   def make(self) -> Any:
@@ -197,6 +199,18 @@ CASES = (
     },
     static=("inner", "every"),
     foreign=True,
+  ),
+  Case(
+    "accumulate-bfloat16",
+    "accumulate",
+    {
+      "inner": optax.sgd(0.1, momentum=0.9),
+      "every": ranger.by_noise_scale(4, decay=0.5),
+      "accumulator_dtype": "bfloat16",
+    },
+    extra=_with_weight,
+    static=("inner", "every", "accumulator_dtype"),
+    tolerance=2e-2,
   ),
   Case(
     "skip_anomalies",

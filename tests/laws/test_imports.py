@@ -32,7 +32,7 @@ MAY_IMPORT = {
   },
 }
 # Of the steps' files, those that are no step: a step may import them.
-PARTS = {"steps._factor"}
+PARTS = {"steps._factor", "steps._noise_scale"}
 # What a room may take from outside as soon as it is imported.
 OUTSIDE = {"jax", "numpy", "optax"}
 MORE_OUTSIDE = {"layers": {"flax"}}

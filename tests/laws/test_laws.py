@@ -147,8 +147,8 @@ def test_types_agree_with_float32(case, dtype):
       close(
         jax.tree.map(lambda leaf: leaf.astype(np.float32), real(updates)),
         expected[call],
-        1e-4,
-        1e-4,
+        case.tolerance,
+        case.tolerance,
       )
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from optax_ranger._core import rounding
 
 
 def draw(count, seed=0):
@@ -207,6 +208,108 @@ def test_bfloat16_accumulates_in_float32():
   _, results = jax.lax.scan(body, step.init(gradient), None, length=1024)
   assert results.dtype == jnp.bfloat16
   assert float(results[-1, 0]) == 10.25
+
+
+def bfloat16_runs(calls, runs, reduce, dtype=jnp.bfloat16):
+  """What runs emit that add the same gradients, and the same in float64."""
+  rng = np.random.default_rng(0)
+  gradients = jnp.asarray(rng.normal(1, 2, [calls, 64]), jnp.float32)
+  step = ranger.accumulate(
+    optax.identity(), calls, reduce=reduce, accumulator_dtype=np.dtype(dtype).name
+  )
+
+  def run(state, _):
+    def call(state, gradient):
+      updates, state = step.update(gradient, state)
+      return state, updates
+
+    state, updates = jax.lax.scan(call, state, gradients)
+    return state, updates[-1]
+
+  state = step.init(gradients[0])
+  assert state.accumulated.dtype == dtype
+  _, emitted = jax.lax.scan(run, state, length=runs)
+  total = np.asarray(gradients, np.float64).sum(axis=0)
+  return np.asarray(emitted, np.float64), total / (calls if reduce == "mean" else 1)
+
+
+@pytest.mark.guarantees("accumulate", "Sums in bfloat16 are unbiased")
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_sums_in_bfloat16_are_unbiased(reduce):
+  """100 runs of 64 micro-batches; each rounds in its own way."""
+  emitted, exact = bfloat16_runs(64, 100, reduce)
+  deviation = emitted.mean(axis=0) - exact
+  score = deviation / (emitted.std(axis=0, ddof=1) / 10)
+  assert abs(score.mean()) < 3 / np.sqrt(64)
+  assert (np.abs(score) < 3).mean() > 0.95
+  assert 0.5 < score.std() < 1.5
+  # One run is as near as 64 roundings can be.
+  assert np.abs(emitted - exact).max() < 0.05 * np.abs(exact).max() + 0.05
+
+
+def test_additions_in_bfloat16_are_not_rounded_away():
+  """To the nearest, 1,024 times 0.01 would be 4."""
+  step = ranger.accumulate(
+    optax.identity(), 1024, reduce="sum", accumulator_dtype="bfloat16"
+  )
+  gradient = jnp.full([1000], 0.01)
+
+  def body(state, _):
+    updates, state = step.update(gradient, state)
+    return state, updates
+
+  _, results = jax.lax.scan(body, step.init(gradient), None, length=1024)
+  np.testing.assert_allclose(results[-1].mean(), 10.24, rtol=0.005)
+  assert len(np.unique(results[-1])) > 10  # Each entry by its own chance.
+
+
+def test_bfloat16_takes_two_bytes_a_parameter():
+  params = {"f": jnp.ones([64, 64]), "h": jnp.ones([3], jnp.float16)}
+  step = ranger.accumulate(optax.sgd(1.0), 4, accumulator_dtype="bfloat16")
+  state = step.init(params)
+  assert all(
+    leaf.nbytes == 2 * leaf.size for leaf in jax.tree.leaves(state.accumulated)
+  )
+  with jax.enable_x64(True):
+    wide = {"d": jnp.ones([2], jnp.float64), "c": jnp.ones([2], jnp.complex64)}
+    kept = step.init(wide).accumulated
+    assert (kept["d"].dtype, kept["c"].dtype) == (jnp.float64, jnp.complex64)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3.4e38, -0.0, 1e-45, 1.0])
+def test_what_bfloat16_can_not_round(value):
+  """Special values are those of a cast; what is exact stays."""
+  found = rounding.to(
+    np.dtype(jnp.bfloat16), jnp.full([64], value, jnp.float32), rounding.seed(1, 2)
+  )
+  assert found.dtype == jnp.bfloat16
+  wide = np.asarray(found, np.float32)
+  if value == 3.4e38:  # Up to infinity, or down to the largest.
+    assert {f"{each:.3g}" for each in wide} == {"inf", "3.39e+38"}
+  elif value == 1e-45:
+    assert (np.abs(wide) < 1e-40).all()
+  else:
+    np.testing.assert_array_equal(wide, np.full([64], value, np.float32))
+
+
+def test_devices_round_apart():
+  """Else their errors would add up, and not average out."""
+  mesh = jax.make_mesh((8,), ("data",))
+  update = ranger.train_step(
+    lambda w, batch: batch @ w,
+    ranger.accumulate(optax.sgd(0.0), 64, accumulator_dtype="bfloat16"),
+    mesh=mesh,
+    reduce="on_emission",
+  )
+  params = jnp.zeros([256])
+  state = update.init(params)
+  batch = np.full([8, 256], 0.3, np.float32)
+  for _ in range(3):
+    params, state, _ = update(params, state, batch)
+  window = np.asarray(state.optimizer.accumulated, np.float32)
+  assert window.shape == (8, 256)
+  assert all((window[0] != part).any() for part in window[1:])
+  np.testing.assert_allclose(window.sum(axis=0).mean(), 3 * 8 * 0.3, rtol=0.002)
 
 
 def test_wide_and_complex_gradients_keep_their_type():

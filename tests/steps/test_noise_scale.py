@@ -1,0 +1,262 @@
+"""`by_noise_scale`: estimates against closed forms, and the windows made of them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_ranger as ranger
+
+CURVATURE = jnp.linspace(0.5, 2.0, 20)
+PARAMS = 0.3 * jnp.ones([20])
+NOISE = jnp.linspace(1.0, 3.0, 20)
+TRACE = float((NOISE**2).sum())
+SIGNAL = float(((CURVATURE * PARAMS) ** 2).sum())
+
+
+def micro_gradient(key, batch):
+  """Of a quadratic, whose examples differ by noise of known covariance."""
+  noise = NOISE * jax.random.normal(key, [20]) / jnp.sqrt(batch)
+  return {"w": CURVATURE * PARAMS + noise}
+
+
+def measure(key, rule, calls, batches=(8,), **options):
+  """The state of the noise after some micro-batches at the same parameters."""
+  step = ranger.accumulate(optax.sgd(0.1), rule, **options)
+
+  def call(state, at):
+    key, batch = at
+    gradient = micro_gradient(key, batch)
+    _, state = step.update(gradient, state, weight=batch)
+    return state, None
+
+  sizes = jnp.resize(jnp.asarray(batches, jnp.float32), (calls,))
+  start = step.init({"w": PARAMS})
+  state, _ = jax.lax.scan(call, start, (jax.random.split(key, calls), sizes))
+  return state.noise
+
+
+@pytest.mark.parametrize("batch", [4, 16, 64])
+def test_noise_scale_is_that_of_the_closed_form(batch):
+  rule = ranger.by_noise_scale(8, min_every=8, decay=0.9995)
+  noise = jax.jit(lambda key: measure(key, rule, 8000, (batch,)))(jax.random.key(batch))
+  np.testing.assert_allclose(noise.noise_scale, TRACE / SIGNAL, rtol=0.1)
+  np.testing.assert_allclose(noise.trace, TRACE, rtol=0.1)
+  np.testing.assert_allclose(noise.micro_weight, batch, rtol=1e-6)
+
+
+@pytest.mark.guarantees(
+  "by_noise_scale", "The mean of many estimates, of the trace and of the signal"
+)
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("batches", [(4,), (16,), (64,), (4, 64, 1)])
+def test_estimates_are_unbiased(batches, reduce):
+  """1,000 draws of one window; the smoothing is of no consequence for the first."""
+  every = 2 if len(batches) == 1 else 3
+  rule = ranger.by_noise_scale(every, min_every=every)
+  run = lambda key: measure(key, rule, every, batches, reduce=reduce)
+  noise = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), 1000))
+  for found, expected in ((noise.trace, TRACE), (noise.signal, SIGNAL)):
+    error = found.std(ddof=1) / np.sqrt(1000)
+    assert abs(found.mean() - expected) < 3 * error
+    assert error < 0.1 * TRACE
+
+
+def windows(gradients, rule, **extra):
+  """How many calls each window took, and the last state."""
+  step = ranger.accumulate(optax.sgd(0.0), rule)
+  state, sizes = step.init(jnp.zeros([2])), []
+  update = jax.jit(step.update)
+  for gradient in gradients:
+    size = int(state.mini_step) + 1
+    _, state = update(gradient, state, **extra)
+    if int(state.mini_step) == 0:
+      sizes.append(size)
+  return sizes, state
+
+
+def alternating(mean, noise, count):
+  return [jnp.array([mean, noise * (-1) ** i], jnp.float32) for i in range(count)]
+
+
+def test_smoothing_is_a_mean_without_a_start():
+  """The weights of the windows add up to one, from the first on."""
+  rule = ranger.by_noise_scale(4, min_every=4, decay=0.9)
+  gradients = [*alternating(1.0, 1.0, 4), *alternating(5.0, 3.0, 8)]
+  for count, weights in ((4, [1]), (8, [0.9**4, 1]), (12, [0.9**8, 0.9**4, 1])):
+    _, state = windows(gradients[:count], rule)
+    traces = np.array([4 / 3, 12, 12])[: len(weights)]
+    signals = np.array([1, 25, 25])[: len(weights)] - traces / 4
+    expected = np.average(traces, weights=weights)
+    np.testing.assert_allclose(state.noise.trace, expected, rtol=1e-5)
+    signal = np.average(signals, weights=weights)
+    np.testing.assert_allclose(state.noise.signal, signal, rtol=1e-5)
+    np.testing.assert_allclose(state.noise.noise_scale, expected / signal, rtol=1e-5)
+
+
+def test_windows_grow_as_the_noise_does():
+  """At most twofold a window, to the largest, and back."""
+  rule = ranger.by_noise_scale(32, decay=0.0)
+  # Signs that cancel: of m the sample variance is 9 m / (m - 1).
+  sizes, _ = windows(alternating(0.0, 3.0, 94), rule)
+  assert sizes == [2, 4, 8, 16, 32, 32]
+  sizes, state = windows(alternating(0.0, 3.0, 30) + alternating(9.0, 1.0, 36), rule)
+  assert sizes == [2, 4, 8, 16, 32, 2, 2]
+  np.testing.assert_allclose(state.noise.noise_scale, 2 / (81 - 1))
+
+
+@pytest.mark.parametrize(("ratio", "batch"), [(1.0, 4), (0.5, 2), (2.0, 4)])
+def test_windows_are_as_large_as_the_noise_scale(ratio, batch):
+  rule = ranger.by_noise_scale(64, ratio=ratio, decay=0.999)
+  noise = jax.jit(lambda key: measure(key, rule, 6000, (batch,)))(jax.random.key(0))
+  wanted = ratio * TRACE / SIGNAL / batch
+  assert abs(int(noise.every) - wanted) < 1 + 0.1 * wanted
+
+
+@pytest.mark.parametrize(
+  ("bounds", "sizes"),
+  [((4, 2), [2, 4, 4, 4]), ((5, 5), [5, 5]), ((3, 3), [3, 3, 3, 3])],
+)
+def test_bounds_hold(bounds, sizes):
+  rule = ranger.by_noise_scale(bounds[0], min_every=bounds[1])
+  assert windows(alternating(0.0, 1.0, 14), rule)[0] == sizes
+
+
+def test_weights_are_its_unit():
+  """In examples, whatever the micro-batch; the window does not change."""
+  rule = ranger.by_noise_scale(64)
+  gradients = alternating(2.0, 2.0, 40)
+  ones, state = windows(gradients, rule)
+  tens, weighted = windows(gradients, rule, weight=10.0)
+  assert ones == tens
+  np.testing.assert_allclose(
+    weighted.noise.noise_scale, 10 * state.noise.noise_scale, rtol=1e-5
+  )
+
+
+@pytest.mark.guarantees("by_noise_scale", "A micro-batch that is left out does not")
+@pytest.mark.parametrize(
+  ("bad", "weight"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, -1.0), (1.0, 0.0)]
+)
+def test_what_is_left_out_does_not_count(bad, weight):
+  rule = ranger.by_noise_scale(4, min_every=4)
+  step = ranger.accumulate(optax.sgd(0.1), rule)
+  gradients, state = alternating(1.0, 2.0, 3), step.init(jnp.zeros([2]))
+  _, state = step.update(bad * jnp.ones([2]), state, weight=weight)
+  for gradient in gradients:
+    _, state = step.update(gradient, state)
+  _, expected = windows(gradients, ranger.by_noise_scale(3, min_every=3))
+  for name in ("trace", "signal", "noise_scale"):
+    np.testing.assert_allclose(
+      getattr(state.noise, name), getattr(expected.noise, name), rtol=1e-6
+    )
+
+
+@pytest.mark.guarantees("by_noise_scale", "changes no estimate")
+@pytest.mark.parametrize(
+  "kind", ["squares overflow", "all bad", "one good", "overflow"]
+)
+def test_a_window_without_an_estimate_changes_none(kind):
+  rule = ranger.by_noise_scale(16)
+  _, before = windows(alternating(1.0, 3.0, 6), rule)
+  step = ranger.accumulate(optax.sgd(0.1), rule)
+  every = int(before.noise.every)
+  state, huge = before, {"squares overflow": 1e25, "overflow": 3e38}.get(kind, 1.0)
+  for call in range(every):
+    bad = kind == "all bad" or (kind == "one good" and call)
+    gradient = jnp.array([huge, np.nan if bad else 1.0])
+    updates, state = step.update(gradient, state)
+  assert int(state.mini_step) == 0
+  assert bool(updates.any()) == (kind in ("squares overflow", "one good"))
+  chex.assert_trees_all_equal(state.noise, before.noise)
+  _, state = step.update(jnp.ones([2]), state)
+  chex.assert_tree_all_finite(state)
+
+
+def test_no_call_no_change():
+  rule = ranger.by_noise_scale(16)
+  _, before = windows(alternating(1.0, 3.0, 7), rule)
+  step = ranger.accumulate(optax.sgd(0.1), rule)
+  _, state = step.update(jnp.ones([2]), before, present=False)
+  chex.assert_trees_all_equal(state, before)
+
+
+def test_a_window_that_closes_early_is_measured():
+  rule = ranger.by_noise_scale(8, min_every=8)
+  step = ranger.accumulate(optax.sgd(0.1), rule)
+  state = step.init(jnp.zeros([2]))
+  for i, gradient in enumerate(alternating(1.0, 2.0, 3)):
+    _, state = step.update(gradient, state, last=i == 2)
+  _, expected = windows(alternating(1.0, 2.0, 3), ranger.by_noise_scale(3, min_every=3))
+  np.testing.assert_allclose(state.noise.trace, expected.noise.trace, rtol=1e-6)
+  assert int(state.noise.num_parts) == 0
+
+
+@pytest.mark.guarantees("by_noise_scale", "Devices agree")
+@pytest.mark.parametrize("reduce", ["every_call", "on_emission"])
+def test_devices_agree(reduce):
+  """On emission, each device's part of a micro-batch is a gradient of its own."""
+  rng = np.random.default_rng(0)
+  batches = rng.normal(1, 2, [6, 16, 3]).astype(np.float32)
+  update = ranger.train_step(
+    lambda w, batch: batch @ w,
+    ranger.accumulate(optax.sgd(0.0), ranger.by_noise_scale(64, decay=0.0)),
+    mesh=jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]),
+    reduce=reduce,
+  )
+  params = jnp.zeros([3])
+  state = update.init(params)
+  for batch in batches:
+    params, state, _ = update(params, state, batch)
+  noise = state.optimizer.noise
+  assert noise.every.sharding.is_fully_replicated
+  parts = 4 if reduce == "on_emission" else 1
+  grads = batches[4:].reshape(2 * parts, -1, 3).mean(axis=1)
+  size = 16 / parts
+  trace = size * grads.var(axis=0, ddof=1).sum()
+  signal = (grads.mean(axis=0) ** 2).sum() - trace / 32
+  np.testing.assert_allclose(noise.trace, trace, rtol=1e-4)
+  np.testing.assert_allclose(noise.signal, signal, rtol=1e-4)
+  np.testing.assert_allclose(noise.noise_scale, trace / signal, rtol=1e-4)
+
+
+def test_it_is_read_from_any_chain():
+  inner = optax.chain(optax.clip(1.0), optax.sgd(0.1))
+  rule = ranger.by_noise_scale(64)
+  tx = optax.chain(ranger.accumulate(inner, rule), optax.identity())
+  state = tx.init(jnp.zeros([2]))
+  assert optax.tree.get(state, "noise_scale") == 0
+  for gradient in alternating(1.0, 3.0, 2):
+    _, state = tx.update(gradient, state)
+  np.testing.assert_allclose(optax.tree.get(state, "trace"), 18)
+  # Of two gradients, the signal is 1 - 18 / 2, not positive: nothing is seen of it.
+  assert optax.tree.get(state, "noise_scale") == np.finfo(np.float32).max
+  recipe = ranger.ranger(0.1, every=rule)
+  assert optax.tree.get(recipe.init(jnp.zeros([2])), "noise_scale") == 0
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"max_every": 1}, "max_every must be a whole number of at least 2, got 1"),
+    ({"max_every": 8, "min_every": 1}, "min_every must .* at least 2, got 1"),
+    ({"max_every": 8, "min_every": 9}, "max_every must .* at least 9, got 8"),
+    ({"max_every": 8, "ratio": 0.0}, "ratio must lie"),
+    ({"max_every": 8, "decay": 1.0}, "decay must lie"),
+  ],
+)
+def test_refusals(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    ranger.by_noise_scale(**arguments)
+
+
+def test_a_state_of_another_rule_is_refused():
+  rule, params = ranger.by_noise_scale(8), jnp.zeros([2])
+  one, other = (ranger.accumulate(optax.sgd(1.0), every) for every in (4, rule))
+  for step, state in ((one, other.init(params)), (other, one.init(params))):
+    with pytest.raises(ValueError, match=r"_replace\(noise=tx.init\(params\).noise\)"):
+      step.update(params, state)
+  moved = one.init(params)._replace(noise=other.init(params).noise)
+  other.update(params, moved)
