@@ -8,6 +8,7 @@ A state is a NamedTuple; beside its fields it may have
   items of ``aux`` that ``update`` needs from all devices, beside ``example_ids=``;
 * ``open_window = "accumulated"``: the field with the sum of a window that is still
   open, a tree like the parameters, and ``inside = "inner_state"``, the state within;
+  its ``weight_sum`` is positive once there is something in the sum;
 * ``idles = True``: with ``update(..., present=False)`` it leaves everything as it is,
   so that no copy is needed to go back to;
 * a method ``smoothed_copy() -> (share, copy)``: a smoothed copy of the parameters, and
@@ -52,6 +53,12 @@ def windows(state: PyTree) -> list[PyTree]:
   """The sums of the windows that are open, each like the parameters."""
   found = find_states(state, declares("open_window"))
   return [getattr(node, node.open_window) for node in found]
+
+
+def is_open(state: PyTree) -> Any:
+  """Whether a window holds something that the end of the data would lose."""
+  found = find_states(state, declares("open_window"))
+  return jnp.asarray([node.weight_sum > 0 for node in found], bool).any()
 
 
 def idles(state: PyTree) -> bool:

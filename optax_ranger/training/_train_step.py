@@ -141,7 +141,7 @@ def train_step(
     conjugated first, as optimizers expect.
 
     Without a usable example, parameters and the optimizer's state stay as they are,
-    ``"loss"`` is NaN and ``"weight"`` 0.
+    ``"loss"`` is NaN and ``"weight"`` 0; but ``last=True`` closes an open window.
 
   Guarantees:
     * Parameters equal those of one device.

@@ -125,7 +125,7 @@ class Update(NamedTuple):
   def apply(
     self, params: PyTree, state: TrainStepState, forwarded: Forwarded
   ) -> tuple[PyTree, TrainStepState]:
-    """The optimizer's step; without a usable example nothing moves."""
+    """The optimizer's step; without a usable example only ``last=`` moves something."""
     extra_args = {**forwarded.by_row, **forwarded.others}
 
     def move():
@@ -136,6 +136,11 @@ class Update(NamedTuple):
       return optax.apply_updates(params, updates), new_state
 
     alive = forwarded.metrics["weight"] > 0
+    if "last" in extra_args and states.windows(state.optimizer):
+      given = 1 if extra_args["weight"] is None else extra_args["weight"]
+      extra_args["weight"] = jnp.where(alive, given, 0)
+      closes = jnp.asarray(extra_args["last"]).astype(bool)
+      alive = jnp.logical_or(alive, closes & states.is_open(state.optimizer))
     if states.idles(state.optimizer):
       # One conditional inside another would copy the sum of the window.
       extra_args["present"] = alive
