@@ -293,7 +293,10 @@ class Placement:
 
 
 def padded(tree: Any, name: str, to: int) -> Any:
-  """Repeats the last row of every leaf, so that there are `to` rows."""
+  """Repeats the last row of every leaf, so that there are `to` rows.
+
+  Where there is none, rows are ones: norms and logarithms have no gradient at zero.
+  """
 
   def pad(leaf):
     missing = to - jnp.shape(leaf)[0]
@@ -305,8 +308,9 @@ def padded(tree: Any, name: str, to: int) -> Any:
     widths = [(0, missing)] + [(0, 0)] * (jnp.ndim(leaf) - 1)
     if name in _FILL:
       return library.pad(leaf, widths, constant_values=_FILL[name])
-    mode = "edge" if jnp.shape(leaf)[0] else "constant"
-    return library.pad(leaf, widths, mode=mode)
+    if jnp.shape(leaf)[0]:
+      return library.pad(leaf, widths, mode="edge")
+    return library.ones((to, *jnp.shape(leaf)[1:]), leaf.dtype)
 
   return jax.tree.map(pad, tree)
 

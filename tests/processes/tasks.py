@@ -1,7 +1,7 @@
-"""UPGrad over two tasks, on the devices of two processes.
+"""UPGrad over two tasks, and data that end unevenly, on two processes' devices.
 
 `python -m tests.processes.tasks <port> <process> <devices of each process>...` tells
-the parameters after three steps, and what is said of rows that can't be split.
+the parameters after each, and what is said of rows that can't be split.
 """
 
 import json
@@ -57,6 +57,59 @@ def train(
   return np.asarray(params["w"].addressable_data(0)).tolist()
 
 
+# Rows of each process in five calls: the data of the second one end first.
+ROWS = [[4, 4, 4, 4, 3], [4, 3, 4, 0, 0]]
+
+
+def lengths(params: Any, batch: Any) -> jax.Array:
+  """Losses without a gradient at rows of zeros."""
+  return jnp.linalg.norm(batch @ params["w"], axis=1)
+
+
+def uneven_calls() -> list[list[tuple[np.ndarray, np.ndarray]]]:
+  """Of each process, rows and their weights in each call."""
+  rng = np.random.default_rng(0)
+  draw = lambda n: (rng.standard_normal([n, 5]), rng.uniform(1, 3, n))
+  return [[tuple(a.astype("float32") for a in draw(n)) for n in own] for own in ROWS]
+
+
+def train_to_uneven_ends(
+  reduce: str, pad: str, process: int = 0, processes: int = 1
+) -> list[list[float]]:
+  """The parameters after windows of three calls, of which the end closes the last.
+
+  Args:
+    reduce: of `train_step`.
+    pad: what a process passes when its data have ended: "nothing", no rows; or
+      "weights", rows that it had before with weights of zero.
+    process: which one this is.
+    processes: how many there are; one alone has the rows of all.
+  """
+  update = ranger.train_step(
+    lengths,
+    ranger.accumulate(optax.sgd(0.3, momentum=0.9), 3),
+    mesh=jax.make_mesh((jax.device_count(),), ("data",)),
+    reduce=reduce,
+    batch_size=8,
+  )
+  params = {"w": jnp.linspace(-1.0, 1.0, 20).reshape(5, 4)}
+  state = update.init(params)
+  own = uneven_calls()[process]
+  if processes == 1:
+    join = lambda *parts: tuple(map(np.concatenate, zip(*parts, strict=True)))
+    own = [join(*parts) for parts in zip(*uneven_calls(), strict=True)]
+  for call, (rows, weights) in enumerate(own):
+    if pad == "weights" and not len(rows):
+      rows, weights = own[0][0], np.zeros(len(own[0][0]), np.float32)
+    params, state, _ = update(
+      params, state, rows, member_weights=weights, last=call + 1 == len(own)
+    )
+  return np.asarray(params["w"].addressable_data(0)).tolist()
+
+
+WAYS = [(r, p) for r in ("every_call", "on_emission") for p in ("nothing", "weights")]
+
+
 def main() -> None:
   port, process, *devices = sys.argv[1:]
   jax.distributed.initialize(f"localhost:{port}", len(devices), int(process))
@@ -67,6 +120,9 @@ def main() -> None:
     train(False, int(process), len(devices), cut=3)
   except Exception as error:
     told["refused"] = str(error)
+  told["uneven"] = [
+    train_to_uneven_ends(*way, int(process), len(devices)) for way in WAYS
+  ]
   print(json.dumps(told))
 
 

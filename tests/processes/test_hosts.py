@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def two_processes(tmp_path_factory):
   "train_step", "Several processes have the same parameters, bit for bit"
 )
 def test_two_processes_equal_one(one_process, two_processes):
-  """Accumulation, smoothing, predictions, and rows that are not shared evenly."""
+  """Accumulation, smoothing, predictions, and one process without rows at the end."""
   (first, second), kinds = two_processes
   bit_for_bit(first, second)
   params, _ = one_process
@@ -195,12 +196,19 @@ def survivor(folder, processes, victim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("victim", "saved"), [(0, False), (1, True)], ids=["0-while-saving", "1-saved"]
+  ("victim", "saved", "reduce"),
+  [(0, False, "every_call"), (1, True, "every_call"), (1, True, "on_emission")],
+  ids=["0-while-saving", "1-saved", "1-saved-in-parts"],
 )
-def test_a_process_that_is_killed(victim, saved, two_processes, tmp_path):
-  """In mid-epoch and mid-window; the other ends, and both start again."""
+def test_a_process_that_is_killed(
+  victim, saved, reduce, one_process, two_processes, tmp_path, monkeypatch
+):
+  """In mid-epoch and mid-window; the other ends, and both start again.
+
+  So does one process, with fewer devices.
+  """
   checkpoints = tmp_path / "checkpoints"
-  save = ["--checkpoints", str(checkpoints)]
+  save = ["--checkpoints", str(checkpoints), "--reduce", reduce]
   extra = [[], []]
   extra[victim] = ["--die-at", str(hosts.SAVED_AT + saved)]
   if saved:
@@ -212,11 +220,25 @@ def test_a_process_that_is_killed(victim, saved, two_processes, tmp_path):
   assert "another one is gone" in errors or "another task died" in errors
   assert seconds < 10
 
+  expected, _ = one_process
+  if saved:
+    copy = shutil.copytree(checkpoints, tmp_path / "copy")
+    fewer = ["--checkpoints", str(copy), "--reduce", reduce, "--resume"]
+    begun, batch_ids = [], multi_host.batch_ids
+    record = lambda *args: (begun.append(args[0]), batch_ids(*args))[1]
+    monkeypatch.setattr(multi_host, "batch_ids", record)
+    close_to_largest(train(4, *fewer), expected, rtol=5e-7)
+    assert begun[0] == hosts.SAVED_AT
+
   began = time.monotonic()
   arrays, _ = finish(tmp_path, start(tmp_path, *save, "--resume"))
   print(f"started again and finished after {time.monotonic() - began:.2f} s")
+  from_the_start = " 0/5 [" in (tmp_path / "0.err").read_text()
+  assert not (saved and from_the_start)  # as the progress bar says
   for leaves, undisturbed in zip(arrays, two_processes[0], strict=True):
-    bit_for_bit(leaves, undisturbed)
+    if reduce == "every_call":
+      bit_for_bit(leaves, undisturbed)
+    close_to_largest(leaves[: len(expected)], expected, rtol=5e-7)
 
 
 @pytest.mark.slow
