@@ -16,6 +16,7 @@ from optax_ranger._core.sharding import replicate
 from optax_ranger._core.shards import vary_as
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
+from optax_ranger._gradients import unreduced
 from optax_ranger._gradients.arguments import Known
 from optax_ranger._gradients.options import Options
 
@@ -99,12 +100,11 @@ def in_micro_batches(
   """
   num, finite = options.num_micro_batches, problem.finite
   rows = _cut((problem.batch, problem.rows), num)
-  shared = _keys_of_micro_batches(problem.shared, num)
-  visit = lambda params, piece: _piece(problem, params, piece)
+  keys = _keys_of_micro_batches(problem.shared, num)
   known = Known(finite)
   if values_first:
     losses, aux = jax.lax.map(
-      lambda piece: visit(problem.params, piece), (rows, shared)
+      lambda piece: _piece(problem, problem.params, problem.shared, piece), (rows, keys)
     )
     aux, _ = _join_aux(aux, losses.shape[1], options)
     losses = _rejoin(losses)
@@ -112,26 +112,31 @@ def in_micro_batches(
     known = Known(finite, losses, aux)
   weights, carried = weigh(known)
 
-  def add(total, given):
-    piece, weights = given
-    losses, pull_back, aux = jax.vjp(
-      lambda params: visit(params, piece), problem.params, has_aux=True
-    )
-    refuse_other_than_a_loss_each(losses, weights.shape[0])
-    kept = jnp.where(jnp.isfinite(losses), weights.astype(losses.dtype), 0)
-    (grads,) = pull_back(kept)
-    total = jax.tree.map(lambda sum_, g: sum_ + g.astype(sum_.dtype), total, grads)
-    return total, (losses, aux)
+  def accumulate(params, start, shared, pieces):
+    def add(total, given):
+      piece, weights = given
+      losses, pull_back, aux = jax.vjp(
+        lambda params: _piece(problem, params, shared, piece), params, has_aux=True
+      )
+      refuse_other_than_a_loss_each(losses, weights.shape[0])
+      kept = jnp.where(jnp.isfinite(losses), weights.astype(losses.dtype), 0)
+      (grads,) = pull_back(kept)
+      total = jax.tree.map(lambda sum_, g: sum_ + g.astype(sum_.dtype), total, grads)
+      return total, (losses, aux)
 
-  pieces = ((rows, shared), _cut(weights, num))
+    first = jax.tree.map(lambda leaf: leaf[0], pieces)
+    types, _ = jax.eval_shape(add, start, first)
+    total, out = jax.lax.scan(add, vary_as(start, types), pieces)
+    return jax.tree.map(lambda sum_, leaf: sum_.astype(leaf.dtype), total, params), out
+
   start = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, numerics.wide(leaf.dtype)), problem.params
   )
-  first = jax.tree.map(lambda leaf: leaf[0], pieces)
-  types, _ = jax.eval_shape(add, start, first)
-  total, (losses, aux) = jax.lax.scan(add, vary_as(start, types), pieces)
-  narrow = lambda sum_, leaf: sum_.astype(leaf.dtype)
-  grads = jax.tree.map(narrow, total, problem.params)
+  args = problem.params, start, problem.shared, ((rows, keys), _cut(weights, num))
+  found = None
+  if options.unreduced:
+    found = unreduced.reduced_once(accumulate, args, options.unreduced)
+  grads, (losses, aux) = accumulate(*args) if found is None else found
   aux, statistics = _join_aux(aux, losses.shape[1], options)
   losses = _rejoin(losses)
   finite = jnp.logical_and(finite, jnp.isfinite(losses))
@@ -205,9 +210,11 @@ def _refuse_other_than_rows(name: str, item: Any, n: int) -> None:
       )
 
 
-def _piece(problem: Problem, params: PyTree, piece: Any) -> tuple[Array, Any]:
-  (batch, rows), shared = piece
-  return problem.losses(params, batch, {**problem.shared, **shared, **rows})
+def _piece(
+  problem: Problem, params: PyTree, shared: dict[str, Any], piece: Any
+) -> tuple[Array, Any]:
+  (batch, rows), keys = piece
+  return problem.losses(params, batch, {**shared, **keys, **rows})
 
 
 def _keys_of_micro_batches(shared: dict[str, Any], num: int) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Options(NamedTuple):
     statistics: names of items of aux that hold no rows; None to leave aux as it is.
     along: names of items of aux that are wanted of all devices.
     tasks: whether a loss is that of a task, and not of a row of the batch.
+    unreduced: mesh axes over which the compiler splits rows, and devices may keep their
+      parts of a gradient until all micro-batches are done; none to leave that to it.
   """
 
   has_aux: bool = False
@@ -40,6 +42,7 @@ class Options(NamedTuple):
   statistics: tuple[str, ...] | None = None
   along: tuple[str, ...] = ()
   tasks: bool = False
+  unreduced: tuple[str, ...] = ()
 
   def is_statistic(self, name: str, item: Any) -> bool:
     """Whether an item of aux holds no rows: declared so, or without any axis."""

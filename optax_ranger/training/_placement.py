@@ -131,6 +131,20 @@ class Placement:
       function, out_sharding=(params, state, self.sharding(WHOLE))
     )
 
+  def unreduced_axes(self, params: PyTree) -> tuple[str, ...]:
+    """Explicit axes over which gradients may stay unreduced; none if they may not.
+
+    Not beside other axes that split anything, nor for parameters that are split: there
+    XLA has reduced such gradients wrongly (openxla/xla #42481, #40034).
+    """
+    assert self.mesh is not None
+    kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+    explicit = all(kinds[name] == AxisType.Explicit for name in self.names)
+    if not explicit or self.mesh.size != self.num_devices:
+      return ()
+    entries = [entry for leaf in jax.tree.leaves(params) for entry in _spec_of(leaf)]
+    return () if any(map(_names, entries)) else self.names
+
   def refuse_split_params(self, params: PyTree) -> None:
     """Refuses parameters that are split over the axes of the examples (FSDP)."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

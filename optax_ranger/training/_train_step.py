@@ -88,10 +88,12 @@ def train_step(
       are the caller's, for parameters: the step keeps how these are split.
     partition: ``"shard_map"``: examples are split by hand, and communication is
       what the table says. ``"jit"``: the compiler splits everything, for models
-      that bring shardings of their own; it reduces gradients once in every
-      micro-batch, and gathers what it sees fit. None: the update itself, neither
-      compiled nor placed, for a ``jax.pmap`` or ``jax.shard_map`` of yours over
-      `axis_name`; prediction tables are then whole on each device.
+      that bring shardings of their own; it gathers what it sees fit. It reduces
+      gradients once in every micro-batch; on explicit meshes once in a call, if
+      parameters are not split, all axes split examples, and JAX has types for it
+      (``training.collectives`` shows). None: the update itself, neither compiled nor
+      placed, for a ``jax.pmap`` or ``jax.shard_map`` of yours over `axis_name`;
+      prediction tables are then whole on each device.
     num_micro_batches: pieces of each device's part of the batch whose activations
       are held at once; a static Python integer.
     reduce: ``"every_call"``, or ``"on_emission"``: with an `optimizer` that is
@@ -118,6 +120,8 @@ def train_step(
   gradient: all-reduce                  once the parameters
   with ``shard_state``                  reduce-scatter and all-gather, each
                                         once the parameters
+  with ``"jit"``                        the same, on explicit meshes if JAX has
+                                        types for it; else in each micro-batch
   ``"on_emission"``, nothing emitted    0
   neighbors given / found               8 n k / 4 n d of the features
   smoothed predictions read / written   4 n C each
@@ -414,6 +418,8 @@ class TrainStep:
     if manual:
       placement.refuse_split_params(params)
     else:
+      unreduced = placement.unreduced_axes(params)
+      body = body._replace(options=body.options._replace(unreduced=unreduced))
       update = functools.partial(body, None, False)
       if placement.shard_state:
         reduction = _update.Reduction(None, rows=False)

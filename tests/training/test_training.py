@@ -316,7 +316,7 @@ def test_gradients_are_reduced_once(kind):
 
 
 def test_jit_reduces_in_every_micro_batch():
-  """What the docs say of partition="jit", and that loops are counted."""
+  """What the docs say of automatic meshes, and that loops are counted."""
   found = ranger.training.collectives(
     lowered(plain(partition="jit", num_micro_batches=4))
   )
