@@ -229,17 +229,24 @@ def table_of_bytes(mesh: Any, size: int = 1024) -> str:
   }
   ways["... with shard_state"] = {"num_micro_batches": 4, "shard_state": True}
   ways["... with reduce on emission"] = {"every": 4, "reduce": "on_emission"}
-  ways['... with partition="jit"'] = {"num_micro_batches": 4, "partition": "jit"}
+  explicit = _mesh(mesh.size, AxisType.Explicit)
+  for m in (1, 4, 16):
+    options = {"num_micro_batches": m, "partition": "jit"}
+    ways[f'... with partition="jit", explicit mesh, {m} micro-batches'] = {
+      "mesh": explicit,
+      **options,
+    }
+    ways[f'... with partition="jit", automatic mesh, {m} micro-batches'] = options
   for name, options in ways.items():
-    update = _whole_ranger(mesh, **options)
+    update = _whole_ranger(**{"mesh": mesh, **options})
     params = _start()
     add(name, update.lower(params, update.init(params), batch, **extra))
   return "\n".join(lines)
 
 
-def _mesh(count: int) -> Any:
+def _mesh(count: int, kind: AxisType = AxisType.Auto) -> Any:
   devices = jax.devices()[:count]
-  return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices)
+  return jax.make_mesh((count,), ("data",), (kind,), devices=devices)
 
 
 def main() -> None:
