@@ -134,8 +134,9 @@ class Placement:
   def unreduced_axes(self, params: PyTree) -> tuple[str, ...]:
     """Explicit axes over which gradients may stay unreduced; none if they may not.
 
-    Not beside other axes that split anything, nor for parameters that are split: there
-    XLA has reduced such gradients wrongly (openxla/xla #42481, #40034).
+    Not beside other axes, nor for parameters that are split: XLA has reduced such
+    gradients of embedding tables wrongly there (openxla/xla #42481, #40034), and does
+    so beside an automatic axis in jaxlib 0.12.0.
     """
     assert self.mesh is not None
     kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
