@@ -85,6 +85,7 @@ def whole(problem: Problem, weigh: Weigh, options: Options) -> tuple[Evaluated, 
   """In one backward pass over all rows."""
   losses, pull_back, aux = jax.vjp(problem.values, problem.params, has_aux=True)
   aux, statistics = split_aux(aux, losses.shape[0], options)
+  aux = without_replaced(aux, problem, options)
   finite = jnp.logical_and(problem.finite, replicate(jnp.isfinite(losses)))
   weights, carried = weigh(Known(finite, losses, aux))
   (grads,) = pull_back(per_row(weights.astype(losses.dtype), losses))
@@ -107,6 +108,7 @@ def in_micro_batches(
       lambda piece: _piece(problem, problem.params, problem.shared, piece), (rows, keys)
     )
     aux, _ = _join_aux(aux, losses.shape[1], options)
+    aux = without_replaced(aux, problem, options)
     losses = _rejoin(losses)
     finite = jnp.logical_and(finite, jnp.isfinite(losses))
     known = Known(finite, losses, aux)
@@ -138,6 +140,7 @@ def in_micro_batches(
     found = unreduced.reduced_once(accumulate, args, options.unreduced)
   grads, (losses, aux) = accumulate(*args) if found is None else found
   aux, statistics = _join_aux(aux, losses.shape[1], options)
+  aux = without_replaced(aux, problem, options)
   losses = _rejoin(losses)
   finite = jnp.logical_and(finite, jnp.isfinite(losses))
   return Evaluated(losses, aux, statistics, grads, finite), carried
@@ -166,6 +169,24 @@ def replace_bad_rows(finite: Array, leaf: Any) -> Array:
     row = jnp.where(finite[first], leaf[first], jnp.zeros_like(leaf[0]))
     return jnp.where(per_row(finite, leaf), leaf, row[None])
   return keep_rows(finite, leaf)
+
+
+def without_replaced(aux: Any, problem: Problem, options: Options) -> Any:
+  """NaN in rows of aux whose example came with inputs that are not finite.
+
+  They are those of the row in its place, and not the example's predictions.
+  """
+  if options.statistics is None or aux is None:
+    return aux
+
+  def mark(leaf):
+    leaf = jnp.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      return leaf
+    nan = jnp.full_like(leaf, jnp.nan)
+    return jnp.where(per_row(problem.finite, leaf), leaf, nan)
+
+  return jax.tree.map(mark, aux)
 
 
 def split_aux(aux: Any, n: int, options: Options) -> tuple[Any, dict[str, Any]]:

@@ -457,6 +457,7 @@ def _by_examples(
   """A step that is not linear, on per-example gradients."""
   losses, aux = problem.values(problem.params)
   aux, statistics = ways.split_aux(aux, losses.shape[0], plan.options)
+  aux = ways.without_replaced(aux, problem, plan.options)
   finite = jnp.logical_and(problem.finite, jnp.isfinite(losses))
 
   def args_for(finite: Array) -> dict[str, Any]:

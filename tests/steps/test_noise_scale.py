@@ -154,7 +154,7 @@ def test_what_is_left_out_does_not_count(bad, weight):
     )
 
 
-@pytest.mark.guarantees("by_noise_scale", "changes no estimate")
+@pytest.mark.guarantees("by_noise_scale", "A micro-batch that is left out does not")
 @pytest.mark.parametrize(
   "kind", ["squares overflow", "all bad", "one good", "overflow"]
 )

@@ -586,3 +586,33 @@ def test_missing_arguments_name_the_call_that_was_made():
   step = ranger.average_neighbors()
   with pytest.raises(ValueError, match=r"update\(updates, state, params, neighbors="):
     step.update(W, step.init(W))
+
+
+@each_way
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_replaced_example_has_no_prediction(way, bad):
+  """Its row of the table stays; that of the example in its place is not written."""
+
+  def loss(params, batch):
+    predictions = jax.nn.softmax(
+      batch @ params["w"][:, None] * jnp.array([[1.0, -1.0]])
+    )
+    return -jnp.log(predictions[:, 0]), {"predictions": predictions}
+
+  table = ranger.smooth_predictions(16, 2)
+  tx = optax.chain(table, optax.sgd(0.1))
+  if way == "on emission":
+    tx = optax.chain(table, ranger.accumulate(optax.sgd(0.1), 2))
+  update = build(way, tx, loss, has_aux=True)
+  batch = X.copy()
+  batch[[3, 12], 1] = bad
+  state = update.init(W)
+  _, state, metrics = update(W, state, batch, example_ids=np.arange(16))
+  rows = np.asarray(ranger.smoothed_predictions(state, np.arange(16)))
+  clean = update(W, update.init(W), X, example_ids=np.arange(16))[1]
+  expected = np.asarray(ranger.smoothed_predictions(clean, np.arange(16)))
+  good = np.setdiff1d(np.arange(16), [3, 12])
+  np.testing.assert_allclose(rows[good], expected[good], rtol=1e-6)
+  np.testing.assert_array_equal(rows[[3, 12]], 0)
+  assert int(metrics["num_dropped"]) == 2
+  assert int(optax.tree.get(state.optimizer, "PredictionState").num_dropped) == 2
