@@ -54,6 +54,7 @@ from optax_ranger.steps import large_step as large_step
 from optax_ranger.steps import mask_contradictions as mask_contradictions
 from optax_ranger.steps import mix_nearest as mix_nearest
 from optax_ranger.steps import scale_by_ngs as scale_by_ngs
+from optax_ranger.steps import scale_by_window as scale_by_window
 from optax_ranger.steps import skip_anomalies as skip_anomalies
 from optax_ranger.steps import skip_nonfinite as skip_nonfinite
 from optax_ranger.steps import smooth_by_ema as smooth_by_ema

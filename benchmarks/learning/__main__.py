@@ -20,6 +20,7 @@ STUDIES = (
   "other_noise",
   "learning_rates",
   "outer_momentum",
+  "windows",
   "attacks",
 )
 

@@ -6,6 +6,7 @@ r"""The five steps, each an Optax gradient transformation, one idea a file.
 1  neighbor averaging  `_averaging`       examples whose neighbors disagree
 2  accumulation        `_accumulation`    batches that do not fit
 \                      `_noise_scale`     how many micro-batches the noise asks for
+\                      `_large_step`      learning rates for large steps
 \                      `_guarding`        spikes, and non-finite gradients
 3  NGS                 `_acceleration`    a learning rate that is a guess
 \                      `_factor`          its learned acceleration factor
@@ -33,7 +34,6 @@ from optax_ranger.steps._acceleration import accelerate as accelerate
 from optax_ranger.steps._acceleration import scale_by_ngs as scale_by_ngs
 from optax_ranger.steps._accumulation import AccumulateState as AccumulateState
 from optax_ranger.steps._accumulation import accumulate as accumulate
-from optax_ranger.steps._accumulation import large_step as large_step
 from optax_ranger.steps._aggregation import WorstRegionsState as WorstRegionsState
 from optax_ranger.steps._aggregation import aggregate_by_max as aggregate_by_max
 from optax_ranger.steps._aggregation import aggregate_by_mean as aggregate_by_mean
@@ -53,6 +53,8 @@ from optax_ranger.steps._guarding import SkipNonFiniteState as SkipNonFiniteStat
 from optax_ranger.steps._guarding import SkipState as SkipState
 from optax_ranger.steps._guarding import skip_anomalies as skip_anomalies
 from optax_ranger.steps._guarding import skip_nonfinite as skip_nonfinite
+from optax_ranger.steps._large_step import large_step as large_step
+from optax_ranger.steps._large_step import scale_by_window as scale_by_window
 from optax_ranger.steps._lookahead import LookaheadState as LookaheadState
 from optax_ranger.steps._lookahead import smooth_by_lookahead as smooth_by_lookahead
 from optax_ranger.steps._masking import MaskState as MaskState

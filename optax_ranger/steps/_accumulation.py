@@ -21,7 +21,6 @@ from optax_ranger._core.tree import all_finite
 from optax_ranger._core.tree import squared_norm
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
-from optax_ranger._core.types import Scalar
 from optax_ranger._core.types import transformation
 from optax_ranger.steps import _noise_scale
 
@@ -109,8 +108,9 @@ def accumulate(
       mean, so that a guard in it sees a spike anywhere in the window. Without a
       window (``every=1``) it gets the value as it is.
 
-    `inner` gets all others of the call that closes the window. A name that looks
-    like one of these three, misspelled, is refused.
+    `inner` gets all others of the call that closes the window, and
+    ``micro_batches=``, the number of calls in it. A name that looks like one of
+    these, misspelled, is refused.
 
   Shapes:
     Any tree to the same tree; updates have the gradients' types. The state
@@ -243,6 +243,8 @@ def accumulate(
       value = numerics.divide(value_sum, value_weight)
     if value is not None:
       extra_args["value"] = value
+    calls = state.mini_step + present.astype(jnp.int32)
+    extra_args["micro_batches"] = calls
 
     cast = _cast(totals, state, apart)
 
@@ -289,7 +291,6 @@ def accumulate(
     emitted = jax.tree.map(lambda e, u: e.astype(u.dtype), closed.emitted, updates)
     unless_emitted = lambda leaf: jnp.where(emit, jnp.zeros_like(leaf), leaf)
     overflowed = jnp.logical_and(step_now, jnp.logical_not(stepped))
-    calls = state.mini_step + present.astype(jnp.int32)
     if rule is not None:
       square = closed.square
       if reduce == "sum":
@@ -463,45 +464,3 @@ def _step_reduced(
     window.step_now, step, wait, window.inner_state
   )
   return _Closed(stepped, square, emitted, window.accumulated, inner_state)
-
-
-def large_step(learning_rate: Scalar, every: int, *, rule: str = "linear") -> Any:
-  r"""Scales a learning rate that was found for one micro-batch to the large step.
-
-  The sources give the accumulated step a rate of its own, :math:`\eta'`; these
-  are the two rules that the field uses for it. Where gradients are mostly noise
-  the linear one is usual for SGD; the square root, for adaptive optimizers.
-
-  .. math::
-    \eta' = m \, \eta \quad (\text{linear}), \qquad
-    \eta' = \sqrt m \, \eta \quad (\text{square root})
-
-  Args:
-    learning_rate: a number, or a schedule of the optimizer step.
-    every: micro-batches in a step, m.
-    rule: ``"linear"`` or ``"square_root"``.
-
-  Returns:
-    A number, or a schedule, as was given.
-
-  Raises:
-    ValueError: for ``every`` below 1 and another rule.
-
-  Examples:
-    >>> import optax_ranger as ranger
-    >>> tx = ranger.ranger(ranger.large_step(0.01, every=4), every=4)
-    >>> ranger.large_step(0.01, every=4)
-    0.04
-
-  References:
-    Goyal et al., Accurate, Large Minibatch SGD, 2017,
-    https://arxiv.org/abs/1706.02677, section 2.1; Krizhevsky, One weird trick
-    for parallelizing convolutional neural networks, 2014,
-    https://arxiv.org/abs/1404.5997, section 5.
-  """
-  validate.count("every", every)
-  validate.choice("rule", rule, ("linear", "square_root"))
-  factor = every if rule == "linear" else every**0.5
-  if callable(learning_rate):
-    return lambda count: factor * learning_rate(count)
-  return factor * learning_rate

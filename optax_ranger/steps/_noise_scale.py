@@ -51,22 +51,24 @@ def by_noise_scale(
   max_every: int,
   *,
   min_every: int = 2,
-  ratio: Scalar = 1.0,
-  decay: Scalar = 0.98,
+  ratio: Scalar = 0.05,
+  decay: Scalar = 0.9995,
 ) -> NoiseScaleRule:
   r"""Lets ``accumulate`` choose its windows by the gradient noise scale.
 
-  Pass it as ``every=``. A window gets as many micro-batches as make it as large as
-  the noise scale, so windows grow as the gradient's mean falls below its noise:
+  Pass it as ``every=``. Windows are a share of the noise scale, so they grow as the
+  gradient's mean falls below its noise:
 
   .. math::
     B = \frac{\operatorname{tr} \Sigma}{|G|^2}, \qquad
     m = \Big\lceil \frac{r B}{w} \Big\rceil
 
   with the covariance :math:`\Sigma` of the gradient of one example, the mean
-  gradient :math:`G`, ``ratio`` :math:`r`, and :math:`w` examples in a micro-batch. A
-  batch of size :math:`B` takes twice as many steps as infinite batches would, and
-  twice as many examples as very small ones (McCandlish et al., equation 2.11).
+  gradient :math:`G`, ``ratio`` :math:`r`, and :math:`w` examples in a micro-batch.
+  With learning rates that fit, batches of size :math:`r B` need :math:`1 + r` times
+  the examples of very small ones, and :math:`1 + 1/r` times the steps of very large
+  ones (McCandlish et al., section 2.3). Rates that fit grow with the window: put
+  ``scale_by_window`` after the optimizer.
 
   Both numbers are estimated from norms that ``accumulate`` reads anyway. Of a window
   with micro-gradients :math:`g_j` of weights :math:`w_j`, their sum :math:`W` and
@@ -86,9 +88,10 @@ def by_noise_scale(
     max_every: micro-batches in a window at most.
     min_every: and at least; 2 or more, since one gradient shows no noise. The first
       window has as many, and no window has more than twice those of the one before.
-    ratio: the size of a window in units of the noise scale, positive. Larger windows
+    ratio: the size of a window in units of the noise scale, positive. Larger ones
       save optimizer steps, smaller ones examples.
-    decay: how much of the smoothed numbers a micro-batch leaves, in [0, 1).
+    decay: how much of the smoothed numbers a micro-batch leaves, in [0, 1). The first
+      windows count in full.
 
   Returns:
     A ``NoiseScaleRule``.
@@ -106,11 +109,12 @@ def by_noise_scale(
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
-    >>> tx = ranger.accumulate(
-    ...     optax.sgd(0.1), every=ranger.by_noise_scale(64))
+    >>> inner = optax.chain(optax.adamw(1e-3), ranger.scale_by_window())
+    >>> tx = ranger.accumulate(inner, every=ranger.by_noise_scale(64))
     >>> state = tx.init(jnp.zeros(2))
     >>> for gradient in ([3.0, 1.0], [3.0, -1.0]):  # 32 examples each
-    ...     _, state = tx.update(jnp.array(gradient), state, weight=32)
+    ...     _, state = tx.update(
+    ...         jnp.array(gradient), state, jnp.zeros(2), weight=32)
     >>> print(optax.tree.get(state, "noise_scale"))  # 64 / (9 - 1)
     8.0
 

@@ -213,6 +213,14 @@ CASES = (
     tolerance=2e-2,
   ),
   Case(
+    "scale_by_window",
+    "scale_by_window",
+    # Of 1 where a law compares what passes through.
+    extra=lambda call: {"micro_batches": jnp.int32((3, 1, 2)[call % 3])},
+    static=("rule",),
+    absorbs=False,
+  ),
+  Case(
     "skip_anomalies",
     "skip_anomalies",
     {"inner": optax.sgd(0.1, momentum=0.9), "warmup": 2, "max_in_a_row": 2},

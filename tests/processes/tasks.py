@@ -69,8 +69,12 @@ def lengths(params: Any, batch: Any) -> jax.Array:
 def uneven_calls() -> list[list[tuple[np.ndarray, np.ndarray]]]:
   """Of each process, rows and their weights in each call."""
   rng = np.random.default_rng(0)
-  draw = lambda n: (rng.standard_normal([n, 5]), rng.uniform(1, 3, n))
-  return [[tuple(a.astype("float32") for a in draw(n)) for n in own] for own in ROWS]
+
+  def draw(n):
+    rows, weights = rng.standard_normal([n, 5]), rng.uniform(1, 3, n)
+    return rows.astype(np.float32), weights.astype(np.float32)
+
+  return [[draw(n) for n in own] for own in ROWS]
 
 
 def train_to_uneven_ends(

@@ -98,7 +98,7 @@ def test_smoothing_is_a_mean_without_a_start():
 
 def test_windows_grow_as_the_noise_does():
   """At most twofold a window, to the largest, and back."""
-  rule = ranger.by_noise_scale(32, decay=0.0)
+  rule = ranger.by_noise_scale(32, ratio=1.0, decay=0.0)
   # Signs that cancel: of m the sample variance is 9 m / (m - 1).
   sizes, _ = windows(alternating(0.0, 3.0, 94), rule)
   assert sizes == [2, 4, 8, 16, 32, 32]
@@ -126,7 +126,7 @@ def test_bounds_hold(bounds, sizes):
 
 def test_weights_are_its_unit():
   """In examples, whatever the micro-batch; the window does not change."""
-  rule = ranger.by_noise_scale(64)
+  rule = ranger.by_noise_scale(64, ratio=1.0)
   gradients = alternating(2.0, 2.0, 40)
   ones, state = windows(gradients, rule)
   tens, weighted = windows(gradients, rule, weight=10.0)
@@ -159,7 +159,7 @@ def test_what_is_left_out_does_not_count(bad, weight):
   "kind", ["squares overflow", "all bad", "one good", "overflow"]
 )
 def test_a_window_without_an_estimate_changes_none(kind):
-  rule = ranger.by_noise_scale(16)
+  rule = ranger.by_noise_scale(16, ratio=1.0)
   _, before = windows(alternating(1.0, 3.0, 6), rule)
   step = ranger.accumulate(optax.sgd(0.1), rule)
   every = int(before.noise.every)
@@ -176,7 +176,7 @@ def test_a_window_without_an_estimate_changes_none(kind):
 
 
 def test_no_call_no_change():
-  rule = ranger.by_noise_scale(16)
+  rule = ranger.by_noise_scale(16, ratio=1.0)
   _, before = windows(alternating(1.0, 3.0, 7), rule)
   step = ranger.accumulate(optax.sgd(0.1), rule)
   _, state = step.update(jnp.ones([2]), before, present=False)
@@ -202,7 +202,7 @@ def test_devices_agree(reduce):
   batches = rng.normal(1, 2, [6, 16, 3]).astype(np.float32)
   update = ranger.train_step(
     lambda w, batch: batch @ w,
-    ranger.accumulate(optax.sgd(0.0), ranger.by_noise_scale(64, decay=0.0)),
+    ranger.accumulate(optax.sgd(0.0), ranger.by_noise_scale(64, ratio=1.0, decay=0.0)),
     mesh=jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]),
     reduce=reduce,
   )
@@ -224,7 +224,7 @@ def test_devices_agree(reduce):
 
 def test_it_is_read_from_any_chain():
   inner = optax.chain(optax.clip(1.0), optax.sgd(0.1))
-  rule = ranger.by_noise_scale(64)
+  rule = ranger.by_noise_scale(64, ratio=1.0)
   tx = optax.chain(ranger.accumulate(inner, rule), optax.identity())
   state = tx.init(jnp.zeros([2]))
   assert optax.tree.get(state, "noise_scale") == 0
@@ -260,3 +260,56 @@ def test_a_state_of_another_rule_is_refused():
       step.update(params, state)
   moved = one.init(params)._replace(noise=other.init(params).noise)
   other.update(params, moved)
+
+
+@pytest.mark.parametrize(("rule", "power"), [("square_root", 0.5), ("linear", 1.0)])
+def test_updates_are_scaled_to_the_window(rule, power):
+  """Windows of 3, of 1 that closes early, and of 3 with one left out."""
+  inner = optax.chain(optax.sgd(1.0), ranger.scale_by_window(rule))
+  step = ranger.accumulate(inner, 3)
+  state, found = step.init(jnp.zeros([2])), []
+  bad = jnp.array([np.nan, 1.0])
+  ones = jnp.ones([2])
+  for gradient, last in zip(
+    (ones, ones, ones, ones, ones, bad, ones), (0, 0, 0, 1, 0, 0, 0), strict=True
+  ):
+    updates, state = jax.jit(step.update)(gradient, state, last=bool(last))
+    if updates.any():
+      found.append(float(-updates[0]))
+  np.testing.assert_allclose(found, [3**power, 1, 3**power], rtol=1e-6)
+
+
+@pytest.mark.parametrize("every", [2, 8])
+def test_the_window_s_scale_is_that_of_large_step(every):
+  rate = ranger.large_step(0.1, every, rule="square_root")
+  one = ranger.accumulate(optax.sgd(rate), every)
+  two = ranger.accumulate(
+    optax.chain(optax.sgd(0.1), ranger.scale_by_window()), lambda step: every
+  )
+  states = [tx.init(PARAMS) for tx in (one, two)]
+  for key in jax.random.split(jax.random.key(0), every):
+    gradient = micro_gradient(key, 4.0)["w"]
+    results = [
+      tx.update(gradient, state) for tx, state in zip((one, two), states, strict=True)
+    ]
+    states = [state for _, state in results]
+  np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+  assert results[0][0].any()
+
+
+def test_half_precision_is_scaled_in_float32():
+  step = ranger.scale_by_window("linear")
+  updates, _ = step.update(
+    jnp.full([2], 0.1, jnp.bfloat16), step.init(()), micro_batches=257
+  )
+  wide = np.float32(jnp.bfloat16(0.1)) * 257
+  assert updates.dtype == jnp.bfloat16
+  assert float(updates[0]) == float(jnp.bfloat16(wide))
+
+
+def test_outside_of_accumulate_it_is_refused():
+  step = ranger.scale_by_window()
+  with pytest.raises(ValueError, match="put the step inside of it"):
+    step.update(jnp.ones([2]), step.init(()))
+  with pytest.raises(ValueError, match="rule must be one of"):
+    ranger.scale_by_window("cubic")
