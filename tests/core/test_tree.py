@@ -10,6 +10,11 @@ from optax_ranger._core import tree
 finite = jax.jit(tree.all_finite, static_argnames="squares")
 
 
+def bad_values(dtype):
+  real = [np.nan, np.inf, -np.inf]
+  return [*real, *(complex(1, bad) for bad in real)] if dtype == "complex64" else real
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (5, 64), (2, 3, 2**17)])
 def test_one_bad_entry_is_seen(dtype, shape):
@@ -17,9 +22,17 @@ def test_one_bad_entry_is_seen(dtype, shape):
   place = (-1,) * len(shape)
   for squares in (False, True):
     assert finite({"a": leaf, "b": leaf}, squares=squares)
-    for bad in (np.nan, np.inf, -np.inf):
+    for bad in bad_values(dtype):
       wrong = {"a": leaf, "b": leaf.at[place].set(bad)}
       assert not finite(wrong, squares=squares)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_the_row_of_a_bad_entry_is_seen(dtype):
+  leaf = jnp.full((5, 3, 2), 3e4, dtype)
+  for bad in bad_values(dtype):
+    rows = tree.finite_rows({"a": leaf, "b": leaf.at[3, 1, 0].set(bad)}, 5)
+    np.testing.assert_array_equal(rows, [True, True, True, False, True])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])

@@ -73,8 +73,9 @@ class Messages(nnx.Module):
     return features.sum(axis=1) / mask.sum(axis=1).astype(features.dtype)[:, None]
 
 
-NODES = 10
-REGIONS = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, -1])
+NODES = 11
+# An edge joins the two nodes without a region.
+REGIONS = np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, -1, -1])
 EDGES = np.array([[i, (i + 1) % NODES] for i in range(NODES)])
 CENTERS = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [90.0, 90.0]], np.float32)
 

@@ -119,6 +119,17 @@ def test_kernels_equal_numpy(kernel, formula, bandwidth):
   np.testing.assert_allclose(weighed.weights, formula(scaled) / 3, rtol=1e-5)
 
 
+def test_empty_places_do_not_enter_the_mean_distance():
+  """Those of a row that is not finite, and those that it would fill in other rows."""
+  points = np.array([[0.0], [1.0], [3.0], [np.nan]])
+  nearest, weigh = ranger.neighbors.nearest, ranger.neighbors.weigh
+  weights = weigh(nearest(points, 3), kernel="gaussian").weights
+  expected = 2 / 3 * weigh(nearest(points[:3], 2), kernel="gaussian").weights
+  np.testing.assert_allclose(weights[:3, :2], expected, rtol=1e-5)
+  assert not weights[:, 2].any()
+  assert not weights[3].any()
+
+
 def test_agreement_equals_numpy():
   labels = np.array([0, 1, 0, 1])
   beliefs = np.random.default_rng(0).dirichlet(np.ones(2), 4).astype(np.float32)

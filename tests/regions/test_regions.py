@@ -47,6 +47,10 @@ def test_a_bad_position_does_not_move_the_corners(bad):
   with_bad = np.append(places, np.float32(bad))
   for find in (
     lambda t: ranger.regions.by_grid(t[:, None], [4]),
+    # The other entry of a bad row is finite, and far away.
+    lambda t: ranger.regions.by_grid(
+      np.stack([t, np.where(np.isfinite(t), np.arange(len(t)) % 2, 9)], axis=1), [2, 2]
+    ),
     lambda t: ranger.regions.by_time(t, num_regions=4),
   ):
     np.testing.assert_array_equal(find(with_bad)[:-1], find(places))

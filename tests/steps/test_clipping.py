@@ -64,10 +64,12 @@ def test_the_batch_may_choose_the_norm(corrupt):
   np.testing.assert_allclose(norms(found), np.minimum(before, top), rtol=1e-5)
   assert float(state.norm) == pytest.approx(top, rel=1e-5)
   # Absent ones do not choose.
-  weights = jnp.asarray(before < np.median(before), jnp.float32)
-  step = ranger.clip_examples(quantile=1.0, rate=None)
-  _, state = step.update(tree, state, member_weights=weights)
-  assert float(state.norm) == pytest.approx(np.sort(before)[4], rel=1e-5)
+  short = before < np.median(before)
+  for quantile, present, place in ((1.0, short, 4), (0.0, ~short, 5)):
+    step = ranger.clip_examples(quantile=quantile, rate=None)
+    weights = jnp.asarray(present, jnp.float32)
+    _, state = step.update(tree, state, member_weights=weights)
+    assert float(state.norm) == pytest.approx(np.sort(before)[place], rel=1e-5)
   with pytest.raises(ValueError, match="rate=None needs quantile=, got None"):
     ranger.clip_examples(rate=None)
 
