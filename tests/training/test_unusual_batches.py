@@ -384,6 +384,30 @@ def test_exported(name):
   close(found, expected, rtol=1e-6, atol=0)
 
 
+# Extra args of the optimizer
+
+
+@pytest.mark.parametrize("over", ["examples", "tasks"])
+def test_weight_and_value_are_those_that_are_passed(over):
+  """Where they are not, the sum of weights and the loss."""
+
+  def tell(updates, state, params=None, *, weight, value, **extra_args):
+    del state, params, extra_args
+    return updates, jax.tree.map(jnp.float32, {"weight": weight, "value": value})
+
+  zeros = {"weight": jnp.float32(0), "value": jnp.float32(0)}
+  told = optax.GradientTransformationExtraArgs(lambda params: zeros, tell)
+  loss, options = losses, {}
+  if over == "tasks":
+    loss = lambda params, batch: jnp.stack([losses(params, batch).mean()] * 2)
+    options = {"over": "tasks", "step": ranger.aggregate_by_mean()}
+  update = build("one device", told, loss, **options)
+  for given in ({}, {"weight": 5.0, "value": 0.5}):
+    _, state, metrics = update(W, update.init(W), X, **given)
+    found = {"weight": metrics["weight"], "value": metrics["loss"]}
+    close(state.optimizer, jax.tree.map(jnp.float32, {**found, **given}))
+
+
 # Refusals
 
 
