@@ -269,6 +269,13 @@ def test_empty_regions_of_a_layer_count_for_nothing():
     assert np.abs(leaf[3]).max() == 0
 
 
+@pytest.mark.guarantees("layers.RegionalAggregator", "Empty regions are left out")
+@pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
+def test_inputs_without_points_give_zeros(aggregator):
+  result = build("centers", aggregator, shared=False)(jnp.zeros([3, 0, 2]))
+  np.testing.assert_array_equal(result, np.zeros([3, 4]))
+
+
 def test_capacity_keeps_the_first_points():
   partition = layers.Centers(CENTERS, capacity=2)
   (points, mask), present = partition.split(draw("centers"))

@@ -53,6 +53,18 @@ def _momentum():
   return step(init=lambda params: _MAPPED(jnp.zeros_like, params), change=add)
 
 
+def _ending_at_a_bad_entry():
+  """The state stays finite, and later updates are NaN."""
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]
+    later = _MAPPED(lambda leaf: jnp.where(state, leaf, jnp.nan), updates)
+    return later, jnp.logical_and(state, jnp.stack(finite).all())
+
+  return optax.GradientTransformationExtraArgs(lambda params: jnp.bool(True), update)
+
+
 def _counting_its_traces():
   """A compiled loop is traced once; whatever traces it again has another factor."""
   traces = []
@@ -115,8 +127,8 @@ BROKEN = {
   "donation": lambda: step(init=lambda params: params),
   "checkpoint": _of_two_shapes,
   "recovers from nan": _momentum,
-  "recovers from inf": _momentum,
-  "recovers from -inf": _momentum,
+  "recovers from inf": _ending_at_a_bad_entry,
+  "recovers from -inf": _ending_at_a_bad_entry,
   "inject_hyperparams": functools.partial(_scaled, factor=0.5),
   "no tracer leaks": _leaking,
 }
