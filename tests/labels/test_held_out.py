@@ -191,6 +191,10 @@ def test_a_mixture_of_what_is_there():
   found = ranger.labels.mix_beliefs([there, other], jnp.array([1, 1, 1]))
   np.testing.assert_allclose(found[1], [0.25, 0.75], atol=1e-6)
   np.testing.assert_array_equal(found[2], [0, 0])
+  # The other gives the first label no chance: it has no weight, but the second row.
+  other = jnp.array([[1.0, 0.0], [0.25, 0.75], [0.0, 0.0]])
+  found = ranger.labels.mix_beliefs([there, other], jnp.array([1, 1, 1]))
+  np.testing.assert_allclose(found, [[0.5, 0.5], [0.25, 0.75], [0, 0]], atol=1e-6)
   with pytest.raises(ValueError, match="at least one"):
     ranger.labels.mix_beliefs([], jnp.array([1]))
   with pytest.raises(ValueError, match="beliefs"):
