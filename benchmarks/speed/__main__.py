@@ -44,6 +44,7 @@ SECTIONS = {
   "tasks": Section("tasks.step_rows", {"rounds": 2, "width": 64}),
   "robust": Section("robust.median_rows", {"rounds": 2, "size": 1024}),
   "accumulation": Section("accumulation.micro_step_rows", _SMALL),
+  "windows": Section("accumulation.way_rows", _SMALL),
   "one-step": Section("accumulation.one_step_rows", _SMALL),
   "quiet": Section("accumulation.quiet_rows", {"rounds": 2, "width": 64}),
   "lookahead": Section("smoothing.lookahead_rows", _SMALL),

@@ -105,6 +105,38 @@ def one_step_rows(rounds: int = 12, width: int = 2048) -> list[_measure.Row]:
   ]
 
 
+def way_rows(rounds: int = 8, width: int = 2048, leaves: int = 8) -> list[_measure.Row]:
+  """What the noise scale and bfloat16 cost, against `accumulate` without."""
+  params = _measure.normal(0, leaves, width)
+  gradients = _measure.normal(1, leaves, width)
+  inner, weight = optax.adamw(1e-3), jnp.asarray(3.0)
+  rule = ranger.by_noise_scale(EVERY, min_every=EVERY)
+  steps = {
+    "plain": ranger.accumulate(inner, EVERY),
+    "with the noise scale": ranger.accumulate(inner, rule),
+    "in bfloat16": ranger.accumulate(inner, EVERY, accumulator_dtype="bfloat16"),
+  }
+  contenders = [
+    _measure.training(step, params, gradients, weight=weight) for step in steps.values()
+  ]
+  seconds = _measure.measure("ways", contenders, rounds, calls=EVERY)
+  what = f"accumulate(adamw), {_measure.millions(params)}, every {EVERY}"
+  return [
+    _measure.Row(
+      f"{what}, {name}",
+      "without",
+      own,
+      seconds[0],
+      reach,
+      contender.temporaries,
+      contenders[0].temporaries,
+    )
+    for name, own, contender, reach in zip(
+      list(steps)[1:], seconds[1:], contenders[1:], ("1.1", "-"), strict=True
+    )
+  ]
+
+
 def _eight_calls(contender: _measure.Contender) -> _measure.Contender:
   return contender._replace(turn=lambda: [contender.turn() for _ in range(EVERY)][-1])
 
@@ -140,7 +172,7 @@ def quiet_rows(rounds: int = 10, width: int = 1024) -> list[_measure.Row]:
 
 
 def main() -> None:
-  rows = [*micro_step_rows(), *one_step_rows(), *quiet_rows()]
+  rows = [*micro_step_rows(), *way_rows(), *one_step_rows(), *quiet_rows()]
   print(_measure.machine())
   print(f"Copy rate: {_measure.copy_rate() / 1e9:.3g} GB/s\n")
   print(_measure.table(rows))

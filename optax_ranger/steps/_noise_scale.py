@@ -10,6 +10,9 @@ from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import Scalar
 
+# Micro-batches in windows of one, which show no noise, before a window of two.
+_PROBE_EVERY = 8
+
 
 @states.exportable
 class NoiseScaleState(NamedTuple):
@@ -24,6 +27,7 @@ class NoiseScaleState(NamedTuple):
       negative.
     micro_weight: the smoothed weight of a micro-batch.
     mass: what the smoothed numbers have seen, 0 at the start, towards 1.
+    since: ``int32``, micro-batches in closed windows since the last estimate.
     square_sum: of the open window, the weighted sum of squared norms.
     num_parts: ``int32``, gradients in that sum.
   """
@@ -34,6 +38,7 @@ class NoiseScaleState(NamedTuple):
   signal: Array
   micro_weight: Array
   mass: Array
+  since: Array
   square_sum: Array
   num_parts: Array
 
@@ -50,9 +55,9 @@ class NoiseScaleRule(NamedTuple):
 def by_noise_scale(
   max_every: int,
   *,
-  min_every: int = 2,
+  min_every: int = 1,
   ratio: Scalar = 0.05,
-  decay: Scalar = 0.9995,
+  decay: Scalar = 0.9999,
 ) -> NoiseScaleRule:
   r"""Lets ``accumulate`` choose its windows by the gradient noise scale.
 
@@ -61,7 +66,7 @@ def by_noise_scale(
 
   .. math::
     B = \frac{\operatorname{tr} \Sigma}{|G|^2}, \qquad
-    m = \Big\lceil \frac{r B}{w} \Big\rceil
+    m \approx \frac{r B}{w}
 
   with the covariance :math:`\Sigma` of the gradient of one example, the mean
   gradient :math:`G`, ``ratio`` :math:`r`, and :math:`w` examples in a micro-batch.
@@ -86,12 +91,13 @@ def by_noise_scale(
 
   Args:
     max_every: micro-batches in a window at most.
-    min_every: and at least; 2 or more, since one gradient shows no noise. The first
-      window has as many, and no window has more than twice those of the one before.
+    min_every: and at least. One gradient shows no noise, so where windows have one,
+      the first has two, and another one after each 8 micro-batches. No window has more
+      than twice those of the one before.
     ratio: the size of a window in units of the noise scale, positive. Larger ones
       save optimizer steps, smaller ones examples.
-    decay: how much of the smoothed numbers a micro-batch leaves, in [0, 1). The first
-      windows count in full.
+    decay: how much of the smoothed numbers a micro-batch leaves, in [0, 1). It is slow
+      by default: at the end of a training the signal may vanish in the noise.
 
   Returns:
     A ``NoiseScaleRule``.
@@ -104,17 +110,16 @@ def by_noise_scale(
       parts of the devices count as gradients of equal weight.
 
   Raises:
-    ValueError: for bounds below 2, ``max_every`` below ``min_every``, and other
-      numbers out of range.
+    ValueError: for ``max_every`` below 2 or below ``min_every``, and other numbers
+      out of range.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
-    >>> inner = optax.chain(optax.adamw(1e-3), ranger.scale_by_window())
+    >>> inner = optax.chain(optax.sgd(0.1), ranger.scale_by_window("linear"))
     >>> tx = ranger.accumulate(inner, every=ranger.by_noise_scale(64))
     >>> state = tx.init(jnp.zeros(2))
     >>> for gradient in ([3.0, 1.0], [3.0, -1.0]):  # 32 examples each
-    ...     _, state = tx.update(
-    ...         jnp.array(gradient), state, jnp.zeros(2), weight=32)
+    ...     _, state = tx.update(jnp.array(gradient), state, weight=32)
     >>> print(optax.tree.get(state, "noise_scale"))  # 64 / (9 - 1)
     8.0
 
@@ -122,7 +127,7 @@ def by_noise_scale(
     McCandlish et al., An Empirical Model of Large-Batch Training, 2018,
     https://arxiv.org/abs/1812.06162, section 2.2 and appendix A.1.
   """
-  validate.count("min_every", min_every, least=2)
+  validate.count("min_every", min_every)
   validate.count("max_every", max_every, least=2)
   if validate.is_known(min_every) and validate.is_known(max_every):
     validate.count("max_every", max_every, least=int(min_every))
@@ -135,12 +140,13 @@ def start(rule: NoiseScaleRule) -> NoiseScaleState:
   """The state before the first micro-batch."""
   zero = lambda: jnp.zeros([], jnp.float32)
   return NoiseScaleState(
-    every=numerics.scalar(rule.min_every, jnp.int32),
+    every=jnp.maximum(numerics.scalar(rule.min_every, jnp.int32), 2),
     noise_scale=zero(),
     trace=zero(),
     signal=zero(),
     micro_weight=zero(),
     mass=zero(),
+    since=numerics.zero_count(),
     square_sum=zero(),
     num_parts=numerics.zero_count(),
   )
@@ -187,13 +193,15 @@ def close(
   trace = numerics.divide(state.square_sum - weight * square, parts - 1)
   signal = square - numerics.divide(trace, weight)
   seen = jnp.logical_and(state.num_parts > 1, jnp.isfinite(trace + signal + weight))
-  calls = calls.astype(jnp.float32)
-  kept = numerics.scalar(rule.decay) ** calls
+  since = state.since + calls
+  kept = numerics.scalar(rule.decay) ** since.astype(jnp.float32)
   mass = kept * state.mass + (1 - kept)
   rate = numerics.divide(1 - kept, mass)
   step = lambda old, new: jnp.where(seen, old + rate * (new - old), old)
   trace, signal = step(state.trace, trace), step(state.signal, signal)
-  micro_weight = step(state.micro_weight, numerics.divide(weight, calls))
+  micro_weight = step(
+    state.micro_weight, numerics.divide(weight, calls.astype(jnp.float32))
+  )
   positive = jnp.maximum(trace, jnp.zeros_like(trace))
   largest = jnp.asarray(jnp.finfo(trace.dtype).max)
   scale = jnp.minimum(numerics.divide(positive, signal), largest)
@@ -201,15 +209,20 @@ def close(
   scale = jnp.where(seen, scale, state.noise_scale)
   wanted = numerics.divide(numerics.scalar(rule.ratio) * scale, micro_weight)
   limits = [numerics.scalar(each) for each in (rule.min_every, rule.max_every)]
-  wanted = jnp.minimum(jnp.ceil(wanted), 2 * state.every.astype(jnp.float32))
+  wanted = jnp.minimum(jnp.round(wanted), 2 * state.every.astype(jnp.float32))
   every = jnp.clip(wanted, *limits).astype(jnp.int32)
+  every = jnp.where(seen, every, state.every)
+  # A window of two has an estimate, and the next one the size that it asks for.
+  probe = jnp.logical_and(jnp.logical_not(seen), since >= _PROBE_EVERY)
+  every = jnp.where(probe, jnp.maximum(every, 2), every)
   return NoiseScaleState(
-    every=jnp.where(seen, every, state.every),
+    every=every,
     noise_scale=scale,
     trace=trace,
     signal=signal,
     micro_weight=micro_weight,
     mass=jnp.where(seen, mass, state.mass),
+    since=jnp.where(seen, jnp.zeros_like(since), since),
     square_sum=jnp.zeros_like(trace),
     num_parts=jnp.zeros_like(state.num_parts),
   )

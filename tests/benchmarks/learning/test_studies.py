@@ -21,6 +21,7 @@ from benchmarks.learning import learning_rates
 from benchmarks.learning import other_noise
 from benchmarks.learning import outer_momentum
 from benchmarks.learning import problems
+from benchmarks.learning import windows
 from benchmarks.learning import wrong_labels
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -147,6 +148,33 @@ def test_steps_to_a_loss():
   losses = np.array([3.0, 2.0, 1.5, 2.5, 1.0])
   for goal, steps in ((3, 10), (2.0, 20), (1.2, 50), (0.9, np.inf)):
     assert outer_momentum.steps_to(goal, losses, 50) == steps
+
+
+def test_shares_of_the_best_fixed_window():
+  """Two seeds: one gets there at look 30 of 60, one never."""
+  looks = windows._LOOKS + windows._MORE
+  words = lambda values: " ".join(map(str, values))
+
+  def row(method, seed, losses, steps_a_look):
+    steps = steps_a_look * np.arange(1, looks + 1)
+    last = f"{windows.smooth(np.array(losses))[windows._LOOKS - windows._MEAN]:.4g}"
+    cells = {"problem": "p", "method": method, "seed": str(seed), "window": "2"}
+    return {**cells, "last_loss": last, "losses": words(losses), "steps": words(steps)}
+
+  falling = np.linspace(10, 1, looks)
+  rows = [
+    row(str(every), seed, falling if every == 4 else falling + 1, 8 / every)
+    for every in windows.FIXED
+    for seed in (3, 4)
+  ]
+  early = np.where(np.arange(looks) < 27, 9.0, 0.0)
+  rows += [row("noise scale", 3, early, 1), row("noise scale", 4, falling + 5, 1)]
+  found = windows.Found(rows, "p")
+  assert found.best == "4"
+  examples, steps = found.shares("noise scale")
+  np.testing.assert_allclose(examples, [30 / 60, np.inf])
+  np.testing.assert_allclose(steps, [30 / 120, np.inf])
+  np.testing.assert_allclose(found.shares("4"), [[1, 1], [1, 1]])
 
 
 def test_settings_of_the_table_are_those_tuned(tmp_path):
@@ -276,6 +304,7 @@ def _committed(study):
     (other_noise, "other_noise.md"),
     (learning_rates, "learning_rates.md"),
     (outer_momentum, "smoothing.md"),
+    (windows, "windows.md"),
     (attacks, "aggregation.md"),
   ],
 )
@@ -335,6 +364,7 @@ def test_a_piece_gives_rows_and_curves(method):
     ("learning_rates", "quadratic", len(learning_rates.OPTIMIZERS)),
     ("learning_rates", "small,cosine adamw", 1),
     ("outer_momentum", "characters", 1),
+    ("windows", "digits", len(windows.METHODS)),
     ("attacks", "digits,mixed median,3", 1),
   ],
 )
