@@ -612,22 +612,20 @@ def test_missing_arguments_name_the_call_that_was_made():
     step.update(W, step.init(W))
 
 
+def predicting_losses(params, batch):
+  predictions = jax.nn.softmax(batch @ params["w"][:, None] * jnp.array([[1.0, -1.0]]))
+  return -jnp.log(predictions[:, 0]), {"predictions": predictions}
+
+
 @each_way
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_replaced_example_has_no_prediction(way, bad):
   """Its row of the table stays; that of the example in its place is not written."""
-
-  def loss(params, batch):
-    predictions = jax.nn.softmax(
-      batch @ params["w"][:, None] * jnp.array([[1.0, -1.0]])
-    )
-    return -jnp.log(predictions[:, 0]), {"predictions": predictions}
-
   table = ranger.smooth_predictions(16, 2)
   tx = optax.chain(table, optax.sgd(0.1))
   if way == "on emission":
     tx = optax.chain(table, ranger.accumulate(optax.sgd(0.1), 2))
-  update = build(way, tx, loss, has_aux=True)
+  update = build(way, tx, predicting_losses, has_aux=True)
   batch = X.copy()
   batch[[3, 12], 1] = bad
   state = update.init(W)
@@ -640,3 +638,24 @@ def test_a_replaced_example_has_no_prediction(way, bad):
   np.testing.assert_array_equal(rows[[3, 12]], 0)
   assert int(metrics["num_dropped"]) == 2
   assert int(optax.tree.get(state.optimizer, "PredictionState").num_dropped) == 2
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_a_replaced_example_is_nobodys_neighbor(num_micro_batches):
+  """Nor has it a prediction where neighbors are found by predictions."""
+  update = ranger.train_step(
+    predicting_losses,
+    optax.chain(ranger.smooth_predictions(16, 2), optax.sgd(0.1)),
+    step=ranger.ranger_head(),
+    find_neighbors=lambda predictions: ranger.neighbors.nearest(predictions, 2),
+    has_aux=True,
+    num_micro_batches=num_micro_batches,
+    donate=False,
+  )
+  batch, ids = X.copy(), np.arange(16)
+  batch[[3, 12], 1] = np.nan
+  kept = np.delete(ids, [3, 12])
+  params, state, _ = update(W, update.init(W), batch, example_ids=ids)
+  expected, other, _ = update(W, update.init(W), X[kept], example_ids=kept)
+  table = lambda state: ranger.smoothed_predictions(state, ids)
+  close((params, table(state)), (expected, table(other)))
