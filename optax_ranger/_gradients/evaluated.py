@@ -165,9 +165,12 @@ def replace_bad_rows(finite: Array, leaf: Any) -> Array:
   """
   leaf = jnp.asarray(leaf)
   if leaf.shape[0] and not is_sharded(leaf):
-    first = jnp.argmax(finite)
-    row = jnp.where(finite[first], leaf[first], jnp.zeros_like(leaf[0]))
-    return jnp.where(per_row(finite, leaf), leaf, row[None])
+    # By an array of places: of rows that the compiler has split over devices, it sends
+    # the one that is taken. For a scalar place it would gather them all.
+    first = jnp.argmax(finite, keepdims=True)
+    row = leaf.at[first].get(mode="promise_in_bounds")
+    row = jnp.where(finite.any(), row, jnp.zeros_like(row))
+    return jnp.where(per_row(finite, leaf), leaf, row)
   return keep_rows(finite, leaf)
 
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import optax_ranger as ranger
+from optax_ranger._gradients import evaluated
 from tests.helpers import close_to_largest
 
 N, WIDTH, CLASSES, WORDS = 128, 16, 4, 64
@@ -22,6 +23,8 @@ BATCH = {
   "ids": _RNG.integers(0, WORDS, [N, 5]).astype(np.int32),
   "y": _RNG.integers(0, CLASSES, N).astype(np.int32),
 }
+# Entries of metrics, and of the row that replaces those that are not finite.
+RIDE_ALONG = 8 + sum(leaf[0].size for leaf in BATCH.values())
 EXPLICIT, AUTOMATIC = AxisType.Explicit, AxisType.Auto
 
 
@@ -178,8 +181,7 @@ def test_gradients_are_reduced_once_on_an_explicit_mesh(num_micro_batches):
   inside, outside = reduced(update, params)
   left = 0 if num_micro_batches == 1 else WIDTH
   assert inside <= num_micro_batches * left
-  # Metrics ride along.
-  assert size_of(params) - left <= outside <= size_of(params) + 8
+  assert size_of(params) - left <= outside <= size_of(params) + RIDE_ALONG
   alone = build(dense_losses, num_micro_batches)
   close_to_largest(run(update, params), run(alone, params))
 
@@ -192,7 +194,7 @@ def test_models_on_an_explicit_mesh_equal_one_device(name):
   inside, outside = reduced(update, params, **extra)
   if left is not None:
     assert inside <= 4 * left
-    assert size_of(params) - left <= outside <= size_of(params) + 8
+    assert size_of(params) - left <= outside <= size_of(params) + RIDE_ALONG
   else:
     assert outside >= size_of(params) - WIDTH
   alone = build(losses, 4, **options)
@@ -235,7 +237,7 @@ def test_gradients_of_half_precision_are_reduced_once():
   update = build(losses, 4, mesh=mesh_of(), partition="jit")
   _, outside = reduced(update, half)
   # XLA's CPU compiler reduces in float32.
-  assert outside <= size_of(half) + 8
+  assert outside <= size_of(half) + RIDE_ALONG
   close_to_largest(run(update, half), run(build(losses, 4), half), rtol=0.03)
 
 
@@ -273,6 +275,53 @@ def test_other_gradients_are_reduced_as_the_compiler_does(way):
   inside, _ = reduced(update, params)
   assert inside >= 4 * size_of(start()) / 2
   close_to_largest(run(update, params), run(build(losses, 4), start()))
+
+
+@pytest.mark.parametrize("kind", [EXPLICIT, AUTOMATIC])
+def test_the_batch_is_not_gathered(kind):
+  update = build(dense_losses, 1, mesh=mesh_of(kind), partition="jit")
+  x = BATCH["x"].copy()
+  x[: N // 4] = np.nan  # Two devices get the row of a third.
+  batch = {**BATCH, "x": x}
+  params = dense()
+  lowered = update.lower(params, update.init(params), batch)
+  found = ranger.training.collectives(lowered)
+  assert sum(one.num_bytes * one.count for one in found) < x.nbytes / 2
+  close_to_largest(
+    run(update, params, batch), run(build(dense_losses, 1), params, batch)
+  )
+
+
+DTYPES = ("float32", "bfloat16", "complex64", "bool", "int8", "uint16", "int32")
+
+
+@pytest.mark.parametrize("first", [0, 1, 77, N])
+def test_rows_that_are_not_finite_get_the_first_finite_one(first):
+  """Of any type, split by the compiler, where one row is sent; bit for bit."""
+  finite = np.arange(N) >= first
+  finite[first + 3 :: 5] = False
+
+  def leaf(dtype):
+    x = np.asarray(jnp.asarray(100 * _RNG.standard_normal([N, 64])).astype(dtype))
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      x = np.where(finite[:, None], x, np.asarray(np.nan, x.dtype))
+    return x
+
+  batch = {dtype: leaf(dtype) for dtype in DTYPES}
+  replace = lambda finite, batch: jax.tree.map(
+    lambda leaf: evaluated.replace_bad_rows(finite, leaf), batch
+  )
+  split = NamedSharding(mesh_of(AUTOMATIC), PartitionSpec("data"))
+  args = jax.device_put((finite, batch), split)
+  step = jax.jit(replace, out_shardings=split).lower(*args).compile()
+  sent = sum(one.num_bytes for one in ranger.training.collectives(step))
+  assert sent < 2 * sum(leaf[0].nbytes for leaf in batch.values()) + 1000
+  found, alone = step(*args), replace(finite, batch)
+  for dtype, leaf in batch.items():
+    row = leaf[first] if first < N else np.zeros_like(leaf[0])
+    expected = np.where(finite[:, None], leaf, row)
+    np.testing.assert_array_equal(found[dtype], expected)
+    np.testing.assert_array_equal(alone[dtype], expected)
 
 
 def test_an_error_of_the_caller_is_seen():
