@@ -458,6 +458,8 @@ class TrainStep:
       )
       forwarded = forwarded._replace(grads=grads)
       params, state = self._body.apply(params, state, forwarded)
+      # Split first: between parameters that shall be whole, a choice gathers both.
+      params = jax.tree.map(place, params, split)
       return jax.tree.map(place, params, whole), state, forwarded.metrics
 
     return update

@@ -336,6 +336,27 @@ def test_a_split_state_is_scattered_and_gathered_once():
   assert momentum.addressable_shards[0].data.size == momentum.size // 8
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_whole_ranger_with_a_split_state_sends_no_more(every):
+  """It chooses between old and new parameters, and looks at parts of the kernel.
+
+  The devices have equal shares of these parts, of 128 rows.
+  """
+  tx = ranger.ranger(0.1, every=every, ema_decay=0.9, skip_spikes=6.0)
+  losses = lambda params, x: (x @ params["kernel"] + params["bias"][None]).sum(axis=1)
+  update = ranger.train_step(losses, tx, mesh=mesh_of(), shard_state=True)
+  params = {"kernel": jnp.zeros([1024, 96]), "bias": jnp.zeros([96])}
+  state, x = update.init(params), np.ones([16, 1024], np.float32)
+  found = ranger.training.collectives(update.lower(params, state, x))
+  whole = 4 * (1024 * 96 + 96)
+  assert num_bytes(found, kind="reduce-scatter") == whole
+  assert whole <= num_bytes(found, kind="all-gather") < whole + 1000
+  assert num_bytes(found, kind="all-reduce") < 1000
+  assert {one.kind for one in found} == {"reduce-scatter", "all-gather", "all-reduce"}
+  for leaf in jax.tree.leaves(state):
+    assert leaf.size < 8 or leaf.addressable_shards[0].data.size == leaf.size // 8
+
+
 @pytest.mark.parametrize(
   ("groups", "size"),
   [
