@@ -10,9 +10,6 @@ from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import Scalar
 
-# Micro-batches in windows of one, which show no noise, before a window of two.
-_PROBE_EVERY = 8
-
 
 @states.exportable
 class NoiseScaleState(NamedTuple):
@@ -27,7 +24,6 @@ class NoiseScaleState(NamedTuple):
       negative.
     micro_weight: the smoothed weight of a micro-batch.
     mass: what the smoothed numbers have seen, 0 at the start, towards 1.
-    since: ``int32``, micro-batches in closed windows since the last estimate.
     square_sum: of the open window, the weighted sum of squared norms.
     num_parts: ``int32``, gradients in that sum.
   """
@@ -38,7 +34,6 @@ class NoiseScaleState(NamedTuple):
   signal: Array
   micro_weight: Array
   mass: Array
-  since: Array
   square_sum: Array
   num_parts: Array
 
@@ -55,7 +50,7 @@ class NoiseScaleRule(NamedTuple):
 def by_noise_scale(
   max_every: int,
   *,
-  min_every: int = 1,
+  min_every: int = 2,
   ratio: Scalar = 0.05,
   decay: Scalar = 0.9999,
 ) -> NoiseScaleRule:
@@ -91,9 +86,8 @@ def by_noise_scale(
 
   Args:
     max_every: micro-batches in a window at most.
-    min_every: and at least. One gradient shows no noise, so where windows have one,
-      the first has two, and another one after each 8 micro-batches. No window has more
-      than twice those of the one before.
+    min_every: and at least; 2 or more, since one gradient shows no noise. The first
+      window has as many, and no window has more than twice those of the one before.
     ratio: the size of a window in units of the noise scale, positive. Larger ones
       save optimizer steps, smaller ones examples.
     decay: how much of the smoothed numbers a micro-batch leaves, in [0, 1). It is slow
@@ -110,8 +104,8 @@ def by_noise_scale(
       parts of the devices count as gradients of equal weight.
 
   Raises:
-    ValueError: for ``max_every`` below 2 or below ``min_every``, and other numbers
-      out of range.
+    ValueError: for bounds below 2, ``max_every`` below ``min_every``, and other
+      numbers out of range.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_ranger as ranger
@@ -127,7 +121,7 @@ def by_noise_scale(
     McCandlish et al., An Empirical Model of Large-Batch Training, 2018,
     https://arxiv.org/abs/1812.06162, section 2.2 and appendix A.1.
   """
-  validate.count("min_every", min_every)
+  validate.count("min_every", min_every, least=2)
   validate.count("max_every", max_every, least=2)
   if validate.is_known(min_every) and validate.is_known(max_every):
     validate.count("max_every", max_every, least=int(min_every))
@@ -140,13 +134,12 @@ def start(rule: NoiseScaleRule) -> NoiseScaleState:
   """The state before the first micro-batch."""
   zero = lambda: jnp.zeros([], jnp.float32)
   return NoiseScaleState(
-    every=jnp.maximum(numerics.scalar(rule.min_every, jnp.int32), 2),
+    every=numerics.scalar(rule.min_every, jnp.int32),
     noise_scale=zero(),
     trace=zero(),
     signal=zero(),
     micro_weight=zero(),
     mass=zero(),
-    since=numerics.zero_count(),
     square_sum=zero(),
     num_parts=numerics.zero_count(),
   )
@@ -193,15 +186,13 @@ def close(
   trace = numerics.divide(state.square_sum - weight * square, parts - 1)
   signal = square - numerics.divide(trace, weight)
   seen = jnp.logical_and(state.num_parts > 1, jnp.isfinite(trace + signal + weight))
-  since = state.since + calls
-  kept = numerics.scalar(rule.decay) ** since.astype(jnp.float32)
+  calls = calls.astype(jnp.float32)
+  kept = numerics.scalar(rule.decay) ** calls
   mass = kept * state.mass + (1 - kept)
   rate = numerics.divide(1 - kept, mass)
   step = lambda old, new: jnp.where(seen, old + rate * (new - old), old)
   trace, signal = step(state.trace, trace), step(state.signal, signal)
-  micro_weight = step(
-    state.micro_weight, numerics.divide(weight, calls.astype(jnp.float32))
-  )
+  micro_weight = step(state.micro_weight, numerics.divide(weight, calls))
   positive = jnp.maximum(trace, jnp.zeros_like(trace))
   largest = jnp.asarray(jnp.finfo(trace.dtype).max)
   scale = jnp.minimum(numerics.divide(positive, signal), largest)
@@ -211,18 +202,13 @@ def close(
   limits = [numerics.scalar(each) for each in (rule.min_every, rule.max_every)]
   wanted = jnp.minimum(jnp.round(wanted), 2 * state.every.astype(jnp.float32))
   every = jnp.clip(wanted, *limits).astype(jnp.int32)
-  every = jnp.where(seen, every, state.every)
-  # A window of two has an estimate, and the next one the size that it asks for.
-  probe = jnp.logical_and(jnp.logical_not(seen), since >= _PROBE_EVERY)
-  every = jnp.where(probe, jnp.maximum(every, 2), every)
   return NoiseScaleState(
-    every=every,
+    every=jnp.where(seen, every, state.every),
     noise_scale=scale,
     trace=trace,
     signal=signal,
     micro_weight=micro_weight,
     mass=jnp.where(seen, mass, state.mass),
-    since=jnp.where(seen, jnp.zeros_like(since), since),
     square_sum=jnp.zeros_like(trace),
     num_parts=jnp.zeros_like(state.num_parts),
   )
