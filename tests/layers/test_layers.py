@@ -269,6 +269,17 @@ def test_empty_regions_of_a_layer_count_for_nothing():
     assert np.abs(leaf[3]).max() == 0
 
 
+@pytest.mark.parametrize("aggregator", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(6,), (5, 6)], ids=["regions", "rows"])
+def test_weights_of_a_call_multiply_those_of_the_layer(shape, aggregator):
+  rng, x = np.random.default_rng(2), draw("grid")
+  own, given = (rng.uniform(0.5, 2, s).astype(np.float32) for s in ((6,), shape))
+  layer = build("grid", aggregator, weights=own)
+  rows = zip(x[:, None], np.broadcast_to(own * given, [5, 6]), strict=True)
+  expected = np.concatenate([loop("grid", layer, *row) for row in rows])
+  close(layer(x, given), expected)
+
+
 @pytest.mark.guarantees("layers.RegionalAggregator", "Empty regions are left out")
 @pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
 def test_inputs_without_points_give_zeros(aggregator):

@@ -276,7 +276,13 @@ def test_bfloat16_takes_two_bytes_a_parameter():
     assert (kept["d"].dtype, kept["c"].dtype) == (jnp.float64, jnp.complex64)
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3.4e38, -0.0, 1e-45, 1.0])
+# Its bits are all ones: they overflow where something is added.
+LARGEST_NAN = np.array(2**32 - 1, np.uint32).view(np.float32)[()]
+
+
+@pytest.mark.parametrize(
+  "value", [np.inf, -np.inf, np.nan, LARGEST_NAN, 3.4e38, -0.0, 1e-45, 1.0]
+)
 def test_what_bfloat16_can_not_round(value):
   """Special values are those of a cast; what is exact stays."""
   found = rounding.to(
