@@ -124,46 +124,49 @@ class Found:
   """What the rows of one problem say."""
 
   def __init__(self, rows: list[_runner.Row], problem: str):
-    self._rows = {
-      (row["method"], row["seed"]): row for row in rows if row["problem"] == problem
-    }
-    self.seeds = sorted({seed for _, seed in self._rows})
-    last = {every: self.last(str(every)).mean() for every in FIXED}
-    self.best = str(min(last, key=lambda every: last[every]))
+    own = [row for row in rows if row["problem"] == problem]
+    self.seeds = sorted({row["seed"] for row in own})
+    self._rows = {(row["method"], row["seed"]): row for row in own}
+    last = {str(every): self.last(str(every)) for every in FIXED}
+    self.best = min(last, key=lambda every: last[every])
 
-  def last(self, method: str) -> np.ndarray:
-    """The loss where training ends, [seeds]."""
-    return np.array([float(self._rows[method, s]["last_loss"]) for s in self.seeds])
+  def _curves(self, method: str, seeds: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over seeds of smoothed losses, and that of steps, at the same looks."""
+    rows = [self._rows[method, seed] for seed in seeds]
+    losses = [smooth(_numbers(row["losses"])) for row in rows]
+    steps = [_numbers(row["steps"])[_MEAN - 1 :] for row in rows]
+    return np.mean(losses, axis=0), np.mean(steps, axis=0)
+
+  def last(self, method: str) -> float:
+    """The loss where training ends."""
+    return self._curves(method, self.seeds)[0][_LOOKS - _MEAN]
 
   def window(self, method: str) -> float:
     """Micro-batches in a window, in the mean."""
     return float(np.mean([float(self._rows[method, s]["window"]) for s in self.seeds]))
 
-  def shares(self, method: str) -> tuple[np.ndarray, np.ndarray]:
+  def shares(self, method: str, *seeds: str) -> tuple[float, float]:
     """Examples and steps to the last loss of the best fixed size, over its own.
 
-    Both [seeds]; infinite if it does not get there.
+    Of the mean curve over some seeds, or all; infinite if it does not get there.
     """
-    found = []
-    for seed in self.seeds:
-      own, other = self._rows[method, seed], self._rows[self.best, seed]
-      reached = np.flatnonzero(smooth(_numbers(own["losses"])) <= _last(other))
-      if not len(reached):
-        found.append((np.inf, np.inf))
-        continue
-      look = reached[0] + _MEAN - 1
-      steps = _numbers(own["steps"])[look] / _numbers(other["steps"])[_LOOKS - 1]
-      found.append(((look + 1) / _LOOKS, steps))
-    examples, steps = np.array(found).T
-    return examples, steps
+    chosen = list(seeds) or self.seeds
+    losses, steps = self._curves(method, chosen)
+    others, other_steps = self._curves(self.best, chosen)
+    end = _LOOKS - _MEAN
+    reached = np.flatnonzero(losses <= others[end])
+    if not len(reached):
+      return np.inf, np.inf
+    look = reached[0]
+    if look:
+      before, after = losses[look - 1 : look + 1]
+      look -= (others[end] - after) / (before - after)
+    there = np.interp(look, np.arange(len(steps)), steps)
+    return (look + _MEAN) / _LOOKS, there / other_steps[end]
 
 
 def _numbers(words: str) -> np.ndarray:
   return np.array([float(word) for word in words.split()])
-
-
-def _last(row: _runner.Row) -> float:
-  return float(row["last_loss"])
 
 
 def report(tables: dict[str, list[_runner.Row]]) -> str:
@@ -172,19 +175,18 @@ def report(tables: dict[str, list[_runner.Row]]) -> str:
   problems = list(dict.fromkeys(row["problem"] for row in rows))
   found = {problem: Found(rows, problem) for problem in problems}
   losses = [
-    [method, *(f"{f.last(method).mean():.3g}" for f in found.values())]
-    for method in METHODS
+    [method, *(f"{f.last(method):.3g}" for f in found.values())] for method in METHODS
   ]
   texts = [_report.markdown(["window", *problems], losses)]
-  heads = ["problem", "best fixed", "windows", "examples", "mean", "steps", "mean"]
+  heads = ["problem", "best fixed", "windows", "examples", "each seed", "steps"]
   for method in (_RULE, _LAYERS):
     lines = []
     for problem, f in found.items():
-      line = [problem, f.best, f"{f.window(method):.3g}"]
-      for values in f.shares(method):
-        each = ("never" if np.isinf(x) else f"{x:.2f}" for x in values)
-        line += [", ".join(each), f"{values.mean():.2f}"]
-      lines.append(line)
+      examples, steps = f.shares(method)
+      each = (f.shares(method, seed)[0] for seed in f.seeds)
+      listed = ", ".join("never" if np.isinf(x) else f"{x:.2f}" for x in each)
+      numbers = f"{f.window(method):.3g}", f"{examples:.2f}", listed, f"{steps:.2f}"
+      lines.append([problem, f.best, *numbers])
     texts.append(f"{method}:\n\n{_report.markdown(heads, lines)}")
   return "\n\n".join(texts)
 

@@ -151,30 +151,34 @@ def test_steps_to_a_loss():
 
 
 def test_shares_of_the_best_fixed_window():
-  """Two seeds: one gets there at look 30 of 60, one never."""
-  looks = windows._LOOKS + windows._MORE
+  """One seed gets there at look 30 of 60, one never, and their mean in between."""
+  looks, end = windows._LOOKS + windows._MORE, windows._LOOKS
   words = lambda values: " ".join(map(str, values))
 
   def row(method, seed, losses, steps_a_look):
     steps = steps_a_look * np.arange(1, looks + 1)
-    last = f"{windows.smooth(np.array(losses))[windows._LOOKS - windows._MEAN]:.4g}"
     cells = {"problem": "p", "method": method, "seed": str(seed), "window": "2"}
-    return {**cells, "last_loss": last, "losses": words(losses), "steps": words(steps)}
+    return {**cells, "losses": words(losses), "steps": words(steps)}
 
-  falling = np.linspace(10, 1, looks)
+  falling = np.linspace(looks, 1, looks)
   rows = [
-    row(str(every), seed, falling if every == 4 else falling + 1, 8 / every)
+    row(str(every), seed, falling + 10 * (every != 4), 8 / every)
     for every in windows.FIXED
     for seed in (3, 4)
   ]
-  early = np.where(np.arange(looks) < 27, 9.0, 0.0)
-  rows += [row("noise scale", 3, early, 1), row("noise scale", 4, falling + 5, 1)]
+  # At twice the speed, and never.
+  rows += [row("noise scale", 3, np.linspace(looks, 1 - looks, looks), 1)]
+  rows += [row("noise scale", 4, falling + looks, 1)]
   found = windows.Found(rows, "p")
   assert found.best == "4"
-  examples, steps = found.shares("noise scale")
-  np.testing.assert_allclose(examples, [30 / 60, np.inf])
-  np.testing.assert_allclose(steps, [30 / 120, np.inf])
-  np.testing.assert_allclose(found.shares("4"), [[1, 1], [1, 1]])
+  np.testing.assert_allclose(found.last("4"), falling[end - windows._MEAN : end].mean())
+  np.testing.assert_allclose(found.shares("4"), (1, 1))
+  half = found.shares("noise scale", "3")
+  np.testing.assert_allclose(half, (0.5, 0.25), rtol=0.06)
+  assert found.shares("noise scale", "4") == (np.inf, np.inf)
+  # The mean starts half of the looks higher, and falls one and a half times as fast.
+  both = found.shares("noise scale")
+  np.testing.assert_allclose(both[0], (60 + 36) / 1.5 / 60, rtol=0.05)
 
 
 def test_settings_of_the_table_are_those_tuned(tmp_path):
