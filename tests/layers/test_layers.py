@@ -419,7 +419,7 @@ def test_linen_by_the_bridge():
     (
       lambda: build("graph")(jnp.ones([1, 9, 3])),
       ValueError,
-      r"inputs must have shape \[batch, 10, ...\]",
+      r"inputs must have shape \[batch, 11, ...\]",
     ),
     (
       lambda: build("centers")(jnp.ones([1, 9, 3])),
