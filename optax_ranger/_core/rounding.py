@@ -39,7 +39,7 @@ def to(dtype: np.dtype, array: Array, seed: Array) -> Array:
   rounded = jax.lax.bitcast_convert_type(
     (bits >> np.uint32(_LOST)).astype(jnp.uint16), jnp.bfloat16
   )
-  # The bits of infinity plus something are not a number.
+  # The bits of a NaN plus something may be those of a number.
   return jnp.where(jnp.isfinite(array), rounded, array.astype(dtype))
 
 

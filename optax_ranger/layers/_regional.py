@@ -166,9 +166,11 @@ class RegionalAggregator(nnx.Module):
     """The local results of all regions, ``[num_regions, batch, ...]``."""
     if self.shared and not isinstance(self.partition, _partitions.Graph):
       # Regions join the batch, the batch first: so it stays split over devices.
-      join = lambda piece: jnp.moveaxis(piece, 0, 1).reshape(-1, *piece.shape[2:])
+      count = pieces[0].shape[0]
+      whole = lambda piece: (batch * count, *piece.shape[2:])
+      join = lambda piece: jnp.moveaxis(piece, 0, 1).reshape(whole(piece))
       results = self.local(*map(join, pieces))
-      apart = results.reshape(batch, -1, *results.shape[1:])
+      apart = results.reshape(batch, count, *results.shape[1:])
       return jnp.moveaxis(apart, 1, 0)
     axes = (None if self.shared else 0, *(0 for _ in pieces))
     graph, params, others = nnx.split(self.local, nnx.Param, ...)

@@ -282,9 +282,12 @@ def test_weights_of_a_call_multiply_those_of_the_layer(shape, aggregator):
 
 @pytest.mark.guarantees("layers.RegionalAggregator", "Empty regions are left out")
 @pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
-def test_inputs_without_points_give_zeros(aggregator):
-  result = build("centers", aggregator, shared=False)(jnp.zeros([3, 0, 2]))
+@pytest.mark.parametrize("shared", [True, False])
+def test_inputs_without_points_give_zeros(aggregator, shared):
+  layer = build("centers", aggregator, shared=shared)
+  result = layer(jnp.zeros([3, 0, 2]))
   np.testing.assert_array_equal(result, np.zeros([3, 4]))
+  assert layer(draw("centers")[:0]).shape == (0, 4)
 
 
 def test_capacity_keeps_the_first_points():
