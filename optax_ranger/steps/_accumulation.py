@@ -69,7 +69,7 @@ def accumulate(
   every: int | Callable[[Any], Any] | _noise_scale.NoiseScaleRule,
   *,
   reduce: str = "mean",
-  accumulator_dtype: str | None = "float32",
+  accumulator_dtype: jax.typing.DTypeLike | None = "float32",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Accumulates gradients, and lets `inner` take one step for `every` of them.
 
@@ -129,12 +129,13 @@ def accumulate(
     * A window of weight zero gives zeros and does not change the state of `inner`.
 
   Raises:
-    ValueError: for ``every`` below 1, another ``reduce``, a ``weight=`` or
-      ``value=`` that is not one number, a state with a window where ``every`` is
-      1, or without one where it is not, and gradients that differ from device to
-      device under ``jax.shard_map`` where the accumulator does not: each device
-      would decide alone. Reduce them first, or use ``micro_batched``, or
-      ``train_step(..., reduce="on_emission")``.
+    ValueError: for ``every`` below 1, another ``reduce``, an ``accumulator_dtype``
+      without fractions, a ``weight=`` or ``value=`` that is not one number, a state
+      with a window where ``every`` is 1, or without one where it is not, the state of
+      another rule, and gradients that differ from device to device under
+      ``jax.shard_map`` where the accumulator does not: each device would decide
+      alone. Reduce them first, or use ``micro_batched``, or ``train_step(...,
+      reduce="on_emission")``.
     TypeError: for parameters that hold integers, Python numbers or functions, for
       the state of another step, and for misspelled extra args.
 
@@ -154,6 +155,13 @@ def accumulate(
     validate.count("every", every)
   keeps = not (isinstance(every, int) and every == 1)
   validate.choice("reduce", reduce, ("mean", "sum"))
+  if accumulator_dtype is not None and not jnp.issubdtype(
+    accumulator_dtype, jnp.floating
+  ):
+    raise ValueError(
+      f"accumulator_dtype must be a floating-point type or None, got"
+      f" {accumulator_dtype!r}."
+    )
   # The mean of one gradient is itself: nothing to add, nothing that overflows.
   only_guards = not keeps and reduce == "mean"
   inner = optax.with_extra_args_support(inner)
@@ -161,9 +169,12 @@ def accumulate(
   def accumulator_type(leaf: Array) -> np.dtype:
     if accumulator_dtype is None:
       return leaf.dtype
-    if accumulator_dtype == "bfloat16" and numerics.wide(leaf.dtype) == np.float32:
-      return np.dtype(jnp.bfloat16)
-    return numerics.widest(leaf.dtype, accumulator_dtype)
+    dtype = np.dtype(accumulator_dtype)
+    # Where nothing is kept, there is nothing to save.
+    halves = keeps and dtype == jnp.bfloat16
+    if halves and numerics.wide(leaf.dtype) == np.float32:
+      return dtype
+    return numerics.widest(leaf.dtype, dtype)
 
   def start(tree: PyTree) -> PyTree:
     zeros = lambda leaf: jnp.zeros_like(leaf, dtype=accumulator_type(leaf))

@@ -263,9 +263,26 @@ def test_additions_in_bfloat16_are_not_rounded_away():
   assert len(np.unique(results[-1])) > 10  # Each entry by its own chance.
 
 
-def test_bfloat16_takes_two_bytes_a_parameter():
+@pytest.mark.parametrize("dtype", ["int32", jnp.uint8, bool, "complex64"])
+def test_accumulators_of_other_types_are_refused(dtype):
+  with pytest.raises(ValueError, match="accumulator_dtype must be a floating-point"):
+    ranger.accumulate(optax.sgd(1.0), 2, accumulator_dtype=dtype)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_without_a_window_bfloat16_rounds_nothing(reduce):
+  step = ranger.accumulate(
+    optax.identity(), 1, reduce=reduce, accumulator_dtype="bfloat16"
+  )
+  gradient = jnp.array([1 / 3, 1e-3])
+  updates, _ = step.update(gradient, step.init(gradient))
+  np.testing.assert_array_equal(updates, gradient)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")])
+def test_bfloat16_takes_two_bytes_a_parameter(dtype):
   params = {"f": jnp.ones([64, 64]), "h": jnp.ones([3], jnp.float16)}
-  step = ranger.accumulate(optax.sgd(1.0), 4, accumulator_dtype="bfloat16")
+  step = ranger.accumulate(optax.sgd(1.0), 4, accumulator_dtype=dtype)
   state = step.init(params)
   assert all(
     leaf.nbytes == 2 * leaf.size for leaf in jax.tree.leaves(state.accumulated)
