@@ -34,8 +34,8 @@ def aggregate_by_upgrad() -> optax.GradientTransformationExtraArgs:
     \Pi(g_i) = \arg\min_{z: \langle z, g_j \rangle \ge 0 \, \forall j}
     \lVert z - g_i \rVert
 
-  with the weights m scaled to a sum of one. A zero gradient counts in the mean, and
-  constrains nothing.
+  with the weights m scaled to a sum of one. A gradient that is zero, or less than
+  2^-100 times the largest, counts in the mean, and constrains nothing.
 
   Extra args of ``update``:
     member_weights: ``float [n]``, how much each task counts; one of weight zero is
@@ -77,6 +77,7 @@ def aggregate_by_upgrad() -> optax.GradientTransformationExtraArgs:
 
   def choose(found: Directions, weights: Array) -> Array:
     share = numerics.divide(weights, weights.sum())
+    found = _without_tiny(found)
     matrix = _with_unit_diagonal(found)
     # Row i: how much of each direction the projection of direction i adds to it.
     added = jax.vmap(lambda column: quadratic.nonnegative(matrix, -column))(
@@ -214,6 +215,8 @@ def aggregate_by_cagrad(
   return _by_directions(choose)
 
 
+# Norms over the largest one's that count as zero.
+_TINY = 2.0**-100
 # Of the logarithm of the shift, from 2^-11 to 2^20. Smaller ones give the same result,
 # but lose digits.
 _BISECTIONS = 30
@@ -253,6 +256,19 @@ def _norm(found: Directions, shares: Array) -> Array:
 def _with_unit_diagonal(found: Directions) -> Array:
   some = found.norms > 0
   return found.cosines + jnp.diag(jnp.where(some, 0.0, 1.0).astype(found.norms.dtype))
+
+
+def _without_tiny(found: Directions) -> Directions:
+  """Members that are nothing beside the largest, as zeros.
+
+  To undo a conflict with one, its weight would have to be too large for float32.
+  """
+  there = found.norms > found.norms.max(initial=0) * _TINY
+  both = jnp.logical_and(there[:, None], there[None])
+  return Directions(
+    jnp.where(there, found.norms, jnp.zeros_like(found.norms)),
+    jnp.where(both, found.cosines, jnp.zeros_like(found.cosines)),
+  )
 
 
 def _in_raw_units(along: Array, found: Directions) -> Array:

@@ -151,10 +151,16 @@ def test_without_a_radius_it_is_the_mean():
     )
   )
 )
+@hypothesis.example([[37.0], [-5.362324170578805e-38]])
+@hypothesis.example([[0.0], [55.0], [-5.362324170578805e-38]])
+@hypothesis.example([[1e3, 1.0], [-1e-25, 0.0]])
 def test_no_task_gets_worse(rows):
+  """Those of less than 2^-100 times the largest norm count as zero."""
   rows = np.asarray(rows, float)
   norms = np.linalg.norm(rows, axis=1)
   found = run("upgrad", rows)
+  assert np.isfinite(found).all()
+  rows[norms <= 2.0**-100 * norms.max()] = 0
   assert (rows @ found >= -1e-4 * norms * norms.max()).all()
 
 
