@@ -183,6 +183,18 @@ CASES = (
   ),
   _member_case("ranger_head"),
   Case(
+    "accumulate-bfloat16",
+    "accumulate",
+    {
+      "inner": optax.sgd(0.1, momentum=0.9),
+      "every": ranger.by_noise_scale(4, decay=0.5),
+      "accumulator_dtype": "bfloat16",
+    },
+    extra=_with_weight,
+    static=("inner", "every", "accumulator_dtype"),
+    tolerance=2e-2,
+  ),
+  Case(
     "accumulate-sgd",
     "accumulate",
     {"inner": optax.sgd(0.1, momentum=0.9), "every": 3},
@@ -199,18 +211,6 @@ CASES = (
     },
     static=("inner", "every"),
     foreign=True,
-  ),
-  Case(
-    "accumulate-bfloat16",
-    "accumulate",
-    {
-      "inner": optax.sgd(0.1, momentum=0.9),
-      "every": ranger.by_noise_scale(4, decay=0.5),
-      "accumulator_dtype": "bfloat16",
-    },
-    extra=_with_weight,
-    static=("inner", "every", "accumulator_dtype"),
-    tolerance=2e-2,
   ),
   Case(
     "scale_by_window",

@@ -140,6 +140,8 @@ def alone(case, **options):
     tx = optax.chain(made, optax.sgd(0.05))
   if case.factory in ("smooth_by_ema", "smooth_by_lookahead"):
     tx = optax.chain(optax.sgd(0.05), made)
+  if case.factory == "scale_by_window":
+    tx = ranger.accumulate(optax.chain(optax.sgd(0.05), made), 2)
   update = ranger.train_step(losses, tx, step=head, has_aux=True, **options)
   params = start()
   state = update.init(params)

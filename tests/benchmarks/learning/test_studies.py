@@ -385,6 +385,6 @@ def test_a_quick_study(tmp_path, study, only, pieces):
     assert done.returncode == 0, done.stderr
     # The second time, nothing is left to run.
     assert (wanted in done.stderr) if wanted else ("piece" not in done.stderr)
-    heads = ("| method |", "| starting rate |", "| optimizer |")
+    heads = ("| method |", "| starting rate |", "| optimizer |", "| window |")
     assert any(head in done.stdout for head in heads)
-  assert list(tmp_path.glob("*.png")) or study == "outer_momentum"
+  assert list(tmp_path.glob("*.png")) or study in ("outer_momentum", "windows")
