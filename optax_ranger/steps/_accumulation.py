@@ -108,9 +108,9 @@ def accumulate(
       mean, so that a guard in it sees a spike anywhere in the window. Without a
       window (``every=1``) it gets the value as it is.
 
-    `inner` gets all others of the call that closes the window, and
-    ``micro_batches=``, the number of calls in it. A name that looks like one of
-    these, misspelled, is refused.
+    A name that looks like one of these, misspelled, is refused. `inner` gets all
+    others of the call that closes the window, and ``micro_batches=``, the number of
+    calls in it.
 
   Shapes:
     Any tree to the same tree; updates have the gradients' types. The state

@@ -161,7 +161,7 @@ def add(
   part = weight.astype(jnp.float32) * square
   return state._replace(
     square_sum=state.square_sum + jnp.where(counts, part, jnp.zeros_like(part)),
-    num_parts=state.num_parts + num_parts * counts.astype(jnp.int32),
+    num_parts=state.num_parts + jnp.where(counts, num_parts, 0),
   )
 
 
@@ -187,9 +187,11 @@ def close(
   signal = square - numerics.divide(trace, weight)
   seen = jnp.logical_and(state.num_parts > 1, jnp.isfinite(trace + signal + weight))
   calls = calls.astype(jnp.float32)
-  kept = numerics.scalar(rule.decay) ** calls
-  mass = kept * state.mass + (1 - kept)
-  rate = numerics.divide(1 - kept, mass)
+  # To the last digit also for a decay near one.
+  forgotten = jnp.log1p(-numerics.one_minus(rule.decay)) * jnp.maximum(calls, 1)
+  new = -jnp.expm1(forgotten)
+  mass = state.mass + new * (1 - state.mass)
+  rate = numerics.divide(new, mass)
   step = lambda old, new: jnp.where(seen, old + rate * (new - old), old)
   trace, signal = step(state.trace, trace), step(state.signal, signal)
   micro_weight = step(state.micro_weight, numerics.divide(weight, calls))

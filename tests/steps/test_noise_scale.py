@@ -64,6 +64,14 @@ def test_estimates_are_unbiased(batches, reduce):
     assert error < 0.1 * TRACE
 
 
+@pytest.mark.parametrize("decay", [1 - 1e-7, 1 - 1e-5])
+def test_a_decay_near_one_keeps_its_digits(decay):
+  """In float32, one minus it would be off by a fifth."""
+  rule = ranger.by_noise_scale(2, min_every=2, decay=decay)
+  _, state = windows(alternating(1.0, 1.0, 6), rule)
+  np.testing.assert_allclose(state.noise.mass, 1 - decay**6, rtol=1e-5)
+
+
 def windows(gradients, rule, **extra):
   """How many calls each window took, and the last state."""
   step = ranger.accumulate(optax.sgd(0.0), rule)
