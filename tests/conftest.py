@@ -10,6 +10,10 @@ import os
 import pathlib
 import re
 
+# The threads of a worker would wait for those of the other, at full speed.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # `benchmarks/gpu.sh` runs some of the laws on an accelerator, by this variable.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
   flags = [

@@ -14,6 +14,7 @@ from optax_ranger._core.sharding import is_sharded
 from optax_ranger._core.sharding import per_row
 from optax_ranger._core.sharding import replicate
 from optax_ranger._core.shards import vary_as
+from optax_ranger._core.tree import all_finite
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import PyTree
 from optax_ranger._gradients import unreduced
@@ -144,6 +145,25 @@ def in_micro_batches(
   losses = _rejoin(losses)
   finite = jnp.logical_and(finite, jnp.isfinite(losses))
   return Evaluated(losses, aux, statistics, grads, finite), carried
+
+
+def without_ruined(found: Evaluated, problem: Problem) -> Evaluated:
+  """Without a usable example, if one whose loss isn't finite has ruined the gradient.
+
+  Its weight is zero, but zero times a derivative that isn't finite is NaN, and the rows
+  share the backward pass.
+  """
+  lost = jnp.logical_xor(problem.finite, found.finite).any()
+
+  def check(grads):
+    good = all_finite(grads)
+    keep = lambda leaf: jnp.where(good, leaf, jnp.zeros_like(leaf))
+    return jax.tree.map(keep, grads), good
+
+  # In place: a `where` on its own would hold the gradient twice.
+  unchanged = lambda grads: (grads, jnp.logical_not(lost))
+  grads, good = jax.lax.cond(lost, check, unchanged, found.grads)
+  return found._replace(grads=grads, finite=jnp.logical_and(found.finite, good))
 
 
 def refuse_other_than_a_loss_each(losses: Array, n: int) -> None:

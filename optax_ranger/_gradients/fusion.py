@@ -165,10 +165,12 @@ def value_and_grad(
     the direction of steepest ascent.
 
     Every leaf of ``batch`` has leading axis n. An example with an input or a loss
-    that is not finite is replaced by another one and has weight zero; the step's
-    ``num_dropped`` counts it. Without any usable example the
-    gradient is zero; to leave the optimizer alone then, compare the counter with
-    the number of examples, or use ``train_step``.
+    that is not finite has weight zero, and the step's ``num_dropped`` counts it. A
+    bad input is replaced by another example's. If the derivative of a bad loss is
+    not finite either, as of the logarithm of a negative number, it ruins the
+    backward pass of a linear step: then no example of this device is usable.
+    Without any usable example the gradient is zero; to leave the optimizer alone
+    then, compare the counter with the number of examples, or use ``train_step``.
 
   Guarantees:
     * The gradient is that of the step on per-example gradients, for linear steps and
@@ -362,8 +364,12 @@ def _evaluate(
   problem: Problem, weigh: ways.Weigh, options: Options, values_first: bool = False
 ) -> tuple[Evaluated, Any]:
   if options.num_micro_batches > 1:
-    return ways.in_micro_batches(problem, weigh, options, values_first=values_first)
-  return ways.whole(problem, weigh, options)
+    found, carried = ways.in_micro_batches(
+      problem, weigh, options, values_first=values_first
+    )
+  else:
+    found, carried = ways.whole(problem, weigh, options)
+  return ways.without_ruined(found, problem), carried
 
 
 def _by_mean(
@@ -423,8 +429,8 @@ def _by_step(
     if options.num_micro_batches > 1:
       raise
     return _by_examples(problem, step, state, shards, plan)
-  if options.num_micro_batches > 1 and not values_first:
-    # The losses were known only after the weights.
+  if (options.num_micro_batches > 1 and not values_first) or total == shards.n:
+    # What the backward pass has shown: the losses, or a gradient that isn't finite.
     gathered = arguments.gather(shards, plan, found.known, gathered)
     args = arguments.step_arguments(plan, gathered)
   grads = (options.reduce or shards.sum)(found.grads)

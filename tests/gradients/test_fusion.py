@@ -313,6 +313,31 @@ def test_bad_example_is_left_out_of_a_singular_loss():
       close(grad_fn(jnp.ones([1, 2]), batch)[1], expected)
 
 
+@pytest.mark.parametrize("x", [-1.0, 0.0])
+def test_a_loss_that_ruins_the_gradient_drops_the_batch(x):
+  """Zero times a derivative that isn't finite is NaN, and the rows share the pass."""
+  step = ranger.aggregate_by_mean()
+  grad_fn = ranger.value_and_grad(lambda p, batch: jnp.log(batch["x"]) * p, step)
+  for third, expected, count in ((x, 0.0, 4), (np.e, 0.5, 0)):
+    batch = {"x": jnp.array([1.0, np.e, third, 1.0])}
+    state = step.init(jnp.float32(1))
+    value, grads, state = jax.jit(grad_fn)(jnp.float32(1), batch, state=state)
+    np.testing.assert_allclose(grads, expected, rtol=1e-6)
+    assert jax.tree.leaves(state) == [count]
+    assert np.isfinite(value).tolist() == [True, True, not count, True]
+
+
+def test_a_bad_loss_with_a_derivative_drops_itself():
+  losses = lambda params, batch: batch["x"] * params + batch["y"]
+  grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
+  batch = {"x": jnp.array([1.0, 3e38, 3.0]), "y": jnp.array([0.0, 3e38, 0.0])}
+  state = ranger.aggregate_by_mean().init(jnp.float32(1))
+  value, grads, state = grad_fn(jnp.float32(1), batch, state=state)
+  assert not np.isfinite(value[1])
+  np.testing.assert_allclose(grads, 2)
+  assert jax.tree.leaves(state) == [1]
+
+
 def test_weights_differ_from_device_to_device():
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
   member = jnp.array([1.0, 2.0, 1.0, 3.0])

@@ -124,6 +124,26 @@ def test_examples_with_bad_gradients_are_not_usable_where_they_are_apart():
   assert metrics["num_dropped"] == 16
 
 
+@pytest.mark.parametrize("step", [None, ranger.aggregate_by_mean()])
+@pytest.mark.parametrize("way", ["one device", "micro-batches", "mesh", "compiler"])
+def test_a_loss_that_ruins_the_gradient_moves_nothing(way, step):
+  """Its derivative isn't finite either: the rows of its device are not usable."""
+  loss = lambda params, batch: jnp.log(batch[:, 0]) * params["w"].sum()
+  update = build(way, optax.sgd(0.1, momentum=0.9), loss, step=step)
+  good = np.abs(X) + 1
+  bad = np.concatenate([-good[:1], good[1:]])
+  params, state, _ = update(W, update.init(W), good)
+  after, new_state, metrics = update(params, state, bad)
+  assert np.isfinite(after["w"]).all()
+  assert metrics["num_dropped"] == (2 if way == "mesh" else 16)
+  assert metrics["weight"] == (14 if way == "mesh" else 0)
+  if way != "mesh":
+    same((after, new_state.optimizer), (params, state.optimizer))
+  elif step is None:
+    expected, _, _ = update(params, state, good, member_weights=(np.arange(16) > 1) * np.float32(1))
+    close(after, expected)
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("step", [None, ranger.aggregate_by_mean()])
 def test_a_loss_that_is_infinite_by_itself_has_weight_zero(step, num_micro_batches):
