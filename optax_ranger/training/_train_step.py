@@ -59,7 +59,8 @@ def train_step(
     g = \sum_{i} c_i \nabla l_i, \qquad c = L^T 1 \text{ over the whole batch}
 
   An example whose loss, but none of its inputs, is not finite has weight zero; with a
-  `step` and several micro-batches others do not make up for it.
+  `step` and several micro-batches others do not make up for it. If the derivative of
+  that loss is not finite either, no example of its device is usable.
 
   Args:
     per_example_losses: ``(params, batch, **extra) -> losses [n]``, or ``(losses,
