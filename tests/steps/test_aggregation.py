@@ -14,14 +14,14 @@ import optax_ranger as ranger
 from tests.laws import registry
 
 AGGREGATIONS = {
-  "mean": ranger.aggregate_by_mean,
-  "sum": ranger.aggregate_by_sum,
-  "max": ranger.aggregate_by_max,
-  "regions": lambda: ranger.aggregate_by_regions(3),
-  "median": ranger.aggregate_by_median,
-  "trimmed": lambda: ranger.aggregate_by_trimmed_mean(0.2),
-  "geometric": ranger.aggregate_by_geometric_median,
-  "krum": lambda: ranger.aggregate_by_krum(0, 2),
+  "mean": ranger.aggregate_by_mean(),
+  "sum": ranger.aggregate_by_sum(),
+  "max": ranger.aggregate_by_max(),
+  "regions": ranger.aggregate_by_regions(3),
+  "median": ranger.aggregate_by_median(),
+  "trimmed": ranger.aggregate_by_trimmed_mean(0.2),
+  "geometric": ranger.aggregate_by_geometric_median(),
+  "krum": ranger.aggregate_by_krum(0, 2),
 }
 each_aggregation = pytest.mark.parametrize("name", sorted(AGGREGATIONS))
 ORACLES = {
@@ -46,13 +46,13 @@ def draw(n=9, seed=0):
 
 
 def aggregate(step, rows, **extra):
-  return step.update(jnp.asarray(rows), step.init({}), **extra)
+  return jax.jit(step.update)(rows, step.init({}), **extra)
 
 
 @pytest.mark.parametrize("name", sorted(ORACLES))
 def test_aggregation_equals_numpy(name):
   rows, _, weights = draw()
-  result, _ = aggregate(AGGREGATIONS[name](), rows, member_weights=jnp.asarray(weights))
+  result, _ = aggregate(AGGREGATIONS[name], rows, member_weights=weights)
   np.testing.assert_allclose(result, ORACLES[name](rows, weights), rtol=1e-5, atol=1e-6)
 
 
@@ -62,13 +62,8 @@ def test_regions_equal_numpy(within, across):
   rows, regions, weights = draw()
   region_weights = np.array([1.0, 0.5, 0.0, 3.0], np.float32)
   step = ranger.aggregate_by_regions(4, within=within, across=across)
-  result, _ = aggregate(
-    step,
-    rows,
-    regions=jnp.asarray(regions),
-    member_weights=jnp.asarray(weights),
-    region_weights=jnp.asarray(region_weights),
-  )
+  extra = {"member_weights": weights, "region_weights": region_weights}
+  result, _ = aggregate(step, rows, regions=regions, **extra)
   alive = [
     r for r in range(4) if weights[regions == r].sum() > 0 and region_weights[r] > 0
   ]
@@ -88,19 +83,14 @@ def test_regions_equal_numpy(within, across):
 def test_absent_members_count_for_nothing(name, value):
   rows, regions, _ = draw()
   keep = np.arange(9) != 4
-  expected, _ = aggregate(
-    AGGREGATIONS[name](), rows[keep], regions=jnp.asarray(regions[keep])
-  )
+  expected, _ = aggregate(AGGREGATIONS[name], rows[keep], regions=regions[keep])
   bad = rows.copy()
   bad[4, 2] = value
-  result, state = aggregate(AGGREGATIONS[name](), bad, regions=jnp.asarray(regions))
+  result, state = aggregate(AGGREGATIONS[name], bad, regions=regions)
   np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
   assert int(state.num_dropped) == 1
   masked, state = aggregate(
-    AGGREGATIONS[name](),
-    bad,
-    regions=jnp.asarray(regions),
-    member_weights=jnp.asarray(keep),
+    AGGREGATIONS[name], bad, regions=regions, member_weights=keep
   )
   np.testing.assert_allclose(masked, expected, rtol=1e-5, atol=1e-6)
   assert int(state.num_dropped) == 0
@@ -112,8 +102,11 @@ def test_absent_members_count_for_nothing(name, value):
 def test_no_member_gives_zeros(name, n):
   if name == "krum" and n == 0:
     pytest.skip("refused: Krum needs three members, absent or not")
-  extra = {"regions": jnp.zeros([n], jnp.int32), "member_weights": jnp.zeros([n])}
-  result, _ = aggregate(AGGREGATIONS[name](), jnp.ones([n, 4]), **extra)
+  extra = {
+    "regions": np.zeros([n], np.int32),
+    "member_weights": np.zeros([n], np.float32),
+  }
+  result, _ = aggregate(AGGREGATIONS[name], np.ones([n, 4], np.float32), **extra)
   np.testing.assert_array_equal(result, np.zeros(4))
 
 
@@ -125,14 +118,9 @@ def test_no_member_gives_zeros(name, n):
 def test_aggregation_permutes(name, seed):
   rows, regions, weights = draw(seed=seed)
   order = np.random.default_rng(seed).permutation(9)
-  step = AGGREGATIONS[name]()
+  step = AGGREGATIONS[name]
   results = [
-    aggregate(
-      step,
-      rows[o],
-      regions=jnp.asarray(regions[o]),
-      member_weights=jnp.asarray(weights[o]),
-    )[0]
+    aggregate(step, rows[o], regions=regions[o], member_weights=weights[o])[0]
     for o in (np.arange(9), order)
   ]
   # The rounds of the geometric median enlarge what sums in another order differ by.
@@ -143,17 +131,15 @@ def test_aggregation_permutes(name, seed):
 @pytest.mark.guarantees("aggregate_by_regions", "Empty regions are left out")
 def test_empty_regions_count_for_nothing():
   rows, regions, _ = draw()
-  few, _ = aggregate(ranger.aggregate_by_regions(3), rows, regions=jnp.asarray(regions))
-  many, _ = aggregate(
-    ranger.aggregate_by_regions(50), rows, regions=jnp.asarray(regions)
-  )
+  few, _ = aggregate(ranger.aggregate_by_regions(3), rows, regions=regions)
+  many, _ = aggregate(ranger.aggregate_by_regions(50), rows, regions=regions)
   np.testing.assert_allclose(many, few, rtol=1e-6)
 
 
 def test_ids_out_of_range_are_absent():
   rows, _, _ = draw(n=3)
   result, _ = aggregate(
-    ranger.aggregate_by_regions(2), rows, regions=jnp.array([0, -1, 2])
+    ranger.aggregate_by_regions(2), rows, regions=np.array([0, -1, 2])
   )
   np.testing.assert_allclose(result, rows[0], rtol=1e-6)
 
@@ -163,30 +149,30 @@ def test_ids_out_of_range_are_absent():
 )
 def test_one_region_is_the_mean():
   rows, _, weights = draw()
-  extra = {"member_weights": jnp.asarray(weights)}
+  extra = {"member_weights": weights}
   mean, _ = aggregate(ranger.aggregate_by_mean(), rows, **extra)
   one, _ = aggregate(
-    ranger.aggregate_by_regions(1), rows, regions=jnp.zeros([9], jnp.int32), **extra
+    ranger.aggregate_by_regions(1), rows, regions=np.zeros(9, np.int32), **extra
   )
   np.testing.assert_allclose(one, mean, rtol=1e-5)
 
 
 def test_bfloat16_sums_in_float32():
   """1,024 times bf16 0.01 (0.01001) is 10.25; summed in bf16 it would be 4."""
-  rows = jnp.full([1024, 1], 0.01, jnp.bfloat16)
+  rows = np.full([1024, 1], 0.01, jnp.bfloat16)
   result, _ = aggregate(ranger.aggregate_by_sum(), rows)
   assert float(result[0]) == 10.25
 
 
 def test_float64_keeps_its_precision():
   with jax.enable_x64(True):
-    rows = jnp.asarray(np.random.default_rng(0).standard_normal([3, 4]))
+    rows = np.random.default_rng(0).standard_normal([3, 4])
     result, _ = aggregate(ranger.aggregate_by_mean(), rows)
     np.testing.assert_allclose(result, np.mean(rows, axis=0), rtol=1e-15)
 
 
 def test_complex_max_is_by_magnitude():
-  rows = jnp.array([[1 + 1j], [3j], [-2 + 0j]])
+  rows = np.array([[1 + 1j], [3j], [-2 + 0j]], np.complex64)
   result, _ = aggregate(ranger.aggregate_by_max(), rows)
   assert complex(result[0]) == 3j
 
@@ -251,7 +237,7 @@ def test_optax_process_equals_a_chain(case):
 @pytest.mark.parametrize("name", sorted(set(AGGREGATIONS) - {"regions"}))
 def test_optax_process_needs_no_extra_args(name):
   rows, _, _ = draw()
-  process = aggregating.process(optax.identity(), AGGREGATIONS[name](), optax.sgd(1.0))
+  process = aggregating.process(optax.identity(), AGGREGATIONS[name], optax.sgd(1.0))
   updates, _ = aggregate(process, rows)
-  expected, _ = aggregate(AGGREGATIONS[name](), rows)
+  expected, _ = aggregate(AGGREGATIONS[name], rows)
   np.testing.assert_array_equal(updates, -expected)
