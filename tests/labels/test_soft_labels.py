@@ -10,6 +10,8 @@ import pytest
 
 import optax_ranger as ranger
 
+ONES = np.ones([2, 1], np.float32)
+PAIR = ranger.Neighbors(np.array([[1], [0]], np.int32), ONES, ONES)
 CONFUSION = np.array([[0.7, 0.2, 0.1], [0.0, 0.9, 0.1], [0.3, 0.1, 0.6]], np.float32)
 
 
@@ -19,10 +21,23 @@ def forward(logits, labels, confusion, exponent=0.0, smoothing=0.0, mask=None):
   )
 
 
+losses_of = jax.jit(forward)
+slopes_of = jax.jit(jax.grad(lambda logits, *more: forward(logits, *more).sum()))
+
+
 def both(*given):
   """The losses, and the gradient of their sum."""
-  total = lambda logits, *more: forward(logits, *more).sum()
-  return jax.jit(forward)(*given), jax.jit(jax.grad(total))(*given)
+  return losses_of(*given), slopes_of(*given)
+
+
+def known(function, *given):
+  """The result in one program, of arrays whose values are known while it is traced."""
+  return jax.jit(lambda: function(*given))()
+
+
+def known_each(function, *kinds):
+  """As `known`, for each of several."""
+  return jax.device_get(known(lambda: [function(kind) for kind in kinds]))
 
 
 def neighbors_of(n, k=4, seed=0):
@@ -30,7 +45,7 @@ def neighbors_of(n, k=4, seed=0):
   indices, weights = rng.integers(-1, n + 1, [n, k]), rng.uniform(0, 1, [n, k])
   weights[0], weights[1, 0] = 0, np.nan
   return ranger.Neighbors(
-    jnp.asarray(indices, jnp.int32), jnp.ones([n, k]), jnp.asarray(weights, jnp.float32)
+    indices.astype(np.int32), np.ones([n, k], np.float32), weights.astype(np.float32)
   )
 
 
@@ -57,14 +72,15 @@ def test_one_hot_rows_are_integers():
   beliefs[3] = 0
   close = {"rtol": 2e-6, "atol": 1e-6}
   for scale, exponent in ((1.0, 0.0), (30.0, 0.4), (1e4, 0.0)):
-    logits = jnp.asarray(scale * rng.standard_normal([30, 3]), jnp.float32)
+    logits = (scale * rng.standard_normal([30, 3])).astype(np.float32)
     for matrix in (CONFUSION, np.eye(3, dtype=np.float32)):
       whole = both(logits, labels, matrix, np.float32(exponent), np.float32(0.1))
       found = both(logits, rows, matrix, np.float32(exponent), np.float32(0.1))
       for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, **close)
   neighbors = neighbors_of(30)
-  support = ranger.labels.label_support(neighbors, labels)
+  support = known(ranger.labels.label_support, neighbors, labels)
+  kinds = rows, rows.astype(bool), rows.tolist(), jnp.asarray(rows.astype("float16"))
   for function in (
     lambda y: ranger.labels.label_support(neighbors, y),
     lambda y: ranger.labels.label_confusion(y, beliefs),
@@ -72,9 +88,9 @@ def test_one_hot_rows_are_integers():
     lambda y: ranger.labels.refine_targets(y, beliefs, confusion=CONFUSION),
     lambda y: ranger.labels.refine_targets(y, beliefs, support=support),
   ):
-    wanted = function(labels)
-    for kind in (rows, rows.astype(bool), rows.tolist(), jnp.asarray(rows, "float16")):
-      np.testing.assert_allclose(function(kind), wanted, **close)
+    wanted, *found = known_each(function, labels, *kinds)
+    for one in found:
+      np.testing.assert_allclose(one, wanted, **close)
 
 
 def minimizer(labels, loss, steps=400):
@@ -108,7 +124,7 @@ def test_soft_losses_are_means():
   votes = votes_of(20)
   p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
   u = p @ CONFUSION.astype(np.float64)
-  given = jnp.asarray(logits, jnp.float32), votes, CONFUSION
+  given = logits.astype(np.float32), votes, CONFUSION
   for q in (0.0, 0.5):
     each = (1 - u**q) / q if q else -np.log(u)
     wanted = (votes * each).sum(axis=1) - 0.1 * np.log(p).mean(axis=1)
@@ -130,23 +146,23 @@ def test_soft_targets_are_means():
   beliefs[0], beliefs[1] = 0, np.nan
   support = rng.uniform(0, 1, 9).astype(np.float32)
   for given in ({}, {"confusion": CONFUSION}, {"support": support}):
-    each = [
-      np.asarray(ranger.labels.refine_targets(np.full([9], y), beliefs, **given))
-      for y in range(3)
-    ]
+    labels = [np.full([9], y) for y in range(3)]
+    targets = lambda y, given=given: ranger.labels.refine_targets(y, beliefs, **given)
+    found, *each = known_each(targets, votes, *labels)
     wanted = sum(votes[:, [y]] * each[y] for y in range(3))
-    found = ranger.labels.refine_targets(votes, beliefs, **given)
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-6)
 
 
 def test_no_soft_label_no_part():
   votes, beliefs = votes_of(9), np.full([9, 3], [0.5, 0.3, 0.2], np.float32)
-  targets = ranger.labels.refine_targets(votes, beliefs, confusion=CONFUSION)
-  np.testing.assert_allclose(targets[-3:], beliefs[-3:], rtol=1e-6)
-  found = ranger.labels.label_confusion(votes, beliefs)
-  np.testing.assert_allclose(
-    found, ranger.labels.label_confusion(votes[:6], beliefs[:6]), rtol=1e-6
+  refine = lambda votes: ranger.labels.refine_targets(
+    votes, beliefs, confusion=CONFUSION
   )
+  targets = np.asarray(known(refine, votes))
+  np.testing.assert_allclose(targets[-3:], beliefs[-3:], rtol=1e-6)
+  found = known(ranger.labels.label_confusion, votes, beliefs)
+  wanted = known(ranger.labels.label_confusion, votes[:6], beliefs[:6])
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.guarantees(
@@ -157,10 +173,9 @@ def test_votes_are_counted():
   ballots = rng.integers(0, 3, [10, 4])
   votes = (ballots[:, :, None] == np.arange(3)).mean(axis=1)
   beliefs = rng.dirichlet(np.ones(3), 10).astype(np.float32)
-  found = ranger.labels.label_confusion(votes, beliefs)
-  wanted = ranger.labels.label_confusion(
-    ballots.reshape(-1), np.repeat(beliefs, 4, axis=0)
-  )
+  found = known(ranger.labels.label_confusion, votes, beliefs)
+  each = ballots.reshape(-1), np.repeat(beliefs, 4, axis=0)
+  wanted = known(ranger.labels.label_confusion, *each)
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -173,7 +188,7 @@ def test_support_of_soft_labels_equals_a_loop():
   usable = (np.isfinite(votes) & (votes >= 0)).all(axis=1) & (votes.sum(axis=1) > 0)
   wanted = np.zeros(20)
   for i, (indices, weights) in enumerate(
-    zip(*map(np.asarray, (neighbors.indices, neighbors.weights)), strict=True)
+    zip(neighbors.indices, neighbors.weights, strict=True)
   ):
     total, mean = 0.0, np.zeros(3)
     for j, weight in zip(indices, weights, strict=True):
@@ -181,10 +196,9 @@ def test_support_of_soft_labels_equals_a_loop():
         total, mean = total + weight, mean + weight * votes[j]
     if total and usable[i]:
       wanted[i] = np.minimum(votes[i], mean / total).sum()
-  found = ranger.labels.label_support(neighbors, votes)
+  found = known(ranger.labels.label_support, neighbors, votes)
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-  alike = ranger.Neighbors(jnp.array([[1], [0]]), jnp.ones([2, 1]), jnp.ones([2, 1]))
-  found = ranger.labels.label_support(alike, [[0.4, 0.6], [0.4, 0.6]])
+  found = known(ranger.labels.label_support, PAIR, [[0.4, 0.6], [0.4, 0.6]])
   np.testing.assert_allclose(found, 1, rtol=1e-6)
 
 
@@ -192,19 +206,16 @@ def test_support_of_soft_labels_equals_a_loop():
 def test_several_labels_at_once_are_refused(dtype):
   several = np.array([[1, 1, 0], [0, 0, 1]], dtype)
   beliefs = np.full([2, 3], 1 / 3, np.float32)
-  neighbors = ranger.Neighbors(
-    jnp.array([[1], [0]]), jnp.ones([2, 1]), jnp.ones([2, 1])
-  )
   calls = (
     lambda y: forward(beliefs, y, CONFUSION),
     lambda y: ranger.labels.refine_targets(y, beliefs),
     lambda y: ranger.labels.label_confusion(y, beliefs),
-    lambda y: ranger.labels.label_support(neighbors, y),
+    lambda y: ranger.labels.label_support(PAIR, y),
   )
   for call in calls:
     with pytest.raises(ValueError, match=r"sums to 2: .* \(multi-label\) are not"):
       call(several)
-    traced, halves = jax.jit(call)(several), call([[0.5, 0.5, 0], [0, 0, 1]])
+    traced, halves = jax.jit(call)(several), known(call, [[0.5, 0.5, 0], [0, 0, 1]])
     np.testing.assert_allclose(traced, halves, rtol=1e-6)
   with pytest.raises(TypeError, match="soft labels must hold real numbers"):
     calls[0](np.array([["a", "b", "c"]] * 2))
@@ -233,7 +244,7 @@ def test_tokens_equal_a_loop():
   found, slopes = both(logits, labels, CONFUSION, 0.3, 0.1, mask)
   wanted = np.zeros(5)
   for i in range(5):
-    each = np.asarray(forward(logits[i], labels[i], CONFUSION, 0.3, 0.1))
+    each = np.asarray(losses_of(logits[i], labels[i], CONFUSION, 0.3, 0.1))
     there = mask[i] & (labels[i] >= 0)
     wanted[i] = each[there].mean() if there.any() else 0
   np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -252,28 +263,30 @@ def test_pixels_are_tokens_in_two_axes():
   np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
   np.testing.assert_allclose(found[1], square(wanted[1]), rtol=1e-5, atol=1e-7)
   names = np.array(["ant", "bee", "cat", None], object)[square(labels)]
-  named = forward(given[0], names.tolist(), *given[2:])
+  named = known(forward, given[0], names.tolist(), *given[2:])
   np.testing.assert_allclose(named, wanted[0], rtol=1e-6)
   rows = (given[1][..., None] == np.arange(3)).astype(np.float32)
-  soft = forward(given[0], rows, *given[2:])
+  soft = known(forward, given[0], rows, *given[2:])
   np.testing.assert_allclose(soft, wanted[0], rtol=1e-5)
 
 
 def test_a_mask_of_examples_and_no_tokens():
-  logits, labels = jnp.zeros([3, 2]), jnp.zeros([3], jnp.int32)
-  found = forward(logits, labels, jnp.eye(2), mask=jnp.array([1, 0, 2]))
+  logits, labels = np.zeros([3, 2], np.float32), np.zeros([3], np.int32)
+  eye = np.eye(2, dtype=np.float32)
+  found = known(forward, logits, labels, eye, 0.0, 0.0, np.array([1, 0, 2]))
   np.testing.assert_allclose(found, np.log(2) * np.array([1, 0, 1]), rtol=1e-6)
   for shape in ([3, 0], [0, 4]):
-    empty = forward(jnp.zeros([*shape, 2]), jnp.zeros(shape, jnp.int32), jnp.eye(2))
+    more = np.zeros([*shape, 2], np.float32), np.zeros(shape, np.int32)
+    empty = known(forward, *more, eye)
     np.testing.assert_array_equal(empty, np.zeros(shape[0]))
-  half = forward(logits.astype(jnp.float16), labels, jnp.eye(2))
+  half = known(forward, logits.astype(np.float16), labels, eye)
   assert half.dtype == jnp.float32
   with pytest.raises(TypeError, match=r"mask must hold booleans.*write mask > 0"):
-    forward(logits, labels, jnp.eye(2), mask=jnp.ones([3]))
+    forward(logits, labels, eye, mask=np.ones([3]))
   with pytest.raises(ValueError, match=r"mask must have shape \[3\], got \[3, 2\]"):
-    forward(logits, labels, jnp.eye(2), mask=jnp.ones([3, 2], bool))
+    forward(logits, labels, eye, mask=np.ones([3, 2], bool))
   with pytest.raises(ValueError, match=r"labels must have shape \[3, 4\], got \[3\]"):
-    forward(jnp.zeros([3, 4, 2]), labels, jnp.eye(2))
+    forward(np.zeros([3, 4, 2], np.float32), labels, eye)
 
 
 @pytest.mark.guarantees(
