@@ -24,18 +24,27 @@ def _held_out_of(points, labels, **more):
   return np.asarray(ranger.labels.held_out_beliefs(points, labels, **more))
 
 
+@jax.jit
 def _kernel(points, labels, taught):
   """The kernel's part, with its random features, as in the library."""
-  key = jax.random.key(0)
-  normals = jax.random.normal(key, [points.shape[1], 16])
+  normals = jax.random.normal(jax.random.key(0), [points.shape[1], 16])
   view = _held_out._View(normals, jnp.linspace(0, 6, 16), jnp.arange(3))
-  rows, taught = jnp.asarray(points), jnp.asarray(taught)
-  ids = jnp.arange(len(rows), dtype=jnp.int32)
-  block = _held_out._Block(rows, jnp.asarray(labels), taught, ids)
+  ids = jnp.arange(len(points), dtype=jnp.int32)
+  block = _held_out._Block(points, labels, taught, ids)
   seen, origin = view(block), jnp.full([16], 0.1)
   start = tuple(jnp.zeros(shape) for shape in ([16], [3], [16, 16], [16, 3]))
   learned = _held_out._learn((view, origin), start, block)
   return seen, _held_out._Kernel.of(origin, learned, taught.sum())
+
+
+@jax.jit
+def _predict(kernel, seen, ridge):
+  return kernel.fit(ridge).predict(seen)
+
+
+@jax.jit
+def _ask(seen):
+  return _held_out._Near.of(seen).ask(seen)
 
 
 @pytest.mark.guarantees(
@@ -46,7 +55,7 @@ def test_the_kernel_equals_refitting():
   taught = np.arange(40) % 7 != 3
   seen, kernel = _kernel(points, labels, taught)
   ridge = 0.1
-  found = kernel.fit(jnp.float32(ridge)).predict(seen)
+  found = np.asarray(_predict(kernel, seen, ridge))
   table, label = np.asarray(seen.table, float), np.asarray(seen.label, float)
   penalty = ridge * np.trace(np.asarray(kernel.gram, float)) / 16
   for i in range(40):
@@ -66,17 +75,16 @@ def test_own_label_is_not_seen():
   points, labels, _ = _clusters(n=60)
   taught = np.ones(60, bool)
   seen, kernel = _kernel(points, labels, taught)
-  before = kernel.fit(jnp.float32(0.1)).predict(seen)
+  before = np.asarray(_predict(kernel, seen, 0.1))
   changed = labels.copy()
   changed[5] = (labels[5] + 1) % 3
   seen, kernel = _kernel(points, changed, taught)
-  after = kernel.fit(jnp.float32(0.1)).predict(seen)
+  after = np.asarray(_predict(kernel, seen, 0.1))
   np.testing.assert_allclose(after[5], before[5], atol=1e-4)
-  assert np.abs(np.asarray(after - before)).max() > 1e-3
-  near = [
-    _held_out._Near.of(s).ask(s)[0]
-    for s in (seen, seen._replace(label=seen.label.at[5].set(0)))
-  ]
+  assert np.abs(after - before).max() > 1e-3
+  blank = np.array(seen.label)
+  blank[5] = 0
+  near = [np.asarray(_ask(s)[0]) for s in (seen, seen._replace(label=blank))]
   # But for the share of each class, which all examples get as one vote.
   np.testing.assert_allclose(near[0][5], near[1][5], atol=0.01)
 
@@ -181,24 +189,25 @@ def test_the_mixture_is_the_likeliest():
   best = optimize.minimize(unlikely, np.zeros(3), method="Nelder-Mead").x
   weights = np.exp(best) / np.exp(best).sum()
   expected = sum(w * table for w, table in zip(weights, tables, strict=True))
-  found = ranger.labels.mix_beliefs(tables, labels)
+  found = jax.jit(ranger.labels.mix_beliefs)(tables, labels)
   np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 def test_a_mixture_of_what_is_there():
-  there = jnp.array([[0.5, 0.5], [0.0, 0.0], [0.0, 0.0]])
-  other = jnp.array([[0.25, 0.75], [0.25, 0.75], [jnp.nan, 1.0]])
-  found = ranger.labels.mix_beliefs([there, other], jnp.array([1, 1, 1]))
+  mix = jax.jit(lambda *tables: ranger.labels.mix_beliefs(tables, np.array([1, 1, 1])))
+  there = np.array([[0.5, 0.5], [0.0, 0.0], [0.0, 0.0]])
+  found = mix(there, np.array([[0.25, 0.75], [0.25, 0.75], [np.nan, 1.0]]))
+  found = np.asarray(found)
   np.testing.assert_allclose(found[1], [0.25, 0.75], atol=1e-6)
   np.testing.assert_array_equal(found[2], [0, 0])
   # The other gives the first label no chance: it has no weight, but the second row.
-  other = jnp.array([[1.0, 0.0], [0.25, 0.75], [0.0, 0.0]])
-  found = ranger.labels.mix_beliefs([there, other], jnp.array([1, 1, 1]))
+  other = np.array([[1.0, 0.0], [0.25, 0.75], [0.0, 0.0]])
+  found = mix(there, other)
   np.testing.assert_allclose(found, [[0.5, 0.5], [0.25, 0.75], [0, 0]], atol=1e-6)
   with pytest.raises(ValueError, match="at least one"):
-    ranger.labels.mix_beliefs([], jnp.array([1]))
+    ranger.labels.mix_beliefs([], np.array([1]))
   with pytest.raises(ValueError, match="beliefs"):
-    ranger.labels.mix_beliefs([there, other[:2]], jnp.array([1, 1, 1]))
+    ranger.labels.mix_beliefs([there, other[:2]], np.array([1, 1, 1]))
 
 
 @pytest.mark.guarantees(
@@ -206,7 +215,7 @@ def test_a_mixture_of_what_is_there():
 )
 def test_no_confusion_no_change():
   beliefs = np.random.default_rng(0).dirichlet([1, 1, 1], 20)
-  found = ranger.labels.clean_beliefs(beliefs, np.eye(3))
+  found = jax.jit(ranger.labels.clean_beliefs)(beliefs, np.eye(3))
   np.testing.assert_allclose(found, beliefs, atol=1e-5)
 
 
@@ -218,9 +227,10 @@ def test_clean_beliefs_explain_the_beliefs():
   confusion = 0.7 * np.eye(4) + 0.3 * rng.dirichlet([1] * 4, 4)
   true = rng.dirichlet([0.5] * 4, 50)
   beliefs = true @ confusion
-  found = ranger.labels.clean_beliefs(beliefs, confusion, steps=2000)
+  clean = jax.jit(ranger.labels.clean_beliefs, static_argnames="steps")
+  found = np.asarray(clean(beliefs, confusion, steps=2000))
   np.testing.assert_allclose(found @ confusion, beliefs, atol=1e-3)
-  blank = ranger.labels.clean_beliefs(np.zeros([2, 4]), confusion)
+  blank = clean(np.zeros([2, 4]), confusion)
   np.testing.assert_array_equal(blank, 0)
 
 
@@ -269,23 +279,28 @@ def test_votes_equal_counting():
   points, labels, _ = _clusters(n=70)
   taught = np.arange(70) % 6 != 2
   seen, _ = _kernel(points, labels, taught)
-  near = _held_out._Near.of(seen)
   shares = np.array([(labels[taught] == c).sum() + 1 / 3 for c in range(3)])
   away = np.linalg.norm(points[:, None] - points[None], axis=2)
   away[:, ~taught] = np.inf
   np.fill_diagonal(away, np.inf)
   order = np.argsort(away, axis=1)
-  for k, found in zip((5, 10, 20, 50), near.ask(seen), strict=True):
+  for k, found in zip((5, 10, 20, 50), _ask(seen), strict=True):
     votes = np.eye(3)[labels[order[:, :k]]].sum(axis=1) + shares / shares.sum()
     np.testing.assert_allclose(found, votes / votes.sum(axis=1, keepdims=True), 1e-5)
 
 
 def test_keys_are_not_the_users():
-  key = jax.random.split(jax.random.key(0))[0]
   n = 6000  # More than there are keys.
-  wrong = jax.random.bernoulli(key, 0.4, [n])
-  true = jnp.arange(n) % 3
-  points = 4 * jnp.eye(3)[true] + jax.random.normal(jax.random.key(7), [n, 3])
-  given = jnp.where(wrong, (true + 1) % 3, true)
-  beliefs = ranger.labels.held_out_beliefs(points, given, num_classes=3)
-  assert float((beliefs.argmax(axis=1) == true).mean()) > 0.9
+  true = np.arange(n) % 3
+
+  @jax.jit
+  def draw():
+    key = jax.random.split(jax.random.key(0))[0]
+    normal = jax.random.normal(jax.random.key(7), [n, 3])
+    return jax.random.bernoulli(key, 0.4, [n]), normal
+
+  wrong, normal = jax.device_get(draw())
+  points = 4 * np.eye(3, dtype=np.float32)[true] + normal
+  given = np.where(wrong, (true + 1) % 3, true)
+  beliefs = np.asarray(ranger.labels.held_out_beliefs(points, given, num_classes=3))
+  assert (beliefs.argmax(axis=1) == true).mean() > 0.9
