@@ -28,20 +28,24 @@ def parts(sizes):
 
 
 def start():
-  return {"w": jnp.asarray([0.5, -1.0, 2.0])}
+  return {"w": np.array([0.5, -1.0, 2.0], np.float32)}
 
 
 def on_whole_windows(inner, reduce):
   """One step of the inner optimizer on all examples of each window."""
+
+  @jax.jit
+  def update(params, state, x, y):
+    # The sum is the mean times the examples of the window.
+    count = len(x) if reduce == "sum" else 1
+    grads = jax.grad(lambda *args: count * mean_loss(*args))(params, x, y)
+    updates, state = inner.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
   params, found = start(), []
   state = inner.init(params)
   for rows in parts(WINDOWS):
-    # The sum is the mean times the examples of the window.
-    count = len(X[rows]) if reduce == "sum" else 1
-    loss = lambda *args, count=count: count * mean_loss(*args)
-    grads = jax.grad(loss)(params, X[rows], Y[rows])
-    updates, state = inner.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
+    params, state = update(params, state, X[rows], Y[rows])
     found.append(params)
   return found
 
