@@ -18,8 +18,8 @@ ODD = (0.0, -0.0, 1.0, -1e-45, 1e-38, 3e38, -3e38, np.nan, np.inf, -np.inf)
 
 # Jitted once: operation by operation, each shape would be compiled in pieces.
 scale_of = jax.jit(ranger.labels.robust_scale)
-scale_around = jax.jit(
-  lambda r, weights, center: ranger.labels.robust_scale(
+weighted_scale_of = jax.jit(
+  lambda r, weights, center=None: ranger.labels.robust_scale(
     r, weights=weights, center=center
   )
 )
@@ -35,7 +35,7 @@ def problem(n=30, k=5, width=2, seed=0):
   targets = rng.standard_normal([n, width]).astype(np.float32)
   targets[7, 0], targets[8], targets[9, -1] = 1e4, np.nan, np.inf
   neighbors = ranger.Neighbors(
-    jnp.asarray(indices, jnp.int32), jnp.ones([n, k]), jnp.asarray(weights, jnp.float32)
+    indices.astype(np.int32), np.ones([n, k], np.float32), weights.astype(np.float32)
   )
   return neighbors, targets
 
@@ -81,19 +81,15 @@ def test_robust_scale_equals_a_loop(seed):
   residuals[0, 0], residuals[1] = np.nan, np.inf
   weights = rng.integers(0, 4, 21 + seed).astype(np.float64)
   weights[:4] = [1, 2, np.nan, -1]
-  given = jnp.asarray(residuals, jnp.float32), jnp.asarray(weights, jnp.float32)
+  given = residuals.astype(np.float32), weights.astype(np.float32)
   for center in (None, 0.5):
     wanted = [spread(residuals[:, j], weights, center) for j in range(2)]
-    found = (
-      ranger.labels.robust_scale(given[0], weights=given[1])
-      if center is None
-      else scale_around(*given, center)
-    )
+    found = weighted_scale_of(*given, center)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
   usable = np.where(np.isfinite(weights) & (weights > 0), weights, 0).astype(int)
   repeated = np.repeat(given[0], usable, axis=0)
-  wanted = ranger.labels.robust_scale(given[0], weights=given[1])
-  np.testing.assert_allclose(scale_of(jnp.asarray(repeated)), wanted, rtol=1e-6)
+  wanted = weighted_scale_of(*given)
+  np.testing.assert_allclose(scale_of(repeated), wanted, rtol=1e-6)
   np.testing.assert_allclose(
     scale_of(given[0][:, 0]), spread(residuals[:, 0], np.ones(21 + seed)), rtol=1e-5
   )
@@ -137,16 +133,17 @@ def test_odd_residuals_have_a_scale():
     assert np.isfinite(scale)
     assert scale >= 0
   assert scale_of(np.full([7], np.nan, np.float32)) == 0
-  assert ranger.labels.robust_scale(jnp.zeros([0])) == 0
-  assert ranger.labels.robust_scale(jnp.zeros([0, 3])).shape == (3,)
+  assert scale_of(np.zeros([0], np.float32)) == 0
+  assert scale_of(np.zeros([0, 3], np.float32)).shape == (3,)
   # Six of nine are equal: of the others 1, 2 and 30.
   found = scale_of(np.array([5, 5, 5, 6, 5, 5, 7, 5, 35], np.float32))
   np.testing.assert_allclose(found, NORMAL * 2, rtol=1e-6)
-  half = ranger.labels.robust_scale(jnp.array([1, 2, 4], jnp.float16))
+  half = scale_of(np.array([1, 2, 4], np.float16))
   assert (half.dtype, half) == (jnp.float32, np.float32(NORMAL))
-  whole = ranger.labels.robust_scale(jnp.array([1, 2, 4]))
+  whole = scale_of(np.array([1, 2, 4]))
   np.testing.assert_allclose(whole, NORMAL, rtol=1e-6)
-  assert not jax.grad(lambda r: ranger.labels.robust_scale(r))(jnp.arange(5.0)).any()
+  slopes = jax.jit(jax.grad(ranger.labels.robust_scale))(np.arange(5, dtype=np.float32))
+  assert not slopes.any()
 
 
 def test_wide_residuals_keep_their_type():
@@ -187,7 +184,7 @@ def test_target_support_equals_a_loop(scale):
   for rows in (targets, targets[:, :1]):
     wanted = support_by_loop(neighbors, rows, scale)
     given = rows if rows.shape[1] == 2 else rows[:, 0]
-    found = ranger.labels.target_support(neighbors, given, scale=scale)
+    found = np.asarray(support_of(neighbors, given, scale=scale))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
     assert (found[3], found[8]) == (0, 0)
@@ -235,7 +232,7 @@ def test_target_support_of_odd_targets():
   for width in (1, 2):
     for _ in range(20):
       targets = rng.choice(ODD, [30, width]).astype(np.float32)
-      found = support_of(neighbors, targets)
+      found = np.asarray(support_of(neighbors, targets))
       assert np.isfinite(found).all()
       assert ((found >= 0) & (found <= 1)).all()
   equal = support_of(neighbors, np.full([30], 3.0, np.float32))
@@ -243,16 +240,15 @@ def test_target_support_of_odd_targets():
   np.testing.assert_array_equal(equal, there)
   one = np.zeros(30, np.float32)
   one[11] = 1
-  np.testing.assert_allclose(support_of(neighbors, one)[11] < 1, True)
+  np.testing.assert_allclose(np.asarray(support_of(neighbors, one))[11] < 1, True)
   none = support_of(neighbors, np.full([30], np.nan, np.float32))
   np.testing.assert_array_equal(none, np.zeros(30))
   for n, k in ((0, 2), (3, 0)):
-    empty = ranger.Neighbors(
-      jnp.zeros([n, k], jnp.int32), jnp.zeros([n, k]), jnp.zeros([n, k])
-    )
-    found = ranger.labels.target_support(empty, jnp.ones([n]))
+    zeros = np.zeros([n, k], np.float32)
+    empty = ranger.Neighbors(zeros.astype(np.int32), zeros, zeros)
+    found = support_of(empty, np.ones([n], np.float32))
     np.testing.assert_array_equal(found, np.zeros(n))
-  whole = ranger.labels.target_support(neighbors, np.arange(30))
+  whole = support_of(neighbors, np.arange(30))
   assert whole.dtype == jnp.float32
 
 
@@ -273,6 +269,7 @@ def loss_of(predictions, targets, scale, threshold=2.385, slope=1.0, mask=None):
   )
 
 
+losses_of = jax.jit(loss_of)
 total = lambda *given: loss_of(*given).sum()
 value_and_slope = jax.jit(lambda *given: (loss_of(*given), jax.grad(total)(*given)))
 
@@ -363,32 +360,34 @@ def test_targets_that_do_not_count():
   mask = np.arange(20).reshape(5, 4) % 3 > 0
   targets[0, 1], targets[1], predictions[2, 0] = np.nan, np.inf, np.nan
   mask[3], mask[2, 0] = False, False
-  found, slopes = value_and_slope(predictions, targets, 0.5, 2.0, 1.0, mask)
+  given = predictions, targets, 0.5, 2.0, 1.0, mask
+  found, slopes = map(np.asarray, value_and_slope(*given))
   counted = mask & np.isfinite(targets)
   for i in range(5):
     here = counted[i]
-    each = loss_of(predictions[i][here], targets[i][here], 0.5, 2.0)
+    each = np.asarray(losses_of(predictions[i][here], targets[i][here], 0.5, 2.0))
     wanted = each.mean() if here.any() else 0
     np.testing.assert_allclose(found[i], wanted, rtol=1e-6)
   assert found[1] == found[3] == 0
-  np.testing.assert_array_equal(np.asarray(slopes) != 0, counted)
+  np.testing.assert_array_equal(slopes != 0, counted)
 
 
 def test_types_of_predictions_and_targets():
-  loss = loss_of(
-    jnp.array([1, 2], jnp.float16), np.array([1, 4]), jnp.float32(1.0), 2.0
-  )
+  given = np.array([1, 2], np.float16), np.array([1, 4]), np.float32(1.0), 2.0
+  loss = losses_of(*given)
   assert loss.dtype == jnp.float32
   np.testing.assert_allclose(loss, [0, 2 * np.log(2)], rtol=1e-6)
-  assert loss_of(jnp.zeros([0, 2]), jnp.zeros([0, 2]), 1.0).shape == (0,)
-  assert loss_of(jnp.zeros([2, 0]), jnp.zeros([2, 0]), 1.0).shape == (2,)
+  for shape in ([0, 2], [2, 0]):
+    none = np.zeros(shape, np.float32)
+    assert losses_of(none, none, 1.0).shape == (shape[0],)
   with jax.enable_x64(True):
-    wide = loss_of(jnp.array([1.0]), jnp.array([2.0]), 1.0, 1.0)
+    wide = losses_of(np.array([1.0]), np.array([2.0]), 1.0, 1.0)
     np.testing.assert_allclose(wide, np.log(2), rtol=1e-15)
 
 
-NEIGHBORS = ranger.Neighbors(jnp.array([[1], [0]]), jnp.ones([2, 1]), jnp.ones([2, 1]))
-TWO = jnp.zeros([2])
+ONES = np.ones([2, 1], np.float32)
+NEIGHBORS = ranger.Neighbors(np.array([[1], [0]], np.int32), ONES, ONES)
+TWO = jnp.asarray(np.zeros([2], np.float32))
 
 
 @pytest.mark.parametrize(
