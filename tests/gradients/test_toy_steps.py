@@ -152,7 +152,7 @@ def halved():
 
 
 def params():
-  return {"w": jnp.linspace(-1, 1, D), "b": jnp.zeros([])}
+  return {"w": np.linspace(-1, 1, D, dtype=np.float32), "b": np.float32(0)}
 
 
 def losses(params, batch):
@@ -256,7 +256,9 @@ def test_open_window(way):
 def test_smoothed_copy(way):
   found, state = train(way, optax.chain(optax.sgd(0.01), halved()))
   before, _ = train(way, optax.chain(optax.sgd(0.01), halved()), steps=3)
-  close(ranger.eval_params(state, found), jax.tree.map(lambda p: p / 2, before))
+  close(
+    ranger.eval_params(state, found), jax.tree.map(lambda p: np.asarray(p) / 2, before)
+  )
 
 
 def test_checkpoints(tmp_path):
