@@ -131,6 +131,7 @@ each_case_and_aggregator = pytest.mark.parametrize(
 
 
 apply = nnx.jit(lambda layer, *args: layer(*args))
+state_of = jax.jit(lambda state, i: jax.tree.map(lambda leaf: leaf[i], state))
 
 
 def draw(name, seed=0):
@@ -150,7 +151,7 @@ def local_of(layer, region):
   if layer.shared:
     return layer.local
   graphdef, state = nnx.split(layer.local)
-  return nnx.merge(graphdef, jax.tree.map(lambda leaf: np.asarray(leaf)[region], state))
+  return nnx.merge(graphdef, state_of(state, region))
 
 
 def loop(name, layer, x, weights):
