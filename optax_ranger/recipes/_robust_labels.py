@@ -265,7 +265,9 @@ def _rows_of(known: KnownLabels, ids: Array) -> tuple[Array, Array]:
     beliefs = beliefs[places]
     return weights, jnp.where(there[:, None], beliefs, jnp.zeros_like(beliefs))
 
-  return automatic(take, ids, ids)(known.weights, known.beliefs, ids)
+  # A checkpoint may have given back arrays of NumPy, which traced ids don't index.
+  weights, beliefs = jnp.asarray(known.weights), jnp.asarray(known.beliefs)
+  return automatic(take, ids, ids)(weights, beliefs, ids)
 
 
 def _judge(
