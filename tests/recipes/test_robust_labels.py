@@ -122,7 +122,7 @@ def test_what_is_known_may_be_of_numpy():
   given = 3 * np.asarray(data.x), np.asarray(data.labels), IDS
   restored = jax.device_get(known)
   found = jax.jit(lambda ids: robust.losses(restored, *given[:2], ids))(IDS)
-  np.testing.assert_allclose(found, jax.jit(robust.losses)(known, *given), rtol=1e-6)
+  np.testing.assert_allclose(found, jax.jit(robust.losses)(known, *given), rtol=1e-4)
   wanted = robust.ask(known, data.x, data.labels)
   after = robust.ask(restored, *jax.device_get((data.x, data.labels)))
   np.testing.assert_allclose(after.weights, wanted.weights, rtol=1e-3)
