@@ -140,7 +140,9 @@ def test_a_loss_that_ruins_the_gradient_moves_nothing(way, step):
   if way != "mesh":
     same((after, new_state.optimizer), (params, state.optimizer))
   elif step is None:
-    expected, _, _ = update(params, state, good, member_weights=(np.arange(16) > 1) * np.float32(1))
+    expected, _, _ = update(
+      params, state, good, member_weights=(np.arange(16) > 1) * np.float32(1)
+    )
     close(after, expected)
 
 
