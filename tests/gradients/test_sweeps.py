@@ -74,14 +74,18 @@ def test_sweeps_change_nothing(name, num_sweeps, micro_batch_size):
   close(jax.jit(in_sweeps)(params, batch, state=state, **extra), expected)
 
 
-@pytest.mark.parametrize("name", ["krum", pytest.param("mgda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "name", ["krum", "geometric", pytest.param("mgda", marks=pytest.mark.slow)]
+)
 def test_every_entry_of_a_part_counts_once(name):
   """Gradients that differ in the first and last entries of the parts only."""
   rng = np.random.default_rng(0)
-  batch = {"x": rng.standard_normal([7, 4]).astype(np.float32)}
-  places = np.array([0, 2, 3, 9])  # Of parts of three entries, the last from 7 on.
+  # Of parts of three entries, the last from 7 on: 8 is in two of them.
+  places = np.array([0, 2, 3, 8, 9])
+  x = rng.standard_normal([7, 5]) * [1, 1, 1, 3, 1]
+  batch = {"x": x.astype(np.float32)}
   losses = lambda w, batch: batch["x"] @ w[places]
-  step = {"krum": ranger.aggregate_by_krum(1), "mgda": ranger.aggregate_by_mgda()}[name]
+  step = {**STEPS, "krum": ranger.aggregate_by_krum(1)}[name]
   found = [
     jax.jit(ranger.value_and_grad(losses, step, num_sweeps=num))(
       np.zeros(10, np.float32), batch

@@ -297,6 +297,18 @@ def test_inputs_without_points_give_zeros(aggregator, shared):
   assert apply(layer, draw("centers")[:0]).shape == (0, 4)
 
 
+def test_an_empty_region_is_no_zero_in_a_maximum():
+  class Negative(nnx.Module):
+    def __call__(self, points, mask):
+      return -1 - (points * mask[..., None]).sum(axis=1)
+
+  partition = layers.Centers(np.array([[0.0], [9.0]], np.float32))
+  layer = layers.RegionalAggregator(partition, Negative(), "max")
+  near = np.array([[[1.0], [2.0]]], np.float32)
+  np.testing.assert_array_equal(layer(near), [[-4]])
+  np.testing.assert_array_equal(layer(np.concatenate([near, near + 7], 1)), [[-4]])
+
+
 def test_capacity_keeps_the_first_points():
   partition = layers.Centers(CENTERS, capacity=2)
   split = jax.jit(partition.split)

@@ -206,6 +206,9 @@ def test_sampling_keeps_the_sum():
   assert (score < 4).all()
   assert (np.abs(sums.mean(axis=0) - whole / 2) / error > 8).all()
   assert (drawn.indices[:, :, 0] != drawn.indices[:, :, 1]).all()
+  # In the order that they had.
+  places = (indices[None, :, :, None] == drawn.indices[:, :, None]).argmax(axis=2)
+  assert (np.diff(places, axis=2) > 0).all()
 
 
 def test_label_support_finds_flipped_labels():
