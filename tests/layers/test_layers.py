@@ -300,7 +300,7 @@ def test_inputs_without_points_give_zeros(aggregator, shared):
 def test_an_empty_region_is_no_zero_in_a_maximum():
   class Negative(nnx.Module):
     def __call__(self, points, mask):
-      return -1 - (points * mask[..., None]).sum(axis=1)
+      return -1 - jnp.where(mask[..., None], points, 0).sum(axis=1)
 
   partition = layers.Centers(np.array([[0.0], [9.0]], np.float32))
   layer = layers.RegionalAggregator(partition, Negative(), "max")
