@@ -105,7 +105,7 @@ BROKEN = {
   "pure": lambda: step(init=lambda params: jnp.float32(np.random.rand())),  # noqa: NPY002
   "state of arrays": lambda: step(init=lambda params: np.zeros(3)),
   "abstract init": _of_two_shapes,
-  "jit equals eager": lambda: step(lambda leaf: leaf * (2 if _traced(leaf) else 1)),
+  "jit equals eager": lambda: step(lambda leaf: leaf * (1.001 if _traced(leaf) else 1)),
   "types are kept, float32": lambda: step(init=lambda params: jnp.asarray(1.0)),
   "types are kept, bfloat16": _float32,
   "types are kept, float16": _float32,
