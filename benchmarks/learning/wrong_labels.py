@@ -54,6 +54,8 @@ def pieces(args: argparse.Namespace) -> list[_runner.Piece]:
         names = list(_CNN)
       elif not args.quick and (problem, model) == ("fashion-mnist", "mlp"):
         names += _ranger.ABLATIONS
+      elif model == "linear":
+        names += ["no_decay"]  # It costs a linear head most.
       for name in names:
         count = 1 if args.quick else args.seeds
         if model == "cnn" or name in _ranger.ABLATIONS:
