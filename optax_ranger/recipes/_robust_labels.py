@@ -27,6 +27,9 @@ _BLOCK = 8192
 # The same share: at the first or below, the network memorizes, and weights are sharp;
 # at the second or above it does not, and half of the sharpness is enough.
 _MEMORIZES, _DOES_NOT = 0.85, 0.95
+# Projections of the same features, maybe in another precision, differ by less: a share
+# of their mean square.
+_SAME = 1e-3
 
 
 class KnownLabels(NamedTuple):
@@ -46,6 +49,11 @@ class KnownLabels(NamedTuple):
       too late.
     believed: how many times ``ask`` believed the features it was given.
     asked: how many times it was called.
+    capacity: how far the network could memorize labels, in [0, 1]. 1, or ``2 d / n``
+      if that is less, once ``ask`` was given the d features that ``init`` had: a
+      linear model of these can't do more. Weights, exponent and smoothing fade with it.
+    projection: ``float32 [n]``, a random projection of the features that ``init`` was
+      given, by which ``ask`` knows them again.
   """
 
   beliefs: Array
@@ -57,6 +65,8 @@ class KnownLabels(NamedTuple):
   learned_noise: Array
   believed: Array
   asked: Array
+  capacity: Array
+  projection: Array
 
 
 class RobustLabels(NamedTuple):
@@ -97,29 +107,33 @@ def robust_labels(
   estimates of the noise and refuses features that have memorized labels.
 
   .. math::
-    \ell_i = w_i \Big( \frac{1 - u_i^q}{q} - s \, \overline{\log p_i} \Big)
+    \ell_i = w_i \Big( \frac{1 - u_i^q}{q}
+      - s \kappa \, \overline{\log p_i} \Big)
       - \beta \sum_c b_i(c) \log p_i(c), \qquad
-    u_i = \sum_c p_i(c) \, T[c, y_i], \qquad q = q_0 \sigma, \qquad
-    w_i \propto P(y_i \text{ is right})^{\alpha \mu \sigma}
+    u_i = \sum_c p_i(c) \, T[c, y_i], \qquad q = q_0 \sigma \kappa, \qquad
+    w_i \propto P(y_i \text{ is right})^{\alpha \mu \sigma \kappa}
 
   :math:`\sigma` is the spread of the wrong labels over classes
   (``labels.confusion_spread``): where each class is mistaken for one other, T says
   everything, and weights and exponent would only hurt. :math:`\mu` is 1 until ``ask``
   is called. It falls to 1/2 where the learned features see as much noise as the
-  given ones, so that the network has memorized none of it.
+  given ones, so that the network has memorized none of it. :math:`\kappa`, the
+  capacity, is 1 until ``ask`` is given the features that ``init`` had. Then the
+  network is linear in these d features, and can memorize little: :math:`\kappa` is
+  2 d / n, at most 1.
 
   It helps under random flips, under confusion of certain classes and under labels
-  that people got wrong. It costs up to 0.4 points of accuracy where labels are
-  clean, and up to 1.5 with a linear head, which memorizes little. It hurts where
-  distances between the features mean nothing, and where copies of an example bear the
-  same wrong label. Labels of which several are right at once (multi-label) are refused.
+  that people got wrong. It costs up to 0.4 points of accuracy where labels are clean.
+  It hurts where distances between the features mean nothing, and where copies of an
+  example bear the same wrong label. Labels of which several are right at once
+  (multi-label) are refused.
   For numbers as targets see ``labels.robust_regression_loss``.
 
   Args:
     num_classes: C, a static Python integer, at least 2.
     exponent: :math:`q_0` in [0, 1]. 0 is the cross-entropy under T; larger ones
       ignore more of what contradicts the network.
-    smoothing: s, not negative, the pull to the uniform distribution.
+    smoothing: s in [0, 1], the pull to the uniform distribution.
     belief: :math:`\beta`, not negative, the pull to the beliefs.
     sharpness: :math:`\alpha`, not negative. 0 weighs all examples alike.
 
@@ -136,10 +150,12 @@ def robust_labels(
       batch, and the positions of its examples in the training set. An example with
       the id -1 has the weight one and no belief. Ids may be shuffled, dropped and
       repeated. Take their mean. An example without a label follows its belief.
-    * ``ask(known, features, labels, progress=False)``: the same features of all
-      examples, such as those before the last layer, and all labels. Five times,
-      evenly over training, are enough; any other time is safe. It takes about half
-      a second for 10,000 examples, and compiles once under ``jax.jit``.
+    * ``ask(known, features, labels, progress=False)``: features of all examples that
+      the network has learned, those before its last layer, and all labels. Of a
+      linear head these are the features that ``init`` had; never pass those for a
+      deeper network. Five times, evenly over training, are enough; any other time
+      is safe. It takes about half a second for 10,000 examples, and compiles once
+      under ``jax.jit``. Rows that are not finite are left out.
     * ``metrics(known, predictions, labels)``: predictions or logits ``[n, C]`` of all
       examples; see there.
 
@@ -175,17 +191,16 @@ def robust_labels(
     Patrini et al., Making Deep Neural Networks Robust to Label Noise, 2017,
     https://arxiv.org/abs/1609.03683, theorem 2, for the correction; Zhang and
     Sabuncu, Generalized Cross Entropy Loss, 2018, https://arxiv.org/abs/1805.07836,
-    equation 6, for the exponent; Northcutt et al., Confident Learning, 2021,
-    https://arxiv.org/abs/1911.00068, for labels judged by held-out predictions. The
-    recipe is ours.
+    equation 6, for the exponent; Cover, Geometrical and Statistical Properties of
+    Systems of Linear Inequalities, 1965, https://doi.org/10.1109/PGEC.1965.264137, for
+    the 2 d rows that a linear model can memorize; Northcutt et al., Confident Learning,
+    2021, https://arxiv.org/abs/1911.00068, for labels judged by held-out predictions.
+    The recipe is ours.
   """
   validate.static_count("num_classes", num_classes, least=2)
   validate.in_range("exponent", exponent, 0, 1)
-  for name, value in (
-    ("smoothing", smoothing),
-    ("belief", belief),
-    ("sharpness", sharpness),
-  ):
+  validate.in_range("smoothing", smoothing, 0, 1)
+  for name, value in (("belief", belief), ("sharpness", sharpness)):
     validate.in_range(name, value, 0, float("inf"), open_high=True)
 
   def init(features: Any, labels: Any, progress: bool = False) -> KnownLabels:
@@ -193,7 +208,8 @@ def robust_labels(
       features, labels, num_classes=num_classes, progress=progress
     )
     given = _given(labels, len(held_out), num_classes)
-    return _judge(held_out, given, None, sharpness, progress)
+    known = _judge(held_out, given, None, sharpness, progress)
+    return known._replace(projection=_project(_unit(features)))
 
   def losses(known: KnownLabels, logits: Any, labels: Any, ids: Any) -> Array:
     logits, ids = jnp.asarray(logits), jnp.asarray(ids)
@@ -207,8 +223,8 @@ def robust_labels(
       logits,
       labels,
       known.confusion,
-      exponent=numerics.scalar(exponent) * known.spread,
-      smoothing=smoothing,
+      exponent=numerics.scalar(exponent) * known.spread * known.capacity,
+      smoothing=numerics.scalar(smoothing) * known.capacity,
     )
     weights, beliefs = _rows_of(known, ids)
     said = jax.nn.log_softmax(logits.astype(corrected.dtype))
@@ -219,8 +235,9 @@ def robust_labels(
   def ask(
     known: KnownLabels, features: Any, labels: Any, progress: bool = False
   ) -> KnownLabels:
+    features = _unit(features)
     learned = labels_lib.held_out_beliefs(
-      _unit(features),
+      features,
       labels,
       num_classes=num_classes,
       num_random=_RANDOM,
@@ -228,7 +245,8 @@ def robust_labels(
     )
     given = _given(labels, len(learned), num_classes)
     validate.shape("features", learned, known.beliefs.shape)
-    return _judge(learned, given, known, sharpness, progress)
+    after = _judge(learned, given, known, sharpness, progress)
+    return _unless_given(after, known, features, given, sharpness)
 
   def metrics(known: KnownLabels, predictions: Any, labels: Any) -> dict[str, Array]:
     predictions = jnp.asarray(predictions)
@@ -244,15 +262,22 @@ def _given(labels: Any, n: int, num_classes: int) -> Array:
 
 
 def _unit(features: Any) -> Array:
-  """Features of length one: their directions are what the last layer sees."""
+  """Features of length one: their directions are what the last layer sees.
+
+  Rows that are not finite are NaN.
+  """
   features = jnp.asarray(features)
   if features.ndim != 2:
     raise ValueError(
       f"features must have shape [n, d], got {list(features.shape)}; flatten each"
       " example first."
     )
-  features = numerics.to_peak(features.astype(jnp.float32))
-  return numerics.divide(features, jnp.linalg.norm(features, axis=1, keepdims=True))
+  features = features.astype(jnp.float32)
+  usable = jnp.isfinite(features).all(axis=1, keepdims=True)
+  features = jnp.sign(features) * numerics.to_peak(jnp.abs(features))
+  length = jnp.linalg.norm(features, axis=1, keepdims=True)
+  unit = numerics.divide(features, length)
+  return jnp.where(usable, unit, jnp.full_like(unit, jnp.nan))
 
 
 def _rows_of(known: KnownLabels, ids: Array) -> tuple[Array, Array]:
@@ -311,7 +336,7 @@ def _conclude(
 ) -> KnownLabels:
   """What is known now; what was known before, where features have memorized."""
   spread = labels_lib.confusion_spread(confusion)
-  labeled = given >= 0 if given.ndim == 1 else given.any(axis=1)
+  labeled = _labeled(given)
   noise = 1 - _mean(right, labeled)
   trust = right
   if before is not None:
@@ -322,29 +347,75 @@ def _conclude(
     seen = numerics.divide(noise, before.noise)
     memorizing = jnp.clip((_DOES_NOT - seen) / (_DOES_NOT - _MEMORIZES), 0, 1)
   sharpness = numerics.scalar(sharpness) * (1 + memorizing) / 2
-  weights = trust ** (sharpness * spread)
-  weights = numerics.divide(weights, _mean(weights, labeled))
-  weights = jnp.where(labeled, weights, jnp.ones_like(weights))
-  count = jnp.zeros([], jnp.int32)
+  weights = _weigh(trust, sharpness * spread, labeled)
+  count, one = jnp.zeros([], jnp.int32), jnp.ones_like(spread)
   if before is None:
     nan = jnp.full([], jnp.nan, jnp.float32)
     return KnownLabels(
-      beliefs, trust, weights, confusion, spread, noise, nan, count, count
+      beliefs,
+      trust,
+      weights,
+      confusion,
+      spread,
+      noise,
+      learned_noise=nan,
+      believed=count,
+      asked=count,
+      capacity=one,
+      projection=jnp.zeros_like(trust),
     )
-  after = KnownLabels(
-    beliefs,
-    before.trust,
-    weights,
-    confusion,
-    spread,
-    before.noise,
-    noise,
-    before.believed + 1,
-    before.asked + 1,
+  after = before._replace(
+    beliefs=beliefs,
+    weights=weights,
+    confusion=confusion,
+    spread=spread,
+    learned_noise=noise,
+    believed=before.believed + 1,
+    asked=before.asked + 1,
+    capacity=one,
   )
   refused = before._replace(learned_noise=noise, asked=before.asked + 1)
   memorized = noise < _LEAKED * before.noise
   return jax.tree.map(lambda new, old: jnp.where(memorized, old, new), after, refused)
+
+
+@functools.partial(jax.jit, inline=True)
+def _unless_given(
+  after: KnownLabels, before: KnownLabels, features: Array, given: Array, power: Any
+) -> KnownLabels:
+  """What was known before, held to less, if the features are those of ``init``."""
+  n, columns = features.shape
+  # A linear model of d columns fits any labels of 2 d rows at most (Cover).
+  capacity = jnp.full_like(before.capacity, min(1.0, 2 * columns / max(n, 1)))
+  power = numerics.scalar(power) * before.spread * capacity
+  linear = before._replace(
+    weights=_weigh(before.trust, power, _labeled(given)),
+    learned_noise=after.learned_noise,
+    believed=before.believed + 1,
+    asked=after.asked,
+    capacity=capacity,
+  )
+  projection = _project(features)
+  apart = jnp.square(projection - before.projection).sum()
+  same = apart <= _SAME * jnp.square(before.projection).sum()
+  return jax.tree.map(lambda new, old: jnp.where(same, new, old), linear, after)
+
+
+def _project(features: Array) -> Array:
+  """One number of each row, the same for the same features; zero where not finite."""
+  direction = jax.random.normal(jax.random.key(0), features.shape[1:], features.dtype)
+  numbers = replicate(jnp.matmul(features, direction, precision="highest"))
+  return jnp.where(jnp.isfinite(numbers), numbers, jnp.zeros_like(numbers))
+
+
+def _labeled(given: Array) -> Array:
+  return given >= 0 if given.ndim == 1 else given.any(axis=1)
+
+
+def _weigh(trust: Array, power: Array, labeled: Array) -> Array:
+  weights = trust**power
+  weights = numerics.divide(weights, _mean(weights, labeled))
+  return jnp.where(labeled, weights, jnp.ones_like(weights))
 
 
 def _posterior(confusion: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:

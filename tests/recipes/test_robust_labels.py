@@ -40,6 +40,11 @@ def _data(share=0.3, n=N, seed=0):
   return Data(jnp.asarray(x, jnp.float32), jnp.asarray(labels, jnp.int32), true)
 
 
+def learned(x):
+  """Features as good as these, but other ones."""
+  return x[:, ::-1]
+
+
 @functools.cache
 def _init(data):
   robust = ranger.robust_labels(C)
@@ -151,9 +156,9 @@ def test_weights_are_sharper_where_the_network_memorizes():
 
   def logarithms(share):
     """Of the weights, where learned features see this share of the noise."""
-    seen = robust.ask(known, data.x, data.labels).learned_noise
+    seen = robust.ask(known, learned(data.x), data.labels).learned_noise
     told = known._replace(noise=seen / share)
-    weights = robust.ask(told, data.x, data.labels).weights
+    weights = robust.ask(told, learned(data.x), data.labels).weights
     return np.log(weights / weights[0])
 
   least, most = logarithms(0.97), logarithms(0.8)
@@ -182,8 +187,9 @@ def test_good_features_are_believed():
 def test_given_features_keep_half_of_the_say():
   data = _data(0.4)
   robust, known = _init(data)
-  after = robust.ask(known, data.x, data.labels)
-  norms = np.linalg.norm(data.x, axis=1, keepdims=True)
+  rows = learned(np.asarray(data.x))
+  after = robust.ask(known, rows, data.labels)
+  norms = np.linalg.norm(rows, axis=1, keepdims=True)
   lib, labels = ranger.labels, data.labels
 
   @jax.jit
@@ -195,13 +201,80 @@ def test_given_features_keep_half_of_the_say():
     targets = lib.refine_targets(labels, beliefs, confusion=confusion)
     return targets, lib.confusion_spread(confusion)
 
-  targets, spread = jax.device_get(by_hand(data.x / norms))
+  targets, spread = jax.device_get(by_hand(rows / norms))
   right = targets[np.arange(300), labels]
   seen = float(after.learned_noise / known.noise)
   memorizing = np.clip((0.95 - seen) / 0.1, 0, 1)
   weights = np.sqrt(right * known.trust) ** ((1 + memorizing) * spread)
   np.testing.assert_allclose(after.weights, weights / weights.mean(), rtol=2e-3)
   assert float(after.learned_noise) == pytest.approx(1 - right.mean(), abs=1e-3)
+
+
+@pytest.mark.guarantees("robust_labels", "With a linear head on d features")
+def test_a_linear_head_is_held_back_by_what_it_can_memorize():
+  data = _data(0.4)
+  robust, known = _init(data)
+  after = robust.ask(known, 7 * data.x.astype(jnp.bfloat16), data.labels)
+  capacity = 2 * C / N  # Cover, 1965
+  assert float(known.capacity) == 1
+  assert float(after.capacity) == pytest.approx(capacity)
+  assert (int(after.asked), int(after.believed)) == (1, 1)
+  weights = known.trust ** (2 * known.spread * capacity)
+  np.testing.assert_allclose(after.weights, weights / weights.mean(), rtol=1e-5)
+  np.testing.assert_array_equal(after.beliefs, known.beliefs)
+  np.testing.assert_array_equal(after.confusion, known.confusion)
+  again = robust.ask(after, learned(data.x), data.labels)
+  assert float(again.capacity) == 1
+
+  logits = np.random.default_rng(1).standard_normal([N, C], np.float32)
+  losses = jax.jit(robust.losses)(after, logits, data.labels, IDS)
+  corrected = jax.jit(ranger.labels.forward_corrected_loss)(
+    logits,
+    data.labels,
+    known.confusion,
+    exponent=0.45 * known.spread * capacity,
+    smoothing=0.2 * capacity,
+  )
+  pull = -(known.beliefs * special.log_softmax(logits, axis=1)).sum(axis=1)
+  expected = after.weights * corrected + 0.15 * pull
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_a_linear_head_with_few_rows_is_held_back_as_any_network():
+  data = _data(0.4, n=5)
+  robust, known = _init(data)
+  after = robust.ask(known, data.x, data.labels)
+  assert float(after.capacity) == 1
+  np.testing.assert_allclose(after.weights, known.weights, rtol=1e-5)
+
+
+def test_learned_features_are_directions_whatever_their_signs():
+  data = _data(0.4)
+  robust, known = _init(data)
+  negative = -jnp.exp(learned(data.x))
+  scaled = negative * jnp.logspace(-30, 30, N)[:, None]
+  by_direction, by_scaled = (
+    robust.ask(known, rows, data.labels) for rows in (negative, scaled)
+  )
+  assert int(by_direction.believed) == 1
+  np.testing.assert_allclose(by_scaled.beliefs, by_direction.beliefs, atol=1e-3)
+  wrong = np.asarray(data.labels) != data.true
+  assert by_direction.weights[wrong].mean() < 0.5 < by_direction.weights[~wrong].mean()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_learned_rows_that_are_not_finite_are_left_out(value):
+  data = _data(0.4)
+  robust, known = _init(data)
+  rows = np.array(learned(data.x))
+  rows[0, 1] = value
+  other = rows * np.where(np.arange(N) == 0, np.float32(2), np.float32(1))[:, None]
+  after, again = (jax.jit(robust.ask)(known, x, data.labels) for x in (rows, other))
+  jax.tree.map(np.testing.assert_array_equal, after, again)
+  chex.assert_tree_all_finite((after.beliefs, after.weights))
+  rows = np.array(data.x)
+  rows[0, 1] = value
+  assert float(robust.ask(known, rows, data.labels).capacity) < 1
 
 
 @pytest.mark.guarantees("robust_labels", "Asking again compiles nothing")
@@ -214,7 +287,7 @@ def test_asking_again_compiles_nothing():
   def ask(known, features, labels):
     return robust.ask(known, features, labels)
 
-  known = ask(known, data.x, data.labels)
+  known = ask(known, learned(data.x), data.labels)
   known = ask(known, 2 * data.x + 1, data.labels)
 
   @jax.jit
