@@ -27,6 +27,9 @@ _BLOCK = 8192
 # The same share: at the first or below, the network memorizes, and weights are sharp;
 # at the second or above it does not, and half of the sharpness is enough.
 _MEMORIZES, _DOES_NOT = 0.85, 0.95
+# Where at most the first share of labels looks wrong, those are hard examples; from the
+# second on, all is done against wrong labels.
+_CLEAN, _NOISY = 0.04, 0.1
 # Projections of the same features, maybe in another precision, differ by less: a share
 # of their mean square.
 _SAME = 1e-3
@@ -109,9 +112,10 @@ def robust_labels(
   .. math::
     \ell_i = w_i \Big( \frac{1 - u_i^q}{q}
       - s \kappa \, \overline{\log p_i} \Big)
-      - \beta \sum_c b_i(c) \log p_i(c), \qquad
-    u_i = \sum_c p_i(c) \, T[c, y_i], \qquad q = q_0 \sigma \kappa, \qquad
-    w_i \propto P(y_i \text{ is right})^{\alpha \mu \sigma \kappa}
+      - \beta \delta \sum_c b_i(c) \log p_i(c), \qquad
+    u_i = \sum_c p_i(c) \, T[c, y_i], \qquad
+    q = q_0 \sigma \kappa \delta, \qquad
+    w_i \propto P(y_i \text{ is right})^{\alpha \mu \sigma \kappa \delta}
 
   :math:`\sigma` is the spread of the wrong labels over classes
   (``labels.confusion_spread``): where each class is mistaken for one other, T says
@@ -120,10 +124,11 @@ def robust_labels(
   given ones, so that the network has memorized none of it. :math:`\kappa`, the
   capacity, is 1 until ``ask`` is given the features that ``init`` had. Then the
   network is linear in these d features, and can memorize little: :math:`\kappa` is
-  2 d / n, at most 1.
+  2 d / n, at most 1. :math:`\delta` is 0 where at most 4% of the labels look wrong,
+  and 1 from 10% on: the few are hard examples rather than wrong labels.
 
   It helps under random flips, under confusion of certain classes and under labels
-  that people got wrong. It costs up to 0.4 points of accuracy where labels are clean.
+  that people got wrong.
   It hurts where distances between the features mean nothing, and where copies of an
   example bear the same wrong label. Labels of which several are right at once
   (multi-label) are refused.
@@ -223,13 +228,15 @@ def robust_labels(
       logits,
       labels,
       known.confusion,
-      exponent=numerics.scalar(exponent) * known.spread * known.capacity,
+      exponent=numerics.scalar(exponent) * _power(known),
       smoothing=numerics.scalar(smoothing) * known.capacity,
     )
     weights, beliefs = _rows_of(known, ids)
+    labeled = _rows.label_rows(labels, logits).any(axis=1)
+    doubt = jnp.where(labeled, _doubt(known.noise), jnp.ones_like(weights))
     said = jax.nn.log_softmax(logits.astype(corrected.dtype))
     pull = -(beliefs.astype(said.dtype) * said).sum(axis=1)
-    pull = numerics.scalar(belief, pull.dtype) * pull
+    pull = numerics.scalar(belief, pull.dtype) * doubt.astype(pull.dtype) * pull
     return weights.astype(corrected.dtype) * corrected + pull
 
   def ask(
@@ -347,7 +354,8 @@ def _conclude(
     seen = numerics.divide(noise, before.noise)
     memorizing = jnp.clip((_DOES_NOT - seen) / (_DOES_NOT - _MEMORIZES), 0, 1)
   sharpness = numerics.scalar(sharpness) * (1 + memorizing) / 2
-  weights = _weigh(trust, sharpness * spread, labeled)
+  doubt = _doubt(noise if before is None else before.noise)
+  weights = _weigh(trust, sharpness * spread * doubt, labeled)
   count, one = jnp.zeros([], jnp.int32), jnp.ones_like(spread)
   if before is None:
     nan = jnp.full([], jnp.nan, jnp.float32)
@@ -386,15 +394,16 @@ def _unless_given(
   """What was known before, held to less, if the features are those of ``init``."""
   n, columns = features.shape
   # A linear model of d columns fits any labels of 2 d rows at most (Cover).
-  capacity = jnp.full_like(before.capacity, min(1.0, 2 * columns / max(n, 1)))
-  power = numerics.scalar(power) * before.spread * capacity
+  capacity = min(1.0, 2 * columns / max(n, 1))
   linear = before._replace(
-    weights=_weigh(before.trust, power, _labeled(given)),
     learned_noise=after.learned_noise,
     believed=before.believed + 1,
     asked=after.asked,
-    capacity=capacity,
+    capacity=jnp.full_like(before.capacity, capacity),
   )
+  power = numerics.scalar(power) * _power(linear)
+  weights = _weigh(before.trust, power, _labeled(given))
+  linear = linear._replace(weights=weights)
   projection = _project(features)
   apart = jnp.square(projection - before.projection).sum()
   same = apart <= _SAME * jnp.square(before.projection).sum()
@@ -406,6 +415,15 @@ def _project(features: Array) -> Array:
   direction = jax.random.normal(jax.random.key(0), features.shape[1:], features.dtype)
   numbers = replicate(jnp.matmul(features, direction, precision="highest"))
   return jnp.where(jnp.isfinite(numbers), numbers, jnp.zeros_like(numbers))
+
+
+def _power(known: KnownLabels) -> Array:
+  """How much of the exponent and of the weights' power is used, in [0, 1]."""
+  return known.spread * known.capacity * _doubt(known.noise)
+
+
+def _doubt(noise: Array) -> Array:
+  return jnp.clip((noise - _CLEAN) / (_NOISY - _CLEAN), 0, 1)
 
 
 def _labeled(given: Array) -> Array:
