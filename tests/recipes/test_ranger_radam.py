@@ -195,16 +195,22 @@ def test_finite_updates_are_the_inner_ones():
   assert int(state.num_skipped) == 0
 
 
-def test_a_bad_gradient_at_a_synchronization_changes_nothing():
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_bad_gradient_at_a_synchronization_changes_nothing(dtype):
   """On the sixth step the parameters would go back to the slow copy."""
   tx = ranger.ranger_radam(0.1, every=3)
-  params = jnp.arange(4, dtype=jnp.float32)
+  params = jnp.arange(4, dtype=dtype)
   state = tx.init(params)
   update = jax.jit(tx.update)
   for call in range(1, 7):
-    updates, after = update(jnp.full([4], jnp.nan), state, params)
+    updates, after = update(jnp.full([4], jnp.nan, dtype), state, params)
     assert not np.asarray(updates).any()
     assert int(after.num_skipped) == 1
+    assert int(after.lookahead.count) == int(state.lookahead.count)
+    # The slow copy of a window that begins is that of the parameters.
+    begins = int(state.lookahead.count) == 0
+    expected = params if begins else state.lookahead.slow
+    np.testing.assert_allclose(after.lookahead.slow, expected, rtol=0.01)
     updates, state = update(jnp.sin(params + call), state, params)
     params = optax.apply_updates(params, updates)
 

@@ -66,6 +66,24 @@ def test_bad_predictions_are_dropped():
   assert int(state.num_dropped) == 3  # -1 is no example
 
 
+def test_a_dropped_row_is_no_visit_of_its_id():
+  step = ranger.smooth_predictions(3, 2, decay=0.5)
+  rows = np.array([[np.nan, 1], [0.25, 0.75], [-1, 2]], np.float32)
+  state = visit(step, step.init({}), [1, 1, 1], rows)
+  np.testing.assert_array_equal(state.smoothed, [[0, 0], [0.125, 0.375], [0, 0]])
+  assert int(state.num_dropped) == 2
+
+
+def test_nothing_changes_for_what_is_not_present():
+  step = ranger.smooth_predictions(3, 2, decay=0.5)
+  rows = np.array([[np.nan, 1], [0.25, 0.75]], np.float32)
+  before = visit(step, step.init({}), [1, 2], rows)
+  _, after = jax.jit(step.update)(
+    {}, before, predictions=rows, example_ids=np.array([1, 2]), present=False
+  )
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
 def test_no_visit_changes_nothing():
   step = ranger.smooth_predictions(3, 2)
   state = visit(

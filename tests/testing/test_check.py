@@ -188,6 +188,14 @@ def test_members_and_extra_args_are_passed_on():
   }  # fmt: skip
 
 
+def test_gradients_of_calls_differ():
+  params = {"w": np.zeros([3], np.float32), "z": np.zeros([2], np.complex64)}
+  first, again, second = (testing.random_like(call, params) for call in (0, 0, 1))
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  for one, other in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+    assert (np.asarray(one) != np.asarray(other)).all()
+
+
 def test_wrong_use_is_refused():
   with pytest.raises(TypeError, match="with names for all arguments"):
     testing.check(functools.partial(optax.sgd, 0.1))
