@@ -239,6 +239,12 @@ def test_parquet(tmp_path, capsys):
   )
   assert run(tmp_path, ("x.parquet", None), ("y.parquet", None)) == 0
   assert table(tmp_path)[0]["row"] == str(WRONG)
+  parquet.write_table(pyarrow.table({"rows": [*x]}), tmp_path / "x.parquet")
+  assert run(tmp_path, ("x.parquet", None), ("y.parquet", None)) == 0
+  assert table(tmp_path)[0]["row"] == str(WRONG)
+  parquet.write_table(pyarrow.table({"a": x[:, 0]}), tmp_path / "x.parquet")
+  assert run(tmp_path, ("x.parquet", None), ("y.parquet", None)) == 0
+  capsys.readouterr()
   parquet.write_table(pyarrow.table({"a": NAMES}), tmp_path / "x.parquet")
   assert run(tmp_path, ("x.parquet", None), ("y.parquet", None)) == 2
   assert "'a' must hold numbers" in capsys.readouterr().err

@@ -200,6 +200,7 @@ def test_a_mixture_of_what_is_there():
   found = np.asarray(found)
   np.testing.assert_allclose(found[1], [0.25, 0.75], atol=1e-6)
   np.testing.assert_array_equal(found[2], [0, 0])
+  np.testing.assert_array_equal(mix(there), there)
   # The other gives the first label no chance: it has no weight, but the second row.
   other = np.array([[1.0, 0.0], [0.25, 0.75], [0.0, 0.0]])
   found = mix(there, other)

@@ -446,6 +446,16 @@ def test_linen_by_the_bridge():
       r"inputs must have shape \[batch, 11, ...\]",
     ),
     (
+      lambda: layers.Graph(np.array([0, 1]), np.array([[0, 2]])),
+      ValueError,
+      r"edges must join nodes in \[0, 2\), got 0 to 2",
+    ),
+    (
+      lambda: layers.Graph(np.array([0, 1]), np.array([[-1, 1]])),
+      ValueError,
+      r"edges must join nodes in \[0, 2\), got -1 to 1",
+    ),
+    (
       lambda: build("centers")(jnp.ones([1, 9, 3])),
       ValueError,
       r"inputs must have shape \[batch, points, 2\], got \[1, 9, 3\]",
