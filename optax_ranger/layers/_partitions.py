@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import numerics
 from optax_ranger._core import validate
 from optax_ranger._core.types import Array
 from optax_ranger._core.types import ArrayLike
@@ -129,9 +130,11 @@ class Centers:
     capacity = inputs.shape[1]
     if self.capacity is not None:
       capacity = min(self.capacity, capacity)
-    centers = jnp.asarray(self.centers, inputs.dtype)
+    real = jnp.issubdtype(inputs.dtype, jnp.floating)
+    places = inputs.astype(numerics.wide(inputs.dtype) if real else jnp.float32)
     distances = jax.lax.map(
-      lambda center: ((inputs - center[None, None]) ** 2).sum(axis=2), centers
+      lambda center: ((places - center[None, None]) ** 2).sum(axis=2),
+      jnp.asarray(self.centers, places.dtype),
     )
     nearest = distances.argmin(axis=0)
 

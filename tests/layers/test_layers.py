@@ -309,6 +309,16 @@ def test_an_empty_region_is_no_zero_in_a_maximum():
   np.testing.assert_array_equal(layer(np.concatenate([near, near + 7], 1)), [[-4]])
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, jnp.bfloat16, np.float16])
+def test_centers_are_not_rounded_to_the_type_of_the_points(dtype):
+  partition = layers.Centers(np.array([[100.2], [100.6], [100.9]]))
+  rows = np.array([[[101], [100]]]).astype(dtype)
+  (points, mask), _ = jax.device_get(jax.jit(partition.split)(rows))
+  assert points.dtype == rows.dtype
+  assert mask.sum(axis=2)[:, 0].tolist() == [1, 0, 1]
+  assert (points[0, 0, 0, 0], points[2, 0, 0, 0]) == (100, 101)
+
+
 def test_capacity_keeps_the_first_points():
   partition = layers.Centers(CENTERS, capacity=2)
   split = jax.jit(partition.split)
