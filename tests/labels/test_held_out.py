@@ -305,3 +305,14 @@ def test_keys_are_not_the_users():
   given = np.where(wrong, (true + 1) % 3, true)
   beliefs = np.asarray(ranger.labels.held_out_beliefs(points, given, num_classes=3))
   assert (beliefs.argmax(axis=1) == true).mean() > 0.9
+
+
+def test_the_width_is_of_rows_that_are_there():
+  rng = np.random.default_rng(0)
+  rows = rng.standard_normal([40, 3]).astype(np.float32)
+  there = np.arange(40) % 3 != 0
+  width = jax.jit(_held_out._width)
+  # Elsewhere rows are zeros.
+  found = width(np.where(there[:, None], rows, np.float32(0)), there)
+  own = rows[there]
+  np.testing.assert_allclose(found, width(own, np.ones(len(own), bool)), rtol=1e-5)
