@@ -461,11 +461,14 @@ def test_rows_split_over_devices():
   with jax.set_mesh(mesh):
     x, labels = jax.device_put(data.x, split), jax.device_put(data.labels, split)
     found = robust.init(x, labels)
-    asked = robust.ask(found, x, labels)
+    asked = robust.ask(found, learned(x), labels)
+    linear = robust.ask(found, x, labels)
     losses = robust.losses(found, x, labels, jax.device_put(jnp.arange(len(x)), split))
   np.testing.assert_allclose(found.trust, known.trust, atol=1e-3)
-  np.testing.assert_allclose(
-    asked.weights, robust.ask(known, data.x, data.labels).weights, atol=1e-2
-  )
+  expected = robust.ask(known, learned(data.x), data.labels)
+  np.testing.assert_allclose(asked.weights, expected.weights, atol=1e-2)
+  expected = robust.ask(known, data.x, data.labels)
+  np.testing.assert_allclose(linear.weights, expected.weights, atol=1e-2)
+  np.testing.assert_array_equal(linear.capacity, expected.capacity)
   expected = robust.losses(known, data.x, data.labels, jnp.arange(len(x)))
   np.testing.assert_allclose(losses, expected, atol=1e-3)
