@@ -172,7 +172,11 @@ def test_left_out_on_one_device():
   [
     ("accumulate", ranger.accumulate(optax.sgd(0.1), 2)),
     ("skip_anomalies", ranger.skip_anomalies(optax.sgd(0.1))),
+    ("skip_nonfinite", ranger.skip_nonfinite(optax.sgd(0.1))),
     ("scale_by_ngs", ranger.scale_by_ngs()),
+    ("accelerate", ranger.accelerate(optax.sgd(0.1))),
+    ("mask_contradictions", ranger.mask_contradictions(optax.sgd(0.1))),
+    ("ranger_radam", ranger.ranger_radam(0.1)),
   ],
 )
 def test_varying_gradients_are_refused_by_name(name, tx):

@@ -318,6 +318,17 @@ def test_images_are_written_as_they_are(tmp_path):
     )
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e30])
+def test_images_of_any_range_fill_that_of_bytes(size):
+  image = np.array([[[-1.0, 0.0], [np.nan, 3.0]]], np.float32) * np.float32(size)
+  found = _page._as_bytes(image)
+  assert found.dtype == np.uint8
+  np.testing.assert_allclose(found[0], [[0, 63], [0, 255]], atol=1)
+  pixels = np.array([[[7, 9]]], np.uint8)
+  np.testing.assert_array_equal(_page._as_bytes(pixels), pixels)
+  np.testing.assert_array_equal(_page._as_bytes(pixels[..., None]), pixels)
+
+
 def test_near_duplicates_with_other_labels_come_first():
   x = points()
   x[20], x[30], x[31] = x[21], x[32] + 1e-4, x[33]

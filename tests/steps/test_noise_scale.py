@@ -253,6 +253,7 @@ def test_it_is_read_from_any_chain():
     ({"max_every": 8, "min_every": 1}, "min_every must .* at least 2, got 1"),
     ({"max_every": 8, "min_every": 9}, "max_every must .* at least 9, got 8"),
     ({"max_every": 8, "ratio": 0.0}, "ratio must lie"),
+    ({"max_every": 8, "ratio": float("inf")}, "ratio must lie"),
     ({"max_every": 8, "decay": 1.0}, "decay must lie"),
   ],
 )

@@ -586,6 +586,16 @@ def test_refusals_of_train_step():
   lost = plain(step=ranger.ranger_head(), find_neighbors=lambda image: image)
   with pytest.raises(ValueError, match="asks for 'image'"):
     lost(start(), lost.init(start()), batch)
+  seen = []
+
+  def optional(x, image=None, **others):
+    seen.append((image, others))
+    return ranger.neighbors.nearest(x, 2)
+
+  found = plain(step=ranger.ranger_head(), find_neighbors=optional)
+  found.lower(start(), found.init(start()), batch)
+  assert seen
+  assert all(image is None and "y" in others for image, others in seen)
   small = plain(batch_size=16)
   with pytest.raises(ValueError, match="batch_size must hold the batch"):
     small(*args, batch)
