@@ -214,7 +214,7 @@ def robust_labels(
     )
     given = _given(labels, len(held_out), num_classes)
     known = _judge(held_out, given, None, sharpness, progress)
-    return known._replace(projection=_project(_unit(features)))
+    return known._replace(projection=_project(jnp.asarray(features)))
 
   def losses(known: KnownLabels, logits: Any, labels: Any, ids: Any) -> Array:
     logits, ids = jnp.asarray(logits), jnp.asarray(ids)
@@ -242,9 +242,9 @@ def robust_labels(
   def ask(
     known: KnownLabels, features: Any, labels: Any, progress: bool = False
   ) -> KnownLabels:
-    features = _unit(features)
+    features = jnp.asarray(features)
     learned = labels_lib.held_out_beliefs(
-      features,
+      _unit(features),
       labels,
       num_classes=num_classes,
       num_random=_RANDOM,
@@ -268,12 +268,11 @@ def _given(labels: Any, n: int, num_classes: int) -> Array:
   return replicate(_rows.read(labels, n, num_classes))
 
 
-def _unit(features: Any) -> Array:
+def _unit(features: Array) -> Array:
   """Features of length one: their directions are what the last layer sees.
 
   Rows that are not finite are NaN.
   """
-  features = jnp.asarray(features)
   if features.ndim != 2:
     raise ValueError(
       f"features must have shape [n, d], got {list(features.shape)}; flatten each"
@@ -412,9 +411,13 @@ def _unless_given(
 
 def _project(features: Array) -> Array:
   """One number of each row, the same for the same features; zero where not finite."""
-  direction = jax.random.normal(jax.random.key(0), features.shape[1:], features.dtype)
-  numbers = replicate(jnp.matmul(features, direction, precision="highest"))
-  return jnp.where(jnp.isfinite(numbers), numbers, jnp.zeros_like(numbers))
+  features = features.astype(jnp.float32)
+  usable = jnp.isfinite(features).all(axis=1, keepdims=True)
+  features = jnp.where(usable, features, jnp.zeros_like(features))
+  _, power = jnp.frexp(jnp.abs(features).max(initial=0))
+  features = jnp.ldexp(features, -power)  # Sums of squares stay in range then.
+  direction = jax.random.normal(jax.random.key(0), features.shape[1:])
+  return replicate(jnp.matmul(features, direction, precision="highest"))
 
 
 def _power(known: KnownLabels) -> Array:

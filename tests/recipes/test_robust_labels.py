@@ -214,7 +214,7 @@ def test_given_features_keep_half_of_the_say():
 def test_a_linear_head_is_held_back_by_what_it_can_memorize():
   data = _data(0.4)
   robust, known = _init(data)
-  after = robust.ask(known, 7 * data.x.astype(jnp.bfloat16), data.labels)
+  after = robust.ask(known, data.x.astype(jnp.bfloat16), data.labels)
   capacity = 2 * C / N  # Cover, 1965
   assert float(known.capacity) == 1
   assert float(after.capacity) == pytest.approx(capacity)
@@ -238,6 +238,17 @@ def test_a_linear_head_is_held_back_by_what_it_can_memorize():
   pull = -(known.beliefs * special.log_softmax(logits, axis=1)).sum(axis=1)
   expected = after.weights * corrected + 0.15 * pull
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-37, 1.0, 1e37])
+def test_given_features_are_known_again(size):
+  """Learned ones of one column have the same two directions as given ones."""
+  data = _data(0.4)
+  robust = ranger.robust_labels(C)
+  column = jnp.abs(data.x[:, :1]) * size
+  known = robust.init(column, data.labels)
+  assert float(robust.ask(known, column, data.labels).capacity) == np.float32(2 / N)
+  assert float(robust.ask(known, column + size, data.labels).capacity) == 1
 
 
 def test_a_linear_head_with_few_rows_is_held_back_as_any_network():
@@ -274,6 +285,7 @@ def test_learned_rows_that_are_not_finite_are_left_out(value):
   chex.assert_tree_all_finite((after.beliefs, after.weights))
   rows = np.array(data.x)
   rows[0, 1] = value
+  known = robust.init(rows, data.labels)
   assert float(robust.ask(known, rows, data.labels).capacity) < 1
 
 
