@@ -308,11 +308,12 @@ def test_grid_in_float64():
   np.testing.assert_array_equal(found, np.arange(60))
 
 
-def test_the_direction_of_edges_does_not_matter():
+def test_direction_and_number_of_equal_edges_do_not_matter():
   pytest.importorskip("pymetis")
   ring = np.array([[i, (i + 1) % 12] for i in range(12)])
   regions = ranger.regions.by_graph(ring, 12, 3)
-  for edges in (ring[:, ::-1], np.concatenate([ring, ring[:, ::-1]])):
+  more = np.concatenate([ring, ring[:, ::-1]])
+  for edges in (ring[:, ::-1], more, np.concatenate([ring, *([ring[1:9:2]] * 9)])):
     np.testing.assert_array_equal(ranger.regions.by_graph(edges, 12, 3), regions)
 
 

@@ -179,3 +179,20 @@ def test_a_norm_equal_to_the_threshold_lies_below_it():
   gradients = np.eye(4, dtype=np.float32)
   _, state = jax.jit(step.update)(gradients, step.init(gradients[0]))
   np.testing.assert_allclose(state.norm, np.exp(-0.2 * (1 - 0.5)), rtol=1e-6)
+
+
+def test_an_example_with_a_finite_loss_and_no_gradient_is_left_out():
+  """The square root has none at zero; its norm is found in the first pass."""
+  chain = optax.chain(ranger.clip_examples(0.5), ranger.aggregate_by_mean())
+  losses = lambda w, batch: jnp.sqrt(jnp.abs(batch["x"] @ w))
+  x = np.random.default_rng(0).standard_normal([5, 3]).astype(np.float32)
+  x[2] = 0
+  grad_fn, params = ranger.value_and_grad(losses, chain), np.ones(3, np.float32)
+  grad_fn = jax.jit(grad_fn)
+  state = chain.init(params)
+  _, gradient, after = grad_fn(params, {"x": x}, state=state)
+  _, expected, others = grad_fn(params, {"x": np.delete(x, 2, 0)}, state=state)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+  assert np.isfinite(gradient).all()
+  assert int(optax.tree.get(after, "num_dropped")) == 1
+  assert int(optax.tree.get(others, "num_dropped")) == 0

@@ -623,6 +623,21 @@ def test_collectives_reads_loops_and_branches():
     ranger.training.collectives(_loop_and_branch)
 
 
+def test_collectives_of_nested_loops_are_multiplied():
+  def nested(x):
+    add = lambda i, total: total + jax.lax.psum(x[0] * (1 + i), "data")
+    inner = lambda _, total: jax.lax.fori_loop(0, 7, add, total)
+    return jax.lax.fori_loop(0, 5, inner, jnp.zeros([4]))
+
+  step = jax.jit(
+    jax.shard_map(
+      nested, mesh=mesh_of(), in_specs=PartitionSpec("data"), out_specs=PartitionSpec()
+    )
+  ).lower(jnp.zeros([8, 4]))
+  found = ranger.training.collectives(step)
+  assert ranger.training.Collective("all-reduce", 16, 35, False) in found
+
+
 def _loop_and_branch(x, flag):
   own = x[0]
   add = lambda i, total: total + jax.lax.psum(own * (1 + i), "data")
