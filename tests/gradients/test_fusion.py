@@ -138,8 +138,16 @@ def test_non_linear_runs_per_example(name, micro_batch_size):
         lambda u: u.mean(axis=0) * (2 if u.ndim > 2 else 1), updates
       )
     ),
+    optax.chain(
+      ranger.aggregate_by_mean(),
+      optax.stateless(
+        lambda updates, params: jax.tree.map(
+          lambda u: u.at[:1].multiply(0) if u.ndim else u, updates
+        )
+      ),
+    ),
   ],
-  ids=["centralized", "centralized-first", "affine", "by-rank"],
+  ids=["centralized", "centralized-first", "affine", "by-rank", "by-row"],
 )
 def test_shape_dependent_step_is_refused(step, jit):
   function = ranger.value_and_grad(losses, step)

@@ -364,6 +364,12 @@ def test_batches_visit_every_example():
     for i, drawn in zip(batch["id"], batch["neighbor_id"], strict=True):
       assert len(set(drawn)) == 2
       assert set(drawn) <= set(np.asarray(neighbors.indices[i]))
+  # Batches, and epochs, draw other places.
+  places = [
+    np.argwhere(np.asarray(neighbors.indices)[b["id"]] == b["neighbor_id"][:, :1])[:, 1]
+    for b in (*epochs[0], *epochs[1])
+  ]
+  assert len({tuple(of_batch) for of_batch in places}) == 6
 
 
 @pytest.mark.guarantees(

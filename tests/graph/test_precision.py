@@ -102,6 +102,15 @@ def test_wide_features_by_cosine(backend, name):
   np.testing.assert_allclose(np.sqrt(given), np.sqrt(truth), rtol=1e-6, atol=1e-15)
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_directions_of_rows_whose_squares_are_out_of_range(size):
+  rows = WIDE["ordinary"]
+  build = lambda rows: graph.build(rows, 3, backend="jax", metric="cosine")
+  found, expected = build(rows * size), build(rows)
+  np.testing.assert_array_equal(found.indices, expected.indices)
+  np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.uint32])
 def test_wide_integers_of_jax(dtype):
   rows = (2**30 + np.arange(50, dtype=dtype) ** 2)[:, None]

@@ -89,6 +89,16 @@ def test_the_norm_finds_the_quantile(quantile):
   np.testing.assert_allclose(state.norm, expected, rtol=0.1)
 
 
+def test_the_quantile_is_of_weights():
+  step = ranger.clip_examples(2.0, quantile=0.5, rate=0.3)
+  tree, state = draw(), step.init(None)
+  weights = np.array([3, 1, 0, 2, 0, 1, 5, 0.5, 1, 2], np.float32)
+  _, state = jax.jit(step.update)(tree, state, member_weights=weights)
+  share = weights[norms(tree) <= 2].sum() / weights.sum()
+  assert 0 < share < 1
+  np.testing.assert_allclose(state.norm, 2 * np.exp(-0.3 * (share - 0.5)), rtol=1e-5)
+
+
 @pytest.mark.guarantees("clip_examples", "A non-finite gradient stays what it is")
 def test_bad_gradients_reach_the_aggregation_only():
   tree, step = draw(), ranger.clip_examples(1.0, quantile=0.5)

@@ -98,6 +98,16 @@ def _scaled(factor=1.0):
 
 
 _float32 = lambda: step(lambda leaf: leaf.astype(jnp.float32))
+
+
+def _with_an_extra_arg_by_position():
+  def update(updates, state, params=None, scale=1.0, **extra_args):
+    del params, extra_args
+    return _MAPPED(lambda leaf: leaf * scale, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
 BROKEN = {
   "protocol": _named_otherwise,
   "compiled loop": _of_two_types,
@@ -186,6 +196,13 @@ def test_members_and_extra_args_are_passed_on():
   assert {one.law for one in report.failed} <= {"recovers from nan"} | {
     "recovers from inf", "recovers from -inf"
   }  # fmt: skip
+
+
+def test_extra_args_by_position_are_told():
+  skip = dict.fromkeys(set(testing.LAWS) - {"protocol"}, "another law")
+  report = testing.check(_with_an_extra_arg_by_position(), skip=skip, on_fail="report")
+  found = [result.message for result in report.results if result.law == "protocol"]
+  assert "scale may be given by position" in found[0]
 
 
 def test_gradients_of_calls_differ():
