@@ -4,6 +4,7 @@ import csv
 import html.parser
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -327,6 +328,12 @@ def test_images_of_any_range_fill_that_of_bytes(size):
   pixels = np.array([[[7, 9]]], np.uint8)
   np.testing.assert_array_equal(_page._as_bytes(pixels), pixels)
   np.testing.assert_array_equal(_page._as_bytes(pixels[..., None]), pixels)
+
+
+@pytest.mark.parametrize("classes", [None, ["0", "b"]])
+def test_the_first_class_has_a_name(classes):
+  found = types.SimpleNamespace(classes=classes)
+  assert [_page._name(found, label) for label in (0, -1)] == ["0", ""]
 
 
 def test_near_duplicates_with_other_labels_come_first():

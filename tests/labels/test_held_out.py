@@ -316,3 +316,31 @@ def test_the_width_is_of_rows_that_are_there():
   found = width(np.where(there[:, None], rows, np.float32(0)), there)
   own = rows[there]
   np.testing.assert_allclose(found, width(own, np.ones(len(own), bool)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "share", "place"), [(8, 0.0, 0), (150, 0.8, 3)])
+def test_the_number_of_neighbors_is_that_of_the_likeliest_labels(size, share, place):
+  """Few in small clusters, many where most labels are wrong."""
+  rng = np.random.default_rng(0)
+  cluster = np.repeat(np.arange(300 // size), size)
+  n, true = len(cluster), cluster % 3
+  points = 20 * rng.standard_normal([n // size, 8])[cluster]
+  points = (points + rng.standard_normal([n, 8])).astype(np.float32)
+  labels = np.where(rng.random(n) < share, rng.integers(0, 3, n), true)
+
+  @jax.jit
+  def choose(points, labels):
+    seen, _ = _kernel(points, labels, jnp.ones(n, bool))
+    start = tuple(jnp.zeros(shape) for shape in ([16], [3], [16, 16], [16, 3]))
+    origin = jnp.full([16], 0.1)
+    learned = _held_out._learn((None, origin), start, seen)
+    return _held_out._choose(_held_out._Near.of(seen), origin, learned, jnp.int32(n))
+
+  assert int(choose(points, labels.astype(np.int32)).place) == place
+
+
+def test_features_may_lie_anywhere():
+  points, labels, _ = _clusters()
+  moved = points + np.array([300, -2000, 5], np.float32)
+  found, expected = _held_out_of(moved, labels), _held_out_of(points, labels)
+  np.testing.assert_allclose(found, expected, atol=0.02)

@@ -97,6 +97,11 @@ REFUSALS = {
     ValueError,
     r"bandwidth must lie in \(0, inf\], got 0.0",
   ),
+  "drawing none": (
+    lambda: ranger.neighbors.sample(jax.random.key(0), NEIGHBORS, 0),
+    ValueError,
+    "k must be a whole number of at least 1, got 0",
+  ),
   "drawing too many": (
     lambda: ranger.neighbors.sample(jax.random.key(0), NEIGHBORS, 3),
     ValueError,
