@@ -125,14 +125,14 @@ def robust_labels(
   capacity, is 1 until ``ask`` is given the features that ``init`` had. Then the
   network is linear in these d features, and can memorize little: :math:`\kappa` is
   2 d / n, at most 1. :math:`\delta` is 0 where at most 4% of the labels look wrong,
-  and 1 from 10% on: the few are hard examples rather than wrong labels.
+  and 1 from 10% on: the few are hard examples rather than wrong labels. The pull of
+  an example without a label is not reduced.
 
   It helps under random flips, under confusion of certain classes and under labels
-  that people got wrong.
-  It hurts where distances between the features mean nothing, and where copies of an
-  example bear the same wrong label. Labels of which several are right at once
-  (multi-label) are refused.
-  For numbers as targets see ``labels.robust_regression_loss``.
+  that people got wrong. It hurts where distances between the features mean nothing,
+  where copies of an example bear the same wrong label, and a linear head that takes
+  few steps on few examples. Labels of which several are right at once (multi-label)
+  are refused. For numbers as targets see ``labels.robust_regression_loss``.
 
   Args:
     num_classes: C, a static Python integer, at least 2.
