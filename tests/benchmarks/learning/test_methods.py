@@ -289,10 +289,11 @@ def test_ranger_is_the_public_recipe(changed):
 
 
 def _known(n=64, **fields):
-  """Trust in every label, until fields say otherwise."""
+  """Trust in every label, until fields say otherwise; noise enough to do anything."""
   labels = jnp.arange(n) % 10
   known = ranger.robust_labels(10).init(jnp.eye(10)[labels], labels)
   whole = {"confusion": jnp.eye(10), "weights": jnp.ones(n), "spread": jnp.float32(1)}
+  whole["noise"] = jnp.float32(0.2)
   return known._replace(**{**whole, **fields})
 
 
