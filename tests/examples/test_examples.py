@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 from matplotlib import text as text_
+import numpy as np
 import pytest
 
 import optax_ranger as ranger
@@ -40,7 +41,7 @@ def test_the_picture_of_the_demo_cuts_nothing_off(tmp_path, monkeypatch):
   spec.loader.exec_module(demo)
   figures = []
   monkeypatch.setattr(plt, "close", figures.append)
-  results = {"plain": {"label": "AdamW", "curves": [[0.5, 0.6]]}}
+  results = {"plain": {"label": "AdamW", "curves": np.array([[0.5, 0.6]])}}
   data = demo.load_digits(0.4, 0)
   known = ranger.robust_labels(10).init(data[0], data[1])
   demo.draw(tmp_path / "demo.png", results, 0.4, data, known)
