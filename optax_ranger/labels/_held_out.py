@@ -311,12 +311,12 @@ def _prepare(
   taught = jnp.logical_and(alive, _has_label(labels, sizes.classes))
   drawn, waves, phases = jax.random.split(key, 3)
   # Examples that can't teach come last, and are keys only if there are no others.
-  order = jax.random.uniform(drawn, [rows.shape[0]])
+  order = jax.random.uniform(drawn, [rows.shape[0]], rows.dtype)
   some = jax.lax.top_k(-jnp.where(taught, order, order + 1), sizes.keys)[1]
   width = _width(rows[some[:_AMONG]], taught[some[:_AMONG]])
-  normals = jax.random.normal(waves, [rows.shape[1], sizes.random]) / width
-  shifts = jax.random.uniform(phases, [sizes.random], maxval=2 * np.pi)
-  view = _View(normals, shifts, jnp.arange(sizes.classes, dtype=jnp.int32))
+  normals = jax.random.normal(waves, [rows.shape[1], sizes.random], rows.dtype)
+  shifts = jax.random.uniform(phases, [sizes.random], rows.dtype, maxval=2 * np.pi)
+  view = _View(normals / width, shifts, jnp.arange(sizes.classes, dtype=jnp.int32))
   keys = view(_Block(rows[some], labels[some], taught[some], some))
   ids = jnp.arange(rows.shape[0], dtype=jnp.int32)
   # Near the mean already, so that centering afterwards loses no digits.
@@ -527,7 +527,8 @@ class _Kernel(NamedTuple):
     mean = jnp.diagonal(self.gram).mean()
     # Examples that are all alike teach nothing but the mean of the labels.
     mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
-    lower = jnp.linalg.cholesky(self.gram + ridge * mean * jnp.eye(len(self.gram)))
+    identity = jnp.eye(len(self.gram), dtype=mean.dtype)
+    lower = jnp.linalg.cholesky(self.gram + ridge * mean * identity)
     weights = jax.scipy.linalg.cho_solve((lower, True), self.moments)
     return _Fit(self, lower, weights)
 

@@ -416,7 +416,7 @@ def _project(features: Array) -> Array:
   features = jnp.where(usable, features, jnp.zeros_like(features))
   _, power = jnp.frexp(jnp.abs(features).max(initial=0))
   features = jnp.ldexp(features, -power)  # Sums of squares stay in range then.
-  direction = jax.random.normal(jax.random.key(0), features.shape[1:])
+  direction = jax.random.normal(jax.random.key(0), features.shape[1:], jnp.float32)
   return replicate(jnp.matmul(features, direction, precision="highest"))
 
 
@@ -426,6 +426,7 @@ def _power(known: KnownLabels) -> Array:
 
 
 def _doubt(noise: Array) -> Array:
+  """How far labels are doubted, in [0, 1]."""
   return jnp.clip((noise - _CLEAN) / (_NOISY - _CLEAN), 0, 1)
 
 

@@ -240,6 +240,49 @@ def test_a_linear_head_is_held_back_by_what_it_can_memorize():
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("noise", "doubt"), [(0.04, 0), (0.07, 0.5), (0.1, 1)])
+def test_few_labels_that_look_wrong_are_hard_examples(noise, doubt):
+  data = _data(0.4)
+  robust, known = _init(data)
+  known = known._replace(noise=jnp.float32(noise))
+  labels = np.where(IDS == 3, -1, data.labels).astype(np.int32)
+  logits = np.random.default_rng(1).standard_normal([N, C], np.float32)
+  losses = jax.jit(robust.losses)(known, logits, labels, IDS)
+  corrected = jax.jit(ranger.labels.forward_corrected_loss)(
+    logits, labels, known.confusion, exponent=0.45 * known.spread * doubt, smoothing=0.2
+  )
+  pull = -(known.beliefs * special.log_softmax(logits, axis=1)).sum(axis=1)
+  share = np.where(IDS == 3, 1, doubt)  # What has no label follows its belief.
+  expected = known.weights * corrected + 0.15 * share * pull
+  np.testing.assert_allclose(losses, expected, rtol=1e-4)
+  # Also in the weights, whichever features are asked.
+  for rows in (learned(data.x), data.x):
+    weights = robust.ask(known, rows, data.labels).weights
+    assert (np.ptp(weights) < 1e-5) == (doubt == 0)
+
+
+def test_without_noise_all_weights_are_one():
+  data = _data(0.0, n=1000)
+  _, known = _init(data)
+  assert float(known.noise) < 0.04
+  np.testing.assert_allclose(known.weights, 1, rtol=1e-5)
+
+
+def test_given_features_are_known_again_in_64_bits():
+  with jax.enable_x64(True):
+    data = _data(0.4)
+    robust = ranger.robust_labels(C)
+    x = np.asarray(data.x, np.float64)
+    known = robust.init(x, data.labels)
+    assert known.projection.dtype == jnp.float32
+    after = robust.ask(known, x, data.labels)
+    losses = jax.jit(robust.losses)(after, data.x, data.labels, IDS)
+    asked = robust.ask(after, learned(x), data.labels)
+    assert float(after.capacity) == np.float32(2 * C / N)
+    chex.assert_tree_all_finite((losses, asked._replace(learned_noise=None)))
+    assert {leaf.dtype.itemsize for leaf in (*after, *asked, losses)} == {4}
+
+
 @pytest.mark.parametrize("size", [1e-37, 1.0, 1e37])
 def test_given_features_are_known_again(size):
   """Learned ones of one column have the same two directions as given ones."""
