@@ -17,6 +17,9 @@ from optax_ranger._core.types import Scalar
 from optax_ranger.labels import _rows
 from optax_ranger.neighbors import _weights
 
+# Of the interval in which a power lies.
+_HALVINGS = 12
+
 
 def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
   r"""Returns what the neighbors of each example believe its class to be.
@@ -85,7 +88,9 @@ def neighbor_beliefs(neighbors: Neighbors, beliefs: Any) -> Array:
   return jax.lax.stop_gradient(_rows.normalized(total))
 
 
-def label_confusion(labels: Any, beliefs: Any, *, sharpness: Scalar = 8.0) -> Array:
+def label_confusion(
+  labels: Any, beliefs: Any, *, sharpness: Scalar = 8.0, anchors: Scalar = 100.0
+) -> Array:
   r"""Estimates how labels get confused: the chance of each label, given the class.
 
   Each class's row is told by the examples that are most confident of that class,
@@ -97,8 +102,11 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Scalar = 8.0) -> Ar
 
   .. math::
     T_{cy} \propto \sum_i w_i(c) \, [y_i = y], \qquad
-    w_i(c) = \Big( \frac{b_i(c)}{\max_j b_j(c)} \Big)^s, \qquad
-    \sum_y T_{cy} = 1
+    w_i(c) = r_i(c)^{s_c} \Big( \frac{r_i(c)}{\max_j r_i(j)} \Big)^s, \qquad
+    r_i(c) = \frac{b_i(c)}{\max_k b_k(c)}
+
+  The second factor keeps an example from being an anchor of several classes.
+  :math:`s_c` is s, or less where that leaves too few anchors.
 
   The beliefs must not have seen the labels, or they agree with them: those of a
   network that has memorized wrong labels make T the identity. So take the
@@ -114,9 +122,11 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Scalar = 8.0) -> Ar
     beliefs: ``float [n, C]``, not negative, of any scale: rows are normalized. An
       example with a row of zeros, or one that is not finite, is left out.
     sharpness: s, positive. A smaller one makes T flatter, 4 already; a larger one
-      noisier, 16 already, as fewer examples tell each row, effectively
-      :math:`(\sum_i w_i)^2 / \sum_i w_i^2`. Infinity counts the most confident
-      alone, several if they are equally so.
+      noisier, 16 already, as fewer examples tell each row. Infinity counts the most
+      confident alone, several if they are equally so.
+    anchors: not negative, how many examples shall tell each row, effectively:
+      :math:`(\sum_i r_i^{s_c})^2 / \sum_i r_i^{2 s_c}`. Where they are fewer,
+      :math:`s_c` falls until they are as many, but not below 1. With 0 it is s.
 
   Returns:
     ``float32 [C, C]`` (float64 for such beliefs), T[c, y]. A class that nobody
@@ -153,15 +163,43 @@ def label_confusion(labels: Any, beliefs: Any, *, sharpness: Scalar = 8.0) -> Ar
     examples.
   """
   validate.in_range("sharpness", sharpness, 0, float("inf"), open_low=True)
+  validate.in_range("anchors", anchors, 0, float("inf"), open_high=True)
   rows = _rows.distributions("beliefs", beliefs)
   label = _rows.label_rows(labels, rows)
   rows = jnp.where(label.any(axis=1, keepdims=True), rows, jnp.zeros_like(rows))
   rows = numerics.to_peak(rows, axis=0)  # The peak's power is one, whatever s.
-  power = rows ** numerics.scalar(sharpness, rows.dtype)
-  rows = jnp.where(rows > 0, power, rows)
+  most = numerics.scalar(sharpness, rows.dtype)
+  powers = _enough(rows, most, numerics.scalar(anchors, rows.dtype))
+  own = numerics.to_peak(rows, axis=1)
+  rows = jnp.where(rows > 0, rows**powers * own**most, rows)
   count = lambda rows, label: jnp.matmul(rows.T, label, precision="highest")
   counts = automatic(count, rows, jnp.zeros([]))(rows, label)
   return jax.lax.stop_gradient(_stochastic(counts))
+
+
+def _enough(rows: Array, most: Array, anchors: Array) -> Array:
+  """Powers of columns, [1, C], that leave so many rows with weight, effectively.
+
+  ``most`` if that does, and otherwise less, but not below 1.
+  """
+
+  def is_enough(inverse):
+    weights = rows ** (1 / inverse)
+    total = weights.sum(axis=0, keepdims=True)
+    squares = (weights * weights).sum(axis=0, keepdims=True)
+    return total * total >= anchors * squares
+
+  def halve(bounds, _):
+    few, enough = bounds
+    middle = (few + enough) / 2
+    there = is_enough(middle)
+    return (jnp.where(there, few, middle), jnp.where(there, middle, enough)), None
+
+  # Inverse powers, so that infinity is one of them.
+  least = jnp.broadcast_to(1 / most, [1, rows.shape[1]])
+  bounds = least, jnp.maximum(least, jnp.ones_like(least))
+  _, enough = jax.lax.scan(halve, bounds, length=_HALVINGS)[0]
+  return 1 / jnp.where(is_enough(least), least, enough)
 
 
 def confusion_spread(confusion: Any) -> Array:

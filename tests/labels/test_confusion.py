@@ -41,10 +41,12 @@ def problem(n=40, k=4, classes=3, seed=0):
 
 
 # Jitted once: operation by operation, each shape would be compiled in pieces.
-# Exponent, smoothing and sharpness are data: one program for all of them.
+# Exponent, smoothing, sharpness and anchors are data: one program for all of them.
 beliefs_of = jax.jit(ranger.labels.neighbor_beliefs)
 confusion_program = jax.jit(
-  lambda labels, beliefs, s: ranger.labels.label_confusion(labels, beliefs, sharpness=s)
+  lambda labels, beliefs, s, anchors: ranger.labels.label_confusion(
+    labels, beliefs, sharpness=s, anchors=anchors
+  )
 )
 corrected = lambda x, y, t, exponent=0.0, smoothing=0.0: (
   ranger.labels.forward_corrected_loss(x, y, t, exponent=exponent, smoothing=smoothing)
@@ -52,8 +54,8 @@ corrected = lambda x, y, t, exponent=0.0, smoothing=0.0: (
 programs = jax.jit(corrected), jax.jit(jax.grad(lambda *a: corrected(*a).sum(), (0, 2)))
 
 
-def confusion_of(labels, beliefs, sharpness):
-  return confusion_program(labels, beliefs, np.float32(sharpness))
+def confusion_of(labels, beliefs, sharpness, anchors=0.0):
+  return confusion_program(labels, beliefs, *map(np.float32, (sharpness, anchors)))
 
 
 def forward(*given, program=programs[0]):
@@ -180,25 +182,61 @@ def test_confusion_of_true_classes_is_counted(sharpness):
   np.testing.assert_allclose(found, counts / counts.sum(1, keepdims=True), rtol=3e-7)
 
 
-@pytest.mark.parametrize("sharpness", [0.5, 1, 8, np.inf])
-def test_confusion_equals_numpy(sharpness):
+def powers_for(relative, sharpness, anchors):
+  """Those of each class, by a search through many."""
+  powers = 1 / np.linspace(1 / sharpness, max(1 / sharpness, 1), 20_000)
+  weights = np.where(relative > 0, relative, 0)[..., None] ** powers
+  effective = weights.sum(axis=0) ** 2 / (weights**2).sum(axis=0)
+  enough = effective >= anchors
+  return powers[np.where(enough.any(axis=1), enough.argmax(axis=1), -1)]
+
+
+@pytest.mark.parametrize(
+  ("sharpness", "anchors"),
+  [(0.5, 0), (1, 0), (8, 0), (np.inf, 0), (8, 60), (8, 9), (8, 999), (0.5, 999)],
+)
+def test_confusion_equals_numpy(sharpness, anchors):
   """An example without a label is no anchor, however confident."""
   _, labels, beliefs = problem(n=200)
   labels, beliefs = np.array(labels), np.array(beliefs)
   labels[9], beliefs[9] = -1, [5, 0, 0]
-  used = [
-    (int(y), belief / belief.sum())
-    for y, belief in zip(labels, beliefs.astype(np.float64), strict=True)
-    if 0 <= y < 3 and (belief >= 0).all() and belief.any()
-  ]
-  peaks = np.max([belief for _, belief in used], axis=0)
-  counts = np.zeros([3, 3])
-  for y, belief in used:
-    counts[:, y] += (belief / peaks) ** sharpness
-  found = np.asarray(confusion_of(labels, beliefs, sharpness))
-  np.testing.assert_allclose(found, counts / counts.sum(1, keepdims=True), rtol=1e-5)
+  used = (labels >= 0) & (labels < 3) & (beliefs >= 0).all(1) & beliefs.any(1)
+  found = np.asarray(confusion_of(labels, beliefs, sharpness, anchors))
+  labels, used = labels[used], beliefs[used].astype(np.float64)
+  relative = used / used.sum(axis=1, keepdims=True)
+  relative /= relative.max(axis=0)
+  with np.errstate(divide="ignore"):
+    powers = powers_for(relative, sharpness, anchors) if anchors else sharpness
+  own = relative / relative.max(axis=1, keepdims=True)
+  counts = (relative**powers * own**sharpness).T @ np.eye(3)[labels]
+  expected = counts / counts.sum(1, keepdims=True)
+  np.testing.assert_allclose(found, expected, rtol=4e-3 if anchors else 1e-5)
   if sharpness == np.inf:
     np.testing.assert_array_equal(found.max(axis=1), np.ones(3))
+  if anchors == 60:
+    assert ((powers > 1) & (powers < 8)).all()
+    assert len(np.unique(powers)) == 3
+  if anchors == 999:
+    assert (powers == min(sharpness, 1)).all()
+
+
+@pytest.mark.guarantees(
+  "labels.label_confusion", "Few examples tell a row better with more anchors"
+)
+def test_few_examples_need_more_anchors():
+  """40 of each class; classes are as clear as held-out predictions make them."""
+  rng = np.random.default_rng(0)
+  truth = 0.6 * np.eye(5) + 0.08
+  errors = {0.0: [], 100.0: []}
+  for _ in range(20):
+    classes = np.repeat(np.arange(5), 40)
+    labels = (rng.random([200, 1]) > truth.cumsum(axis=1)[classes]).sum(axis=1)
+    logits = 2 * np.eye(5)[classes] + rng.normal(size=[200, 5])
+    beliefs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for anchors, found in errors.items():
+      confusion = confusion_of(labels, beliefs.astype("f"), 8.0, anchors)
+      found.append(np.abs(np.asarray(confusion) - truth).sum(axis=1).mean())
+  assert np.mean(errors[100.0]) < 0.8 * np.mean(errors[0.0])
 
 
 @pytest.mark.guarantees(
@@ -580,7 +618,9 @@ def test_what_devices_send():
   gathered = sent(ranger.labels.neighbor_beliefs, neighbors, beliefs)
   assert gathered == [("all-gather", 40 * 3 * 4, 1)]
   counted = sent(ranger.labels.label_confusion, labels, beliefs)
-  assert sorted(counted) == [("all-reduce", 12, 1), ("all-reduce", 36, 1)]
+  # Sums of weights and of their squares, for each power that is tried.
+  tried = ("all-reduce", 24, 1), ("all-reduce", 24, 12)
+  assert sorted(counted) == [("all-reduce", 12, 1), *tried, ("all-reduce", 36, 1)]
 
 
 @pytest.mark.slow
