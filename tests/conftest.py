@@ -48,6 +48,25 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# JAX makes an MLIR context for each program that it lowers. That takes 3 ms, longer
+# than a small program does. Here one serves all that come one after the other.
+_contexts = []
+with contextlib.suppress(ImportError, AttributeError):
+  from jax._src.interpreters import mlir
+  from jax._src.lib.mlir import ir
+
+  _make = mlir.make_ir_context
+
+  def _shared_context():
+    if ir.Context.current is not None:  # One program is lowered within another.
+      return _make()
+    if not _contexts:
+      _contexts.append(_make())
+    return _contexts[0]
+
+  mlir.make_ir_context = _shared_context
+
+
 # Where extras are not installed, what imports them isn't collected, and a test that
 # meets them is skipped.
 _EXTRAS = ("equinox", "faiss", "flax", "grain", "matplotlib", "orbax", "pymetis")
@@ -88,6 +107,7 @@ gc.set_threshold(100_000, 50, 100)
 def _memory():
   """Programs of earlier modules stay, as long as there is room for them."""
   yield
+  _contexts.clear()
   _clear_beyond(_ROOM)
 
 
