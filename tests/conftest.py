@@ -20,6 +20,7 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
   ]
   # Twice as fast to compile; from 0.11 on, XLA doesn't know the flag.
   if importlib.metadata.version("jaxlib") < "0.11":

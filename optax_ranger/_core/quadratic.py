@@ -3,6 +3,8 @@
 The matrix is a Gramian of unit vectors, so its diagonal is one; it may be singular.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +21,7 @@ _REFINEMENTS = 3
 _CORRECTIONS = 3
 
 
+@functools.partial(jax.jit, inline=True)  # Traced once for each shape.
 def nonnegative(matrix: Array, linear: Array) -> Array:
   r"""The minimizer of :math:`\frac12 x^T A x - b^T x` over :math:`x \ge 0`.
 
