@@ -55,6 +55,9 @@ SECTIONS = {
   "all-reduces": Section(
     "training.all_reduce_rows", {"num_micro_batches": 4, "size": 256}
   ),
+  "labels": Section(
+    "labels.training_rows", {"rounds": 1, "epochs": 6, "scale": 0.03, "runs": 1}
+  ),
   "graph": Section("graph.exact_rows", {"rounds": 2, "n": 2000}),
   "regions": Section("regions.attention_rows", {"rounds": 2, "size": 16}),
 }
@@ -68,7 +71,7 @@ GPU_SECTIONS = {
   **{
     name: SECTIONS[name]
     for name in SECTIONS
-    if name not in ("acceleration", "accumulation", "all-reduces", "graph")
+    if name not in ("acceleration", "accumulation", "all-reduces", "graph", "labels")
   },
   "laws": Section("gpu.law_rows", {"steps": "scale_by_ngs"}),
   "exact-graph": Section("gpu.graph_rows", {"n": 2000}),

@@ -158,6 +158,13 @@ def copy_rate(size: int = 32 * 2**20) -> float:
   return 2 * 4 * size / float(np.median(seconds))
 
 
+def status(name: str) -> int:
+  """Bytes that the system says this process has."""
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  (line,) = (line for line in lines if line.startswith(f"{name}:"))
+  return int(line.split()[1]) * 1024
+
+
 def cores() -> int:
   """How many cores this process may use."""
   allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0

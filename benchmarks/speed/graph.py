@@ -103,17 +103,10 @@ def print_peak(backend: str, n: int) -> None:
   build(rows[:2000])
   # Not ru_maxrss, which a process inherits from the one that starts it.
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew.
-  before = _status("VmRSS")
+  before = _measure.status("VmRSS")
   build(rows)
-  after = _status("VmHWM")
+  after = _measure.status("VmHWM")
   print(after - before)
-
-
-def _status(name: str) -> int:
-  """Bytes that the system says this process has."""
-  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-  (line,) = (line for line in lines if line.startswith(f"{name}:"))
-  return int(line.split()[1]) * 1024
 
 
 def refresh_row(examples: int = 10_000) -> str:

@@ -77,6 +77,7 @@ def _over_axis(step: Any, axis: str) -> Any:
   return optax.GradientTransformationExtraArgs(step.init, update)
 
 
+@functools.cache
 def neighbors(call: int = 0, n: int = NUM_MEMBERS, k: int = 2) -> ranger.Neighbors:
   rng = np.random.default_rng(100 + call)
   features = rng.standard_normal([n, 3]).astype(np.float32)
