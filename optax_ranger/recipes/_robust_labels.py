@@ -158,9 +158,10 @@ def robust_labels(
     * ``ask(known, features, labels, progress=False)``: features of all examples that
       the network has learned, those before its last layer, and all labels. Of a
       linear head these are the features that ``init`` had; never pass those for a
-      deeper network. Five times, evenly over training, are enough; any other time
-      is safe. It takes about half a second for 10,000 examples, and compiles once
-      under ``jax.jit``. Rows that are not finite are left out.
+      deeper network. Five times, evenly over training, are enough, and once, after
+      half of it, gains nearly as much; any other time is safe. It takes about half a
+      second for 10,000 examples, and compiles once under ``jax.jit``. Rows that are
+      not finite are left out.
     * ``metrics(known, predictions, labels)``: predictions or logits ``[n, C]`` of all
       examples; see there.
 
