@@ -140,8 +140,8 @@ def label_confusion(
     * Split over devices by rows, the same.
 
   Raises:
-    ValueError: for shapes that do not fit, a sharpness that is not positive, and
-      labels below -1 or beyond int32 where they are known.
+    ValueError: for shapes that do not fit, a sharpness that is not positive, negative
+      anchors, and labels below -1 or beyond int32 where they are known.
     TypeError: for labels that are neither integers nor names.
 
   Examples:

@@ -636,6 +636,13 @@ REFUSALS = {
     ValueError,
     r"sharpness must lie in \(0, inf\], got 0",
   ),
+  "anchors": (
+    lambda: ranger.labels.label_confusion(
+      jnp.zeros([3], jnp.int32), jnp.ones([3, 2]), anchors=-1
+    ),
+    ValueError,
+    r"anchors must lie in \[0, inf\), got -1",
+  ),
   "confusion that is not square": (
     lambda: ranger.labels.confusion_spread(jnp.ones([3, 2])),
     ValueError,
