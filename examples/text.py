@@ -4,8 +4,8 @@ The data ships with Python: 32 words of each docstring in ten packages of its li
 40% of the training labels name the next package in a list. Losses are means over words.
 A batch is split into four micro-batches by length; `ranger.accumulate` takes numbers of
 words as `weight=`, which gives the exact gradient. `robust_labels` gains 0.15 over
-cross-entropy, and 0.05 over logistic regression on TF-IDF. With wrong labels that
-name any other package, it is as good as that. It takes some minutes on two cores.
+cross-entropy, and 0.05 over logistic regression on TF-IDF. It takes some minutes on
+two cores.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def audit(
 
   q is the chance of each *label*. The weights :math:`\alpha, \beta \geq 0` make the
   given labels the likeliest. T, how classes get their labels, is estimated from
-  the examples that are most confident of each class, as in
+  the examples that are most confident of each class, with the sharpness of
   ``labels.label_confusion``, and its wrong labels are drawn to an even share where
   anchors are few. b, the chance of each *class*, is what explains q.
 

@@ -10,7 +10,7 @@ import numpy as np
 from optax_ranger._core import draws
 
 _SAMPLE = 20_000  # examples that weigh the witnesses
-_SHARPNESS = 8  # of anchors, as in `labels.label_confusion`
+_SHARPNESS = 8  # of anchors, that of `labels.label_confusion`
 _ROUNDS = 20  # from labels to classes
 _HEAVIEST = 10.0
 
