@@ -149,7 +149,7 @@ def robust_labels(
       training set; labels ``[n]``, integers in [0, C) or names, -1 for none, or
       ``float [n, C]`` for soft labels. See ``labels.held_out_beliefs`` for time and
       memory. On two CPU cores it takes about a second for 10,000 examples, and about
-      70 seconds and 4 GiB for a million with 64 features and 100 classes.
+      70 seconds and 3 GiB for a million with 64 features and 100 classes.
       ``progress`` shows a bar (tqdm), but not under ``jax.jit``.
     * ``losses(known, logits, labels, ids)``: logits ``[b, C]``, the labels of the
       batch, and the positions of its examples in the training set. An example with
