@@ -88,7 +88,10 @@ def train_robustly(images, labels, seed: int, epochs: int):
 METHODS = {"plain": ("AdamW", train_plainly), "ranger": ("Ranger", train_robustly)}
 HINDSIGHT = "AdamW, stopped at the best epoch with hindsight"
 # Which of the five steps are on; the others are chained into the optimizer.
-STEPS = {"plain": "none", "ranger": "steps 1 (neighbors) and 5 (predictions)"}
+STEPS = {
+  "plain": "none",
+  "ranger": "robust_labels: steps 1 (neighbors) and 5 (predictions)",
+}
 
 
 def batches(n: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -210,9 +213,7 @@ def main() -> None:
       }
 
   print(f"digits, {args.noise:.0%} wrong labels, {args.seeds} seeds, test accuracy")
-  print(
-    f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}  parts of Ranger"
-  )
+  print(f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}  uses")
   for name, result in results.items():
     last, best = result["curves"][:, -1], result["curves"].max(axis=1)
     print(

@@ -167,7 +167,7 @@ def value_and_grad(
     Every leaf of ``batch`` has leading axis n. An example with an input or a loss
     that is not finite has weight zero, and the step's ``num_dropped`` counts it. A
     bad input is replaced by another example's. If the derivative of a bad loss is
-    not finite either, as of the logarithm of a negative number, it ruins the
+    not finite either, as of the square root of a negative number, it ruins the
     backward pass of a linear step: then no example of this device is usable. A good
     loss whose derivative is not finite, as of sqrt(x^2) at zero, makes the gradient
     of a linear step NaN, as everywhere in JAX; ``skip_nonfinite`` skips it.

@@ -85,7 +85,7 @@ def test_every_snippet_runs():
 
   names = {
     "jnp": jnp, "nnx": nnx, "optax": optax, "ranger": ranger,
-    "features": images, "labels": labels, "ids": ids,
+    "images": images, "labels": labels, "ids": ids,
     "losses": per_example_losses(params, batch),
     "params": params, "grads": jax.tree.map(jnp.ones_like, params), "num_tokens": 32,
     "num_steps": 1000,
@@ -109,7 +109,7 @@ def test_neighbor_weights_reach_what_they_claim():
   data = demo.load_digits(0.4, 0)
   before, _, _ = _programs()
   (lines,) = re.findall(r"```python\n# 1: [^\n]*\n(.*?)loss = ", README, re.S)
-  names = {"ranger": ranger, "features": data[0], "labels": jnp.asarray(data[1])}
+  names = {"ranger": ranger, "images": data[0], "labels": jnp.asarray(data[1])}
   exec(lines, names)
   weights = names["weights"]
   weighted = (
