@@ -88,10 +88,7 @@ def train_robustly(images, labels, seed: int, epochs: int):
 METHODS = {"plain": ("AdamW", train_plainly), "ranger": ("Ranger", train_robustly)}
 HINDSIGHT = "AdamW, stopped at the best epoch with hindsight"
 # Which of the five steps are on; the others are chained into the optimizer.
-STEPS = {
-  "plain": "none",
-  "ranger": "robust_labels: steps 1 (neighbors) and 5 (predictions)",
-}
+STEPS = {"plain": "none", "ranger": "robust_labels (steps 1 and 5, below)"}
 
 
 def batches(n: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -213,12 +210,12 @@ def main() -> None:
       }
 
   print(f"digits, {args.noise:.0%} wrong labels, {args.seeds} seeds, test accuracy")
-  print(f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per step':>13}  uses")
+  print(f"{'':8}{'last epoch':>16}{'best epoch':>12}{'ms per batch':>14}  uses")
   for name, result in results.items():
     last, best = result["curves"][:, -1], result["curves"].max(axis=1)
     print(
       f"{result['label']:8}{f'{last.mean():.3f} ± {last.std():.3f}':>16}"
-      f"{best.mean():>12.3f}{result['pace']:>13.2f}  {STEPS[name]}"
+      f"{best.mean():>12.3f}{result['pace']:>14.2f}  {STEPS[name]}"
     )
   args.out.mkdir(parents=True, exist_ok=True)
   plain, robust = (results[name] for name in METHODS)

@@ -196,7 +196,7 @@ def test_bad_predictions_poison_nobody():
   given = flip(true, "symmetric", 0.3)
   predictions = graph.held_out_predictions(points, given, width=50)
   bad = predictions.copy()
-  bad[0], bad[1], bad[2], bad[3] = np.nan, np.inf, -1.0, 0.0
+  bad[0], bad[1], bad[2, 0], bad[3] = np.nan, np.inf, -1.0, 0.0
   given[5] = -1
   neighbors = graph.build(points, 10, progress=False)
   for score in ("posterior", "margin"):

@@ -31,12 +31,12 @@ READERS = {
   "graph.md": """
 import grain
 
-frame = {"diagnosis": np.array(["no", "yes"])[labels], "patient": np.arange(n) // 10}
-train_features, held_out, train_labels = features[:150], features[150:], labels[:150]
+diagnoses = [["no", "yes"][label] for label in labels]
+patients, new_rows = [f"patient {i // 10}" for i in range(n)], features[:5]
 images, state, beliefs = features, optax.EmptyState(), jnp.eye(num_classes)[labels]
 
-def model_features(params, batch):
-  return batch @ params["kernel"]
+class model:
+  apply = lambda params, batch, method: batch @ params["kernel"]
 """,
   "learning_rates.md": "steps = 1000",
   "noisy_labels.md": """

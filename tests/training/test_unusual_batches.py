@@ -225,9 +225,10 @@ def test_statistics_come_back(way):
 def test_statistics_are_told_from_rows_by_their_name(rows):
   """Whatever their length: four features, micro-batches of two, three and four rows."""
   batch = np.random.default_rng(1).standard_normal([rows, 4]).astype(np.float32)
+  first = batch[0, 0]
   loss = lambda params, batch: (
     (batch @ params["w"]) ** 2,
-    {"mean": batch.mean(axis=0)},
+    {"mean": batch.mean(axis=0), "has_first": (batch == first).any()},
   )
   update = ranger.train_step(
     loss,
@@ -240,6 +241,7 @@ def test_statistics_are_told_from_rows_by_their_name(rows):
   params = {"w": jnp.ones(4)}
   _, _, metrics = update(params, update.init(params), batch)
   np.testing.assert_allclose(metrics["mean"], batch.mean(axis=0), atol=1e-6)
+  assert metrics["has_first"] == 0.25  # true and false become a share
 
 
 def test_statistics_weigh_as_their_examples_do():
