@@ -1,6 +1,7 @@
 """Functions of many rows, block by block, for the memory's sake."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import functools
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_ranger._core import progress
+from optax_ranger._core.sharding import vary
+from optax_ranger._core.sharding import varying_axes
 from optax_ranger._core.types import PyTree
 
 # Blocks that a call computes where there is a bar.
@@ -27,7 +30,7 @@ def map_blocks(
     function: from blocks of rows to as many rows; compiled once where it is always
       the same object.
     shared: what all blocks see.
-    rows: arrays ``[n, ...]``, at least one row. The last block is filled with zeros.
+    rows: arrays ``[n, ...]``, at least one row. A row may be computed twice.
     size: rows of a block.
     what: says what is done on a bar, outside of ``jax.jit``; no bar if empty.
   """
@@ -35,7 +38,7 @@ def map_blocks(
     return _mapped(function, size, shared, rows)
   parts = [
     jax.block_until_ready(_mapped(function, size, shared, part))
-    for part in progress.bar(_parts(rows, size), what, True)
+    for part in _parts(rows, size, what)
   ]
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
@@ -48,19 +51,42 @@ def fold_blocks(
   size: int,
   what: str = "",
 ) -> PyTree:
-  """Folds `function(shared, carry, block)` over blocks of rows; see `map_blocks`."""
+  """Folds `function(shared, carry, block)` over blocks of rows; see `map_blocks`.
+
+  The last block is filled with zeros.
+  """
   if not what:
     return _folded(function, size, shared, start, rows)
-  for part in progress.bar(_parts(rows, size), what, True):
+  for part in _parts(rows, size, what):
     start = jax.block_until_ready(_folded(function, size, shared, start, part))
   return start
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _mapped(function: Any, size: int, shared: Any, rows: Any) -> Any:
-  blocks, n = _cut(rows, size)
-  found = jax.lax.map(functools.partial(function, shared), blocks)
-  return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], found)
+  n = jax.tree.leaves(rows)[0].shape[0]
+  count = -(-n // size)
+  size = -(-n // count)
+  compute = jax.jit(functools.partial(function, shared), inline=True)
+  if count == 1:
+    return compute(rows)
+
+  def take(start):
+    cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size)
+    return jax.tree.map(cut, rows)
+
+  def empty(like):
+    array = jnp.zeros((n, *like.shape[1:]), like.dtype)
+    return vary(array, varying_axes(like))
+
+  def one(place, whole):
+    # The last block ends with the last row: filling it up would copy all rows.
+    start = jnp.minimum(place * size, n - size)
+    put = lambda to, part: jax.lax.dynamic_update_slice_in_dim(to, part, start, 0)
+    return jax.tree.map(put, whole, compute(take(start)))
+
+  start = jax.tree.map(empty, jax.eval_shape(compute, take(0)))
+  return jax.lax.fori_loop(0, count, one, start)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -82,10 +108,9 @@ def _cut(rows: PyTree, size: int) -> tuple[PyTree, int]:
   return jax.tree.map(cut, rows), n
 
 
-def _parts(rows: PyTree, size: int) -> list[PyTree]:
+def _parts(rows: PyTree, size: int, what: str) -> Iterator[PyTree]:
+  """Parts of the rows behind a bar, one copy at a time."""
   n = jax.tree.leaves(rows)[0].shape[0]
   step = _AT_ONCE * size
-  return [
-    jax.tree.map(lambda leaf, start=start: leaf[start : start + step], rows)
-    for start in range(0, n, step)
-  ]
+  for start in progress.bar(range(0, n, step), what, True):
+    yield jax.tree.map(lambda leaf, start=start: leaf[start : start + step], rows)

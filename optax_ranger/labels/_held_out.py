@@ -162,11 +162,12 @@ def mix_beliefs(beliefs: Sequence[Any], labels: Any) -> Array:
   """
   if not len(beliefs):
     raise ValueError("beliefs must hold at least one array [n, C], got none.")
-  tables = [_rows.distributions("beliefs", table) for table in beliefs]
+  tables = [jnp.asarray(table) for table in beliefs]
+  _rows.distributions("beliefs", tables[0][:0])  # Refuses other shapes.
   for table in tables[1:]:
     validate.shape("beliefs", table, tables[0].shape)
-  label = _rows.label_rows(labels, tables[0])
-  return jax.lax.stop_gradient(_mixture(tables, label))
+  given = _rows.read(labels, *tables[0].shape)
+  return jax.lax.stop_gradient(_mixture(tables, given))
 
 
 def clean_beliefs(beliefs: Any, confusion: Any, *, steps: int = 30) -> Array:
@@ -231,17 +232,36 @@ def _explained(rows: Array, confusion: Array, steps: int) -> Array:
 
 
 @functools.partial(jax.jit, inline=True)
-def _mixture(tables: list[Array], label: Array) -> Array:
-  tables, label = [replicate(table) for table in tables], replicate(label)
-  return _mix(tables, _weights(tables, label))
+def _mixture(tables: list[Array], given: Array) -> Array:
+  tables, given = [replicate(table) for table in tables], replicate(given)
+  if not len(given):
+    return _rows.distributions("beliefs", tables[0])
+  said, usable = blocks.map_blocks(_read_and_say, None, (tables, given), _BLOCK)
+  weights = _likeliest(said, usable)
+  return blocks.map_blocks(_read_and_mix, weights, tables, _BLOCK)
 
 
-def _weights(tables: list[Array], label: Array) -> Array:
-  """Weights of witnesses under which the labels are likeliest, [J]."""
-  said = jnp.stack([(table * label).sum(axis=1) for table in tables])
-  there = jnp.stack([table.any(axis=1) for table in tables])
+def _read_and_say(_: None, block: tuple[list[Array], Array]) -> tuple[Array, Array]:
+  tables, given = block
+  tables = [_rows.distributions("beliefs", table) for table in tables]
+  return _say(tables, _rows.label_rows(given, tables[0]))
+
+
+def _read_and_mix(weights: Array, tables: list[Array]) -> Array:
+  return _mix([_rows.distributions("beliefs", table) for table in tables], weights)
+
+
+def _say(tables: list[Array], label: Array) -> tuple[Array, Array]:
+  """The chance that each witness gave each label, [n, J], and who can judge, [n]."""
+  said = jnp.stack([(table * label).sum(axis=1) for table in tables], axis=1)
+  there = jnp.stack([table.any(axis=1) for table in tables], axis=1)
   # Judged where all have a belief.
-  usable = jnp.logical_and(label.any(axis=1), there.all(axis=0))
+  return said, jnp.logical_and(label.any(axis=1), there.all(axis=1))
+
+
+def _likeliest(said: Array, usable: Array) -> Array:
+  """Weights of witnesses under which the labels are likeliest, [J]."""
+  said = said.T
 
   def climb(weights, _):
     shares = weights[:, None] * said
@@ -250,7 +270,7 @@ def _weights(tables: list[Array], label: Array) -> Array:
     climbed = numerics.divide(total, total.sum(keepdims=True))
     return jnp.where(total.any(keepdims=True), climbed, weights), None
 
-  start = jnp.full([len(tables)], 1 / len(tables), said.dtype)
+  start = jnp.full([len(said)], 1 / len(said), said.dtype)
   return jax.lax.scan(climb, start, length=_ROUNDS)[0]
 
 
@@ -359,7 +379,8 @@ def _choose(near: "_Near", origin: Array, learned: Any, taught: Array) -> "_Chos
   fit = kernel.fit(ridges[best // len(sharpnesses)])
   even = jnp.full([2], 0.5, origin.dtype)
   chosen = _Chosen(fit, sharpness, near, place, even)
-  return chosen._replace(weights=_weights(chosen.witnesses(keys), keys.label))
+  weights = _likeliest(*_say(chosen.witnesses(keys), keys.label))
+  return chosen._replace(weights=weights)
 
 
 def _predict(shared: Any, block: Any) -> Array:

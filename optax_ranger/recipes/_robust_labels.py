@@ -244,16 +244,22 @@ def robust_labels(
     known: KnownLabels, features: Any, labels: Any, progress: bool = False
   ) -> KnownLabels:
     features = jnp.asarray(features)
-    learned = labels_lib.held_out_beliefs(
-      _unit(features),
-      labels,
+    n = len(known.trust)
+    if features.shape[:1] != (n,):
+      raise ValueError(
+        f"features must have shape [{n}, d], as many rows as `init` had, got"
+        f" {list(features.shape)}."
+      )
+    given = _given(labels, n, num_classes)
+    learned = functools.partial(
+      labels_lib.held_out_beliefs,
+      labels=labels,
       num_classes=num_classes,
       num_random=_RANDOM,
       progress=progress,
     )
-    given = _given(labels, len(learned), num_classes)
-    validate.shape("features", learned, known.beliefs.shape)
-    after = _judge(learned, given, known, sharpness, progress)
+    # Nobody holds what was learned but who judges it: tables of all examples are large.
+    after = _judge(learned(_unit(features)), given, known, sharpness, progress)
     return _unless_given(after, known, features, given, sharpness)
 
   def metrics(known: KnownLabels, predictions: Any, labels: Any) -> dict[str, Array]:
@@ -311,25 +317,29 @@ def _judge(
 ) -> KnownLabels:
   """What new chances of the labels say, beside what was known before."""
   bars = progress and validate.is_known(held_out)
-  held_out, confusion = _mix(held_out, given, before)
+  if before is not None:
+    held_out = _mix(held_out, given, before)
+  confusion = _confusion(held_out, given)
   if held_out.shape[0]:
     beliefs, right = blocks.map_blocks(
       _posterior, confusion, (held_out, given), _BLOCK, "judging labels" * bars
     )
   else:
     beliefs, right = _posterior(confusion, (held_out, given))
+  del held_out
   return _conclude(beliefs, right, confusion, given, before, sharpness)
 
 
 @functools.partial(jax.jit, inline=True)
-def _mix(
-  held_out: Array, given: Array, before: KnownLabels | None
-) -> tuple[Array, Array]:
-  """Chances of the labels with those that were known, and the confusion matrix."""
-  if before is not None:
-    former = jnp.matmul(before.beliefs, before.confusion, precision="highest")
-    held_out = labels_lib.mix_beliefs([held_out, former], given)
-  return held_out, labels_lib.label_confusion(given, held_out)
+def _mix(held_out: Array, given: Array, before: KnownLabels) -> Array:
+  """Chances of the labels with those that were known."""
+  former = jnp.matmul(before.beliefs, before.confusion, precision="highest")
+  return labels_lib.mix_beliefs([held_out, former], given)
+
+
+@functools.partial(jax.jit, inline=True)
+def _confusion(held_out: Array, given: Array) -> Array:
+  return labels_lib.label_confusion(given, held_out)
 
 
 @functools.partial(jax.jit, inline=True)

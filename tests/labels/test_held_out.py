@@ -193,6 +193,14 @@ def test_the_mixture_is_the_likeliest():
   np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+def test_a_mixture_needs_no_further_table():
+  table = jax.ShapeDtypeStruct([50_000, 20], jnp.float32)
+  labels = jax.ShapeDtypeStruct([50_000], jnp.int32)
+  mix = lambda a, b, labels: ranger.labels.mix_beliefs([a, b], labels)
+  compiled = jax.jit(mix).lower(table, table, labels).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 50_000 * 20 * 4
+
+
 def test_a_mixture_of_what_is_there():
   mix = jax.jit(lambda *tables: ranger.labels.mix_beliefs(tables, np.array([1, 1, 1])))
   there = np.array([[0.5, 0.5], [0.0, 0.0], [0.0, 0.0]])
