@@ -391,7 +391,7 @@ def test_examples_of_different_devices_are_kept_apart():
 
 
 @pytest.mark.guarantees(
-  "value_and_grad", "Split over devices, it is the gradient of the whole batch"
+  "value_and_grad", "On several devices it is the gradient of the whole batch"
 )
 @pytest.mark.parametrize(
   "map_", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)]

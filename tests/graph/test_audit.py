@@ -95,7 +95,7 @@ def test_posterior_is_that_of_bayes():
 
 
 @pytest.mark.guarantees(
-  "graph.audit", "Within four points it tells how many of 4,000 labels are"
+  "graph.audit", 'score="posterior" estimates the share of wrong labels'
 )
 @pytest.mark.parametrize(
   ("noise", "share"),

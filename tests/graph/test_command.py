@@ -1,5 +1,6 @@
 """The command line: good files give a table and a page, bad ones one sentence."""
 
+import base64
 import csv
 import html.parser
 import subprocess
@@ -276,7 +277,7 @@ class Parsed(html.parser.HTMLParser):
 
   def handle_starttag(self, tag, attrs):
     if tag == "img":
-      self.images.append(dict(attrs)["src"])
+      self.images.append((dict(attrs)["alt"], dict(attrs)["src"]))
     if tag not in ("meta", "img"):
       self.open.append(tag)
 
@@ -291,7 +292,8 @@ def test_the_page_is_whole_and_escapes_names(tmp_path):
   names = ["<script>alert(1)</script>" if x == "1" else 'a & "b"' for x in GIVEN]
   x = points()
   x[11] = x[10]  # A duplicate with another label.
-  images = ("x.npy", x.reshape(N, 1, 3))
+  x = x.reshape(N, 1, 3)
+  images = ("x.npy", x)
   assert run(tmp_path, images, ("y.txt", "\n".join(names)), "--images", "1x3") == 0
   text = (tmp_path / "out" / "audit.html").read_text()
   page = Parsed()
@@ -303,7 +305,11 @@ def test_the_page_is_whole_and_escapes_names(tmp_path):
     "1 pairs of rows are nearly equal; 1 of them have different labels" in page.text
   )
   assert len(page.images) == N
-  assert all(image.startswith("data:image/png;base64,") for image in page.images)
+  start = "data:image/png;base64,"
+  for title, source in page.images:
+    row = int(title.partition(":")[0])
+    picture = _page.png(_page._as_bytes(x)[row])
+    assert source == start + base64.b64encode(picture).decode()
   assert "http" not in text
 
 

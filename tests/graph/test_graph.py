@@ -121,7 +121,7 @@ def test_ordinary_data_needs_no_repairs(backend):
 
 
 @pytest.mark.guarantees(
-  "graph.build", "The recall is the one that a full search would tell"
+  "graph.build", "The recall is exact for the rows of recall_sample"
 )
 @pytest.mark.guarantees(
   "graph.measure_recall", "It equals the recall of a full search, also if the given"

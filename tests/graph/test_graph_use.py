@@ -50,7 +50,7 @@ def test_audit_equals_counting():
 
 
 @pytest.mark.guarantees(
-  "graph.audit", "The result does not depend on the size of blocks"
+  "graph.audit", "Working in blocks of rows does not change the result"
 )
 def test_audit_in_blocks(monkeypatch):
   from optax_ranger.graph import _audit

@@ -34,6 +34,8 @@ SQUARES = np.arange(50) ** 2
 WIDE = {
   "unix nanoseconds": 1_700_000_000_000_000_000 + np.arange(50)[:, None] ** 2,
   "unix seconds": 1_700_000_000 + np.cumsum(np.abs(draw(50, 1)), axis=0),
+  # They differ by more than float32 tells, whatever is subtracted from all.
+  "wide int32": np.r_[0, 2**30 + np.arange(49) ** 2].astype(np.int32)[:, None],
   "map coordinates": np.array([5e5, 4_649_776.0]) + draw(50, 2),
   "far from each other": np.r_[draw(25, 3), 1e9 + draw(25, 3)],
   "negative": -(2**40) - np.arange(50)[:, None] ** 3,
@@ -42,7 +44,6 @@ WIDE = {
   "random bits": np.random.default_rng(0).integers(0, 2**64, [50, 2], np.uint64),
   # Steps of 0.3 in float64, of 2 in float32: near ones are rounded away.
   "rounded apart": np.r_[0, 2**24 + 0.3 * (np.arange(49) * 11 % 49)][:, None],
-  "wide int32": (2**30 + np.arange(50) ** 2).astype(np.int32)[:, None],
   "near copies": np.repeat(draw(5, 3), 10, axis=0) * (1 + 1e-13 * draw(50, 1)),
   "ordinary": draw(50, 4),
 }

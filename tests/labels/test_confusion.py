@@ -221,7 +221,7 @@ def test_confusion_equals_numpy(sharpness, anchors):
 
 
 @pytest.mark.guarantees(
-  "labels.label_confusion", "Few examples tell a row better with more anchors"
+  "labels.label_confusion", "With few examples and uncertain beliefs, more anchors"
 )
 def test_few_examples_need_more_anchors():
   """40 of each class; classes are as clear as held-out predictions make them.
@@ -245,7 +245,7 @@ def test_few_examples_need_more_anchors():
 
 
 @pytest.mark.guarantees(
-  "labels.label_confusion", "As s grows, anchors that are certain of their class"
+  "labels.label_confusion", "As sharpness grows, the surest examples of a class"
 )
 def test_anchors_tell_the_rows():
   """A fifth are anchors; of the rest, whom half-belief leaves open, labels mislead."""
@@ -409,7 +409,8 @@ def test_an_impossible_label_has_the_largest_loss_and_no_gradient():
 
 
 @pytest.mark.guarantees(
-  "labels.forward_corrected_loss", "An example without a label has none"
+  "labels.forward_corrected_loss",
+  "An example without a label has zero loss and gradient",
 )
 def test_no_label_no_loss():
   logits = np.array([[1, 2], [np.nan, 1], [np.inf, 1], [np.nan, 1]], np.float32)
@@ -433,7 +434,7 @@ def mixtures(n=50):
 
 @pytest.mark.guarantees(
   "labels.forward_corrected_loss",
-  "exponent=0 is the logarithm, exactly, and small ones go",
+  "exponent=0 is the logarithm, exactly, and small",
 )
 def test_exponents_join_the_logarithm_at_zero():
   """And zero is the logarithm to the last bit, as if there were no exponent."""
@@ -461,7 +462,7 @@ def test_exponents_join_the_logarithm_at_zero():
 
 @pytest.mark.guarantees(
   "labels.forward_corrected_loss",
-  "exponent=0 is the logarithm, exactly, and small ones go",
+  "exponent=0 is the logarithm, exactly, and small",
 )
 def test_exponent_of_one_is_the_absolute_error():
   given, u, _ = mixtures()

@@ -108,7 +108,9 @@ def test_robust_scale_of_normal_residuals():
     assert 2 < scale_of(spoiled) < 21
 
 
-@pytest.mark.guarantees("labels.robust_scale", "Scaled residuals have a scaled scale")
+@pytest.mark.guarantees(
+  "labels.robust_scale", "robust_scale(c * r) is c * robust_scale(r)"
+)
 @settings(max_examples=40, deadline=None)
 @given(
   st.lists(st.integers(-50, 50), min_size=9, max_size=9),
@@ -321,7 +323,7 @@ def test_a_large_threshold_is_the_squared_error():
 
 @pytest.mark.guarantees(
   "labels.robust_regression_loss",
-  "Scaling predictions, targets and scale scales the loss",
+  "If predictions, targets and scale are multiplied by c",
 )
 @settings(max_examples=30, deadline=None)
 @given(st.floats(-1e6, 1e6, width=32), st.sampled_from([2.0**-20, 0.5, 2.0**40]))

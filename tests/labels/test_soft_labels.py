@@ -59,7 +59,7 @@ def votes_of(n, classes=3, seed=0):
 
 @pytest.mark.guarantees(
   "labels.forward_corrected_loss",
-  "One-hot rows are integers; the minimizer over votes is the",
+  "One-hot rows act as integers. The clean posterior",
 )
 @pytest.mark.guarantees(
   "labels.label_support", "One-hot rows are integers, and soft labels like their"
@@ -105,7 +105,7 @@ def minimizer(labels, loss, steps=400):
 
 @pytest.mark.guarantees(
   "labels.forward_corrected_loss",
-  "One-hot rows are integers; the minimizer over votes is the",
+  "One-hot rows act as integers. The clean posterior",
 )
 def test_soft_loss_finds_the_clean_posterior():
   """And the logarithm of the expected chance does not: it becomes certain."""
@@ -136,7 +136,7 @@ def test_soft_losses_are_means():
 
 
 @pytest.mark.guarantees(
-  "labels.refine_targets", "One-hot rows are integers, and others their mean"
+  "labels.refine_targets", "One-hot rows act as integers. Soft labels give the mean"
 )
 def test_soft_targets_are_means():
   """Of the targets of each label, weighed by its share."""
@@ -166,7 +166,7 @@ def test_no_soft_label_no_part():
 
 
 @pytest.mark.guarantees(
-  "labels.label_confusion", "Votes of several raters count as that many examples with a"
+  "labels.label_confusion", "Votes of r raters count as r examples of weight 1/r each"
 )
 def test_votes_are_counted():
   rng = np.random.default_rng(0)

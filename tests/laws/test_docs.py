@@ -29,8 +29,6 @@ params = {"kernel": jnp.ones([5, num_classes])}
 """
 READERS = {
   "graph.md": """
-import grain
-
 diagnoses = [["no", "yes"][label] for label in labels]
 patients, new_rows = [f"patient {i // 10}" for i in range(n)], features[:5]
 images, state, beliefs = features, optax.EmptyState(), jnp.eye(num_classes)[labels]

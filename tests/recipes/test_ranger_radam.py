@@ -236,7 +236,7 @@ STACKS = {
 
 
 @pytest.mark.guarantees(
-  "ranger_radam", "Stacked layers are updated as the same layers apart"
+  "ranger_radam", "Stacked layers are updated like separate layers"
 )
 @pytest.mark.few(2)
 @pytest.mark.parametrize("output_axis", [-1, 0, None])

@@ -177,6 +177,9 @@ def test_good_features_are_believed():
   after = robust.ask(known, data.x, data.labels)
   assert (int(after.asked), int(after.believed)) == (1, 1)
   assert float(after.noise) == float(known.noise) != float(after.learned_noise)
+  spread = ranger.labels.confusion_spread(after.confusion)
+  np.testing.assert_allclose(after.spread, spread, atol=1e-6)
+  assert abs(float(spread - known.spread)) > 1e-3
   wrong = np.asarray(data.labels) != data.true
   gap = lambda k: float(k.weights[~wrong].mean() - k.weights[wrong].mean())
   assert gap(after) > gap(known) + 0.2

@@ -494,7 +494,7 @@ def test_another_every_keeps_the_open_window(every, calls, then):
 
 
 @pytest.mark.guarantees(
-  "accumulate", "A window of finite gradients whose sum overflows does the"
+  "accumulate", "If the sum of finite gradients overflows, the window"
 )
 @pytest.mark.few(2)
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def collectives(name, rows):
 
 
 @pytest.mark.guarantees(
-  "across_devices", "A linear aggregator is one psum of parameter size"
+  "across_devices", "A linear aggregator needs one psum of parameter size"
 )
 def test_collectives_are_as_promised():
   rows = {
@@ -219,9 +219,7 @@ def test_collectives_are_as_promised():
     assert collectives(name, rows) == {"all-gather": 3, "all-reduce": 1}, name
 
 
-@pytest.mark.guarantees(
-  "across_devices", "The gradients of one leaf are gathered at a time"
-)
+@pytest.mark.guarantees("across_devices", "Gradients are gathered one leaf at a time")
 @pytest.mark.slow
 def test_leaves_are_gathered_one_by_one():
   """Twenty leaves of 64 kB: temporaries of a few leaves' members, not of twenty's."""

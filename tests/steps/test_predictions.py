@@ -101,7 +101,7 @@ def test_narrow_ids_are_no_trap():
 
 
 @pytest.mark.guarantees(
-  "smooth_predictions", "A bfloat16 table has the mean of a float32 one"
+  "smooth_predictions", "On average, a bfloat16 table equals a float32 one"
 )
 @pytest.mark.parametrize("decay", [0.7, 0.99])
 def test_half_precision_does_not_get_stuck(decay):
@@ -415,7 +415,7 @@ LOGITS = {
 
 
 @pytest.mark.guarantees(
-  "smooth_predictions", "Logits, which are no probabilities, are dropped and"
+  "smooth_predictions", "Logits are no probabilities: they are dropped and"
 )
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

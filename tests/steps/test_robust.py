@@ -280,7 +280,7 @@ def test_units_do_not_matter(name, scale):
   "A member whose largest entry is 2^40 times the median",
 )
 @pytest.mark.guarantees(
-  "aggregate_by_krum", "A member whose largest entry is 2^40 times that of the"
+  "aggregate_by_krum", "A member whose largest entry is 2^40 times the median of"
 )
 @pytest.mark.parametrize("name", ["geometric", "krum", "multi-krum"])
 def test_members_beyond_all_measure_are_absent(name):

@@ -36,7 +36,7 @@ def test_ema_without_decay():
 
 
 @pytest.mark.guarantees(
-  "smooth_by_ema", "Half-precision parameters move as float32 ones do"
+  "smooth_by_ema", "The average of half-precision parameters keeps small"
 )
 def test_ema_of_half_precision_moves():
   """2,000 steps from 1 to 2 with decay 0.999: 1.865, not 1."""
@@ -280,7 +280,7 @@ def test_smoothing_ticks_on_emission_only():
 
 
 @pytest.mark.guarantees(
-  "smooth_by_ema", "One minus the decay is exact. With float64 parameters the"
+  "smooth_by_ema", "1 - decay is exact. With float64 parameters the average"
 )
 @pytest.mark.parametrize("decay", [1 - 1e-6, 0.999, 0.3])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
@@ -303,7 +303,7 @@ def test_ema_of_float64_keeps_its_digits(decay, shape):
 
 
 @pytest.mark.guarantees(
-  "smooth_by_ema", "One minus the decay is exact. With float64 parameters the"
+  "smooth_by_ema", "1 - decay is exact. With float64 parameters the average"
 )
 @pytest.mark.parametrize("decay", [1 - 1e-6, np.float64(1 - 1e-6), 1 - 1e-7])
 def test_the_rest_of_a_slow_decay_is_exact(decay):
@@ -415,7 +415,7 @@ def test_no_momentum_holds_no_velocity(zero):
 
 
 @pytest.mark.guarantees(
-  "smooth_by_lookahead", "A momentum that is traced, or changes from return to"
+  "smooth_by_lookahead", "The momentum may be traced, and may change from one"
 )
 def test_momentum_may_be_traced_and_change():
   moves = 0.1 * np.random.default_rng(0).standard_normal([24, 3])
