@@ -310,8 +310,13 @@ def _beliefs(
   mixed = blocks.map_blocks(
     _predict, (view, chosen), block, _BLOCK, "predicting labels" * bars
   )
-  alive = jnp.isfinite(rows).all(axis=1)
-  return jnp.where(alive[:, None], mixed, jnp.zeros_like(mixed))
+  return _of_finite(mixed, rows)
+
+
+@functools.partial(jax.jit, inline=True)
+def _of_finite(beliefs: Array, rows: Array) -> Array:
+  alive = jnp.isfinite(rows).all(axis=1, keepdims=True)
+  return jnp.where(alive, beliefs, jnp.zeros_like(beliefs))
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)

@@ -275,6 +275,7 @@ def _given(labels: Any, n: int, num_classes: int) -> Array:
   return replicate(_rows.read(labels, n, num_classes))
 
 
+@functools.partial(jax.jit, inline=True)
 def _unit(features: Array) -> Array:
   """Features of length one: their directions are what the last layer sees.
 
@@ -420,6 +421,7 @@ def _unless_given(
   return jax.tree.map(lambda new, old: jnp.where(same, new, old), linear, after)
 
 
+@functools.partial(jax.jit, inline=True)
 def _project(features: Array) -> Array:
   """One number of each row, the same for the same features; zero where not finite."""
   features = features.astype(jnp.float32)
