@@ -55,7 +55,7 @@ WIDE = {
 @pytest.mark.guarantees(
   "neighbors.nearest", "64-bit numbers of NumPy keep their digits"
 )
-@pytest.mark.few(2)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_features_have_the_graph_of_a_full_sort(name):
   rows = WIDE[name]

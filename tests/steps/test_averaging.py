@@ -36,8 +36,10 @@ def oracle(gradients, neighbors, include_self=True, normalize="batch", member=No
   return result
 
 
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("normalize", ["batch", "graph", None])
+@pytest.mark.parametrize(
+  ("include_self", "normalize"),
+  [(self, over) for over in ("batch", "graph", None) for self in (True, False)],
+)
 @pytest.mark.parametrize("absent", [False, True])
 def test_average_neighbors_equals_a_loop(include_self, normalize, absent):
   gradients = np.random.default_rng(0).standard_normal([6, 4]).astype(np.float32)

@@ -152,6 +152,19 @@ def test_the_engine_computes_norms_first(options):
   assert int(state[1].num_dropped) == 1
 
 
+def test_float16_gradients_of_norms_whose_square_overflows():
+  step = optax.chain(ranger.clip_examples(100.0), ranger.aggregate_by_mean())
+  rows = np.array([[300.0, 400.0], [10.0, 0.0]], np.float16)
+  grad_fn = jax.jit(
+    ranger.value_and_grad(lambda w, rows: (rows * w[None]).sum(axis=1), step)
+  )
+  params = np.zeros(2, np.float16)
+  _, found, state = grad_fn(params, rows, state=step.init(params))
+  assert found.dtype == jnp.float16
+  np.testing.assert_allclose(found, [35, 40], rtol=1e-3)
+  assert int(state[1].num_dropped) == 0
+
+
 def test_the_memory_is_that_of_a_micro_batch():
   params, batch = problem(n=128, width=4096)
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
