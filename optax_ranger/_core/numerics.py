@@ -83,6 +83,13 @@ def to_peak(rows: Array, axis: int = 1) -> Array:
   return jnp.where(highest, jnp.ones_like(rows), rows)
 
 
+def shift(values: Array, exponent: Array) -> Array:
+  """Times a power of two, in two steps: one factor could leave the range."""
+  half = exponent // 2
+  one = jnp.ones([], values.dtype)
+  return values * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)
+
+
 def step_towards(old: Array, new: Array, rate: Any) -> Array:
   """Goes a part of the way from `old` to `new`, in the type of `old`."""
   return old + scalar(rate, old.dtype) * (new.astype(old.dtype) - old)

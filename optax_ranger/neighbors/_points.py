@@ -75,11 +75,11 @@ def prepare(
   if metric == "euclidean":
     # A power of two: the features keep their digits, and squares stay in range.
     scale = jnp.frexp(most(largest.max()))[1]
-    rows = shift(rows, -scale)
+    rows = numerics.shift(rows, -scale)
     center = add(rows.sum(axis=0, keepdims=True)) / n
     term = ((rows - center) ** 2).sum(axis=1)
   else:
-    rows = shift(rows, -jnp.frexp(largest)[1][:, None])
+    rows = numerics.shift(rows, -jnp.frexp(largest)[1][:, None])
     norm = jnp.sqrt(sum_of_squares(rows))[:, None]
     rows = rows / jnp.where(norm > 0, norm, jnp.ones_like(norm))
     scale = jnp.zeros([], jnp.int32)
@@ -136,10 +136,3 @@ def sum_of_squares(rows: Array) -> Array:
       rest = jnp.pad(rest, [(0, 0)] * (rest.ndim - 1) + [(0, 1)])
     squares = squares[..., :half] + rest
   return squares[..., 0]
-
-
-def shift(values: Array, exponent: Array) -> Array:
-  """Times a power of two, in two steps: one factor could leave the range."""
-  half = exponent // 2
-  one = jnp.ones([], values.dtype)
-  return values * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)

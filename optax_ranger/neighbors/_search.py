@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_ranger._core import numerics
 from optax_ranger._core.sharding import vary
 from optax_ranger._core.sharding import varying_axes
 from optax_ranger._core.types import Array
@@ -321,6 +322,6 @@ def finish(found: Found, scale: Array, metric: str, n: int) -> tuple[Array, Arra
     distances = found.distances / 2
   else:
     largest = float(jnp.finfo(found.distances.dtype).max)
-    distances = jnp.minimum(_points.shift(jnp.sqrt(found.distances), scale), largest)
+    distances = jnp.minimum(numerics.shift(jnp.sqrt(found.distances), scale), largest)
   distances = jnp.where(filled, distances, jnp.inf)
   return distances, jnp.where(filled, found.indices, -1)

@@ -428,7 +428,7 @@ def _project(features: Array) -> Array:
   usable = jnp.isfinite(features).all(axis=1, keepdims=True)
   features = jnp.where(usable, features, jnp.zeros_like(features))
   _, power = jnp.frexp(jnp.abs(features).max(initial=0))
-  features = jnp.ldexp(features, -power)  # Sums of squares stay in range then.
+  features = numerics.shift(features, -power)  # Sums of squares stay in range then.
   direction = jax.random.normal(jax.random.key(0), features.shape[1:], jnp.float32)
   return replicate(jnp.matmul(features, direction, precision="highest"))
 
