@@ -252,6 +252,13 @@ def test_aux_and_extra_args_reach_the_losses():
     )
     close(grads, jax.tree.map(lambda leaf: 2 * np.asarray(leaf), expected))
 
+  def open_ended(params, batch, **others):
+    assert others["nothing"] is None
+    return function(params, batch, others["scale"], smoothed[: others["unused"]])
+
+  grad_fn = ranger.value_and_grad(open_ended, step, has_aux=True)
+  jax.eval_shape(lambda: grad_fn(PARAMS, BATCH, nothing=None, scale=1.0, unused=1))
+
 
 def test_losses_reach_the_step():
   def update(updates, state, params=None, *, losses=None, **extra_args):
@@ -265,6 +272,23 @@ def test_losses_reach_the_step():
   close(grads, jax.tree.map(
     lambda u: np.tensordot(soft, u, axes=1), per_example(PARAMS, BATCH)
   ))  # fmt: skip
+
+
+def test_weights_are_those_of_the_state():
+  step = ranger.aggregate_by_worst_regions(2)
+  state = step.init(())._replace(log_weights=np.log(np.float32([0.25, 0.75])))
+  extra = {"losses": np.zeros(4, np.float32), "regions": np.array([0, 1, 1, 0])}
+  found = ranger.example_weights(step, 4, state=state, **extra)
+  np.testing.assert_allclose(found, [0.125, 0.375, 0.375, 0.125], rtol=1e-6)
+
+
+def test_weights_are_as_wide_as_numbers_are():
+  step, given = ranger.aggregate_by_mean(), np.array([1.0, 2.0, 4.0])
+  with jax.enable_x64(True):
+    found = ranger.example_weights(step, 3, member_weights=given)
+  assert found.dtype == np.float64
+  np.testing.assert_allclose(found, given / 7, rtol=1e-15)
+  assert ranger.example_weights(step, 0).shape == (0,)
 
 
 def test_bfloat16_losses_are_weighed_in_float32():

@@ -72,6 +72,33 @@ def test_fused_steps_run_in_micro_batches():
   close((value, grads), grad_fn(PARAMS, batch))
 
 
+def test_only_losses_of_examples_come_back_as_rows():
+  """Of tasks they are averaged, and so is what comes with the losses."""
+  batch, step = draw(10), ranger.aggregate_by_mean()
+  both = lambda params, batch: (
+    losses(params, batch),
+    {"mean": batch["x"].mean(axis=0)},
+  )
+  grad_fn = ranger.value_and_grad(both, step, has_aux=True)
+  (value, aux), _, _ = jax.jit(ranger.micro_batched(grad_fn, 5))(PARAMS, batch)
+  close(value, losses(PARAMS, batch))
+  close(aux["mean"], np.asarray(batch["x"]).mean(axis=0))
+  own = lambda params, batch: jnp.stack([mean_loss(params, batch), params["w"].sum()])
+  grad_fn = ranger.value_and_grad(own, step, over="tasks")
+  value, _, _ = jax.jit(ranger.micro_batched(grad_fn, 5))(PARAMS, batch)
+  close(value, own(PARAMS, batch))
+
+
+def test_value_axes_are_checked():
+  grad_fn = jax.value_and_grad(token_loss, has_aux=True)
+  for axes, problem in (
+    ((None, 1), "value_axes must hold 0 or None, got 1"),
+    ((0, None), r"value\[0\] must have one row for each of the 5 .* got \[\]"),
+  ):
+    with pytest.raises(ValueError, match=problem):
+      ranger.micro_batched(grad_fn, 2, value_axes=axes)(PARAMS, draw(10))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [1, 9])
 def test_left_out_is_weight_zero_here_too(bad, place):
@@ -91,8 +118,8 @@ def test_bfloat16_sums_in_float32():
   grad_fn = jax.value_and_grad(lambda w, batch: (w * batch).mean())
   batch = jnp.full([1024], 0.01, jnp.bfloat16).at[0].set(2.0)
   function = ranger.micro_batched(grad_fn, 1024)
-  _, grads, _ = jax.jit(function)(jnp.bfloat16(1), batch)
-  assert grads.dtype == jnp.bfloat16
+  value, grads, _ = jax.jit(function)(jnp.bfloat16(1), batch)
+  assert value.dtype == grads.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.float32(grads), (2 + 1023 * 0.01001) / 1024, rtol=5e-3)
 
 
@@ -276,3 +303,18 @@ def test_a_micro_batch_of_weight_zero_is_not_left_out():
   _, grad, report = grad_fn(jnp.array(2.0), jnp.array([1.0, 3.0, -1.0, -1.0]))
   assert float(grad) == 2
   assert int(report.num_left_out) == 0
+
+
+def test_a_weight_that_is_none_leaves_its_micro_batch_out():
+  mean_loss = lambda w, batch: (w * batch["x"]).mean()
+  grad_fn = ranger.micro_batched(
+    jax.value_and_grad(mean_loss), 2, weigh=lambda part: part["weight"].sum()
+  )
+  x = np.array([1.0, 3.0, 5.0, 5.0], np.float32)
+  for bad in (-1, np.nan, np.inf):
+    weight = np.array([1, 1, bad, 0], np.float32)
+    value, grad, report = jax.jit(grad_fn)(np.float32(3), {"x": x, "weight": weight})
+    assert float(value) == 6
+    assert float(grad) == 2
+    assert float(report.weight) == 2
+    assert int(report.num_left_out) == 1

@@ -78,21 +78,54 @@ def test_sweeps_change_nothing(name, num_sweeps, micro_batch_size):
   "name", ["krum", "geometric", pytest.param("mgda", marks=pytest.mark.slow)]
 )
 def test_every_entry_of_a_part_counts_once(name):
-  """Gradients that differ in the first and last entries of the parts only."""
+  """Gradients that differ in the first and last entries of the parts only.
+
+  Beside a leaf that has fewer entries than there are sweeps.
+  """
   rng = np.random.default_rng(0)
   # Of parts of three entries, the last from 7 on: 8 is in two of them.
   places = np.array([0, 2, 3, 8, 9])
   x = rng.standard_normal([7, 5]) * [1, 1, 1, 3, 1]
   batch = {"x": x.astype(np.float32)}
-  losses = lambda w, batch: batch["x"] @ w[places]
+  losses = lambda p, batch: batch["x"] @ p["w"][places] + batch["x"][:, 0] ** 2 * p["b"]
+  params = {"w": np.zeros(10, np.float32), "b": np.zeros((), np.float32)}
   step = {**STEPS, "krum": ranger.aggregate_by_krum(1)}[name]
   found = [
-    jax.jit(ranger.value_and_grad(losses, step, num_sweeps=num))(
-      np.zeros(10, np.float32), batch
-    )[1]
+    jax.jit(ranger.value_and_grad(losses, step, num_sweeps=num))(params, batch)[1]
     for num in (1, 4)
   ]
   close(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", ["norms", "directions"])
+def test_what_a_step_is_told_in_sweeps(told):
+  """A maximum of directions; a sum by norms and cosines."""
+
+  def update(updates, state, params=None, *, norms=None, directions=None, **others):
+    del params, others
+    if told == "norms":
+      inverse = 1.0 if norms is None else 1 / norms[:, None]
+      reduce = lambda rows: (rows.reshape(len(rows), -1) * inverse).max(axis=0)
+    else:
+      largest = jnp.abs(jax.tree.leaves(updates)[0].reshape(len(x), -1)).max(axis=1)
+      weights = largest  # Not linear, if it isn't told.
+      if directions is not None:
+        weights = directions.norms * directions.cosines.sum(axis=1)
+      reduce = lambda rows: weights @ rows.reshape(len(x), -1)
+    result = lambda rows: reduce(rows).reshape(rows.shape[1:])
+    return jax.tree.map(result, updates), state
+
+  step = optax.GradientTransformationExtraArgs(lambda params: (), update)
+  x = np.random.default_rng(0).standard_normal([7, 5]).astype(np.float32)
+  losses = lambda p, x: x @ p["w"] + x[:, 0] ** 2 * p["b"]
+  params = {"b": np.zeros((), np.float32), "w": np.zeros(5, np.float32)}
+  found = jax.jit(ranger.value_and_grad(losses, step, num_sweeps=3))(params, x)[1]
+  rows = np.concatenate([x[:, :1] ** 2, x], axis=1)
+  norms = np.linalg.norm(rows, axis=1)
+  unit = rows / norms[:, None]
+  weights = norms * (unit @ unit.T).sum(axis=1)
+  expected = unit.max(axis=0) if told == "norms" else weights @ rows
+  close(found, {"b": expected[0], "w": expected[1:]})
 
 
 @pytest.mark.few(2)  # entry by entry, and by a matrix of inner products

@@ -185,6 +185,22 @@ def test_train_step_over_tasks_on_a_mesh(name, kind):
     close(metrics["loss"], (weights * losses).sum() / 4)
 
 
+def test_without_a_step_it_is_the_mean():
+  """Weighted; aux and the losses are metrics."""
+  params, batch = problem()
+  both = lambda params, batch: (tasks(params, batch), {"any": params["v"]})
+  update = ranger.train_step(both, optax.sgd(0.1), over="tasks", has_aux=True)
+  weights = np.array([1.0, 2.0, 1.0], np.float32)
+  loss = lambda params: weights @ tasks(params, batch) / 4
+  expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+  moved, _, metrics = update(params, update.init(params), batch, member_weights=weights)
+  close(moved, expected, atol=1e-5)
+  losses = tasks(params, batch)
+  found = {"loss": loss(params), "losses": losses, "any": params["v"]}
+  close({name: metrics[name] for name in found}, found)
+  assert (metrics["weight"], metrics["num_dropped"]) == (4, 0)
+
+
 def test_a_leaf_of_the_batch_is_split_where_devices_divide_its_rows():
   params, batch = problem()
   mesh = jax.make_mesh((8,), ("data",))

@@ -163,6 +163,55 @@ def test_a_broken_step_is_caught(law):
   assert not isinstance(caught.value, testing.SkippedError)
 
 
+def _casting_its_state():
+  cast = lambda updates, old: old.astype(jnp.float32)
+  return step(init=lambda params: jnp.int32(0), change=cast)
+
+
+def _of_a_python_number(factor=1.0):
+  return step(lambda leaf: leaf * (1 if isinstance(factor, float) else 2))
+
+
+def _filling_what_is_none():
+  fill = lambda leaf: jnp.zeros([]) if leaf is None else leaf
+  update = lambda updates, state, params=None, **extra_args: (
+    _MAPPED(fill, updates, is_leaf=lambda leaf: leaf is None),
+    state,
+  )
+  return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def _gathering():
+  whole = jax.sharding.PartitionSpec()
+  there = lambda leaf: not jax.typeof(leaf).sharding.mesh.empty
+  return step(lambda leaf: jax.sharding.reshard(leaf, whole) if there(leaf) else leaf)
+
+
+@pytest.mark.parametrize(
+  ("law", "broken", "problem"),
+  [
+    ("compiled loop", _casting_its_state, "traced 2 times"),
+    ("types are kept, float32", _casting_its_state, "state: the type is float32"),
+    ("None leaves", _filling_what_is_none, "None became"),
+    (
+      "zero-size leaves",
+      lambda: step(lambda leaf: leaf if leaf.size else leaf[:, :2]),
+      r"shape is \[0, 2\]",
+    ),
+    ("explicit mesh", _gathering, "updates.*not float32.*split over"),
+    ("donation", lambda: step(lambda leaf: leaf * jnp.nan), "entries are not finite"),
+    (
+      "inject_hyperparams",
+      functools.partial(_of_a_python_number, factor=0.5),
+      "updates.0.",
+    ),
+  ],
+)
+def test_other_ways_to_break_a_law(law, broken, problem):
+  with pytest.raises(AssertionError, match=problem):
+    testing.LAWS[law](_subject(broken))
+
+
 def test_check_reports_each_law_and_where():
   with jax.numpy_dtype_promotion("standard"):
     report = testing.check(_momentum(), on_fail="report", skip={"protocol": "known"})
@@ -198,11 +247,81 @@ def test_members_and_extra_args_are_passed_on():
   }  # fmt: skip
 
 
-def test_extra_args_by_position_are_told():
+def _without_a_default():
+  update = lambda updates, state, params, **extra_args: (updates, state)
+  return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def _without_extra_args():
+  update = lambda updates, state, params=None: (updates, state)
+  return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+@pytest.mark.parametrize(
+  ("broken", "problem"),
+  [
+    (_with_an_extra_arg_by_position, "scale may be given by position"),
+    (_without_a_default, "params has no default of None"),
+    (_without_extra_args, r"update takes no **extra_args"),
+  ],
+)
+def test_signatures_are_told(broken, problem):
   skip = dict.fromkeys(set(testing.LAWS) - {"protocol"}, "another law")
-  report = testing.check(_with_an_extra_arg_by_position(), skip=skip, on_fail="report")
+  report = testing.check(broken(), skip=skip, on_fail="report")
   found = [result.message for result in report.results if result.law == "protocol"]
-  assert "scale may be given by position" in found[0]
+  assert problem in found[0]
+
+
+def test_a_step_that_raises_fails_once():
+  """The laws that need its results are skipped, and say why."""
+
+  def fail(leaf):
+    raise RuntimeError("no such step")
+
+  report = testing.check(step(fail), on_fail="report")
+  status = {one.law: one.status for one in report.results}
+  assert status["compiled loop"] == "failed"
+  message = next(one.message for one in report.failed if one.law == "compiled loop")
+  assert message == "RuntimeError: no such step"
+  skipped = [one for one in report.results if one.law == "jit equals eager"]
+  assert skipped == [("jit equals eager", "skipped", "a compiled loop fails")]
+
+
+def test_an_init_that_changes_the_parameters_is_not_pure():
+  def init(params):
+    params[f"new {len(params)}"] = jnp.zeros([2])
+    return optax.EmptyState()
+
+  with pytest.raises(AssertionError, match="the structure is"):
+    testing.LAWS["pure"](testing.Subject(lambda: step(init=init)))
+
+
+def test_a_function_of_the_call_and_static_arguments_are_passed_on():
+  """Each call has its extra args; a static argument stays a Python number."""
+  seen = []
+
+  def times(number, factor):
+    update = lambda updates, state, params=None, *, scale, **extra_args: (
+      _MAPPED(lambda leaf: leaf * (len(range(number)) * factor * scale), updates),
+      state,
+    )
+    return optax.GradientTransformationExtraArgs(
+      lambda params: optax.EmptyState(), update
+    )
+
+  def extra(call):
+    seen.append(call)
+    return {"scale": jnp.float32(call)}
+
+  report = testing.check(
+    functools.partial(times, number=2, factor=0.5),
+    extra=extra,
+    static_args=("number",),
+    skip=dict.fromkeys(set(testing.LAWS) - {"inject_hyperparams"}, "another law"),
+  )
+  status = {one.law: one.status for one in report.results}
+  assert status["inject_hyperparams"] == "passed"
+  assert set(seen) == {0, 1, 2, 3, 4}
 
 
 def test_gradients_of_calls_differ():

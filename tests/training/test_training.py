@@ -12,6 +12,7 @@ import pytest
 
 import optax_ranger as ranger
 from optax_ranger.training import _collectives
+from optax_ranger.training import _placement
 from tests.helpers import close_to_largest
 from tests.laws import registry
 
@@ -331,11 +332,37 @@ def test_a_split_state_is_scattered_and_gathered_once():
   found = ranger.training.collectives(lowered(update))
   whole = GRADIENT - start()["out_bias"].nbytes  # four entries on eight devices
   assert num_bytes(found, kind="reduce-scatter") == whole
+  sizes = [one.num_bytes for one in found]
+  assert sizes == sorted(sizes, reverse=True)
   gathered = num_bytes(found, kind="all-gather")
   assert whole <= gathered <= whole + 48 * 8  # and weights, finiteness
   assert num_bytes(found, kind="all-reduce") < 100
   momentum = update.init(start()).optimizer[0].trace["hidden"]
   assert momentum.addressable_shards[0].data.size == momentum.size // 8
+
+
+@pytest.mark.parametrize(
+  ("shape", "spec", "dim"),
+  [
+    ((8, 16), (), 1),
+    ((16, 8), (), 0),
+    ((16, 16), (), 0),
+    ((24, 30), (), 0),
+    ((8, 0), (), 0),
+    ((6,), (), None),
+    ((), (), None),
+    ((8, 16), (None, "model"), 0),
+    ((8, 16), ("data",), None),
+  ],
+)
+def test_a_leaf_of_a_split_state_is_split_along_its_longest_axis(shape, spec, dim):
+  """Of those that the devices divide, and that are whole."""
+  mesh = mesh_of(AxisType.Auto, (4, 2), ("data", "model"))
+  places = _placement.Placement(mesh, "data", shard_state=True)
+  whole = jax.ShapeDtypeStruct(
+    shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+  )
+  assert places.split_dim(whole) == dim
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -375,6 +402,21 @@ def test_groups_of_devices_are_read(groups, size):
   line = f"%a = f32[2] reduce-scatter(%b), replica_groups={groups}, dimensions={{0}}"
   found = _collectives._num_bytes("f32[2]", line, "reduce-scatter", False)
   assert found == 2 * 4 * size
+
+
+@pytest.mark.parametrize(
+  ("result", "kind", "started", "size"),
+  [
+    ("bf16[3]{0}", "all-reduce", False, 6),
+    ("(f32[2,3]{1,0}, pred[5]{0}, f8e4m3fn[4])", "all-reduce", False, 24 + 5 + 4),
+    ("(f32[2], f64[])", "all-reduce", True, 16),
+    ("(f32[2]{0}, f32[16]{0})", "all-gather", True, 64),
+    ("((f32[2], s8[4]), (f32[16], s8[32]))", "all-gather", True, 64 + 32),
+  ],
+)
+def test_bytes_are_read(result, kind, started, size):
+  """Those of the result, where an asynchronous operation names its operands too."""
+  assert _collectives._num_bytes(result, "", kind, started) == size
 
 
 @pytest.mark.guarantees(
@@ -599,6 +641,10 @@ def test_refusals_of_train_step():
   small = plain(batch_size=16)
   with pytest.raises(ValueError, match="batch_size must hold the batch"):
     small(*args, batch)
+  with pytest.raises(ValueError, match=r"a multiple of 8 rows .* got 28"):
+    plain(batch_size=28)(*args, batch)
+  with pytest.raises(TypeError, match="batch_size"):
+    build(batch_size=24.0)
   wanting = ranger.train_step(regularized_losses, optax.sgd(0.1), has_aux=True)
   with pytest.raises(ValueError, match="takes smoothed="):
     wanting(start(), wanting.init(start()), batch)
@@ -619,6 +665,7 @@ def test_collectives_reads_loops_and_branches():
   found = ranger.training.collectives(step)
   assert ranger.training.Collective("all-reduce", 16, 5, False) in found
   assert ranger.training.Collective("all-reduce", 16, 1, True) in found
+  assert ranger.training.Collective("all-reduce", 12, 1, 2) in found
   with pytest.raises(TypeError, match="got function"):
     ranger.training.collectives(_loop_and_branch)
 
@@ -642,9 +689,15 @@ def _loop_and_branch(x, flag):
   own = x[0]
   add = lambda i, total: total + jax.lax.psum(own * (1 + i), "data")
   total = jax.lax.fori_loop(0, 5, add, jnp.zeros([4]))
-  return jax.lax.cond(
-    flag, lambda: total + jax.lax.psum(own * 9, "data"), lambda: total
-  )
+
+  def inner():
+    return total.at[:3].add(jax.lax.psum(own[:3], "data"))
+
+  def outer():
+    more = total + jax.lax.psum(own * 9, "data")
+    return more + jax.lax.cond(more.sum() > 0, inner, lambda: total)
+
+  return jax.lax.cond(flag, outer, lambda: total)
 
 
 def dead_batch_update(tx):

@@ -97,6 +97,20 @@ def test_weight_decay_outside_of_a_window_moves_nothing_either():
     assert bool(new != params) == moves
 
 
+def test_an_optimizer_whose_state_changes_its_type():
+  def count(updates, state, params=None):
+    del params
+    return updates, state + 0.5
+
+  tx = optax.GradientTransformation(lambda params: jnp.int32(1), count)
+  update = ranger.train_step(losses, tx, donate=False)
+  with jax.numpy_dtype_promotion("standard"):
+    for batch, expected in ((X, 1.5), (X * np.nan, 1)):
+      params, state, _ = update(W, update.init(W), batch)
+      assert state.optimizer == expected
+      assert np.array_equal(params["w"], W["w"]) == (expected == 1)
+
+
 def test_a_step_that_is_not_linear_moves_nothing_either():
   update = ranger.train_step(
     losses, optax.adam(0.1), step=ranger.aggregate_by_median(), donate=False
@@ -228,13 +242,17 @@ def test_statistics_are_told_from_rows_by_their_name(rows):
   first = batch[0, 0]
   loss = lambda params, batch: (
     (batch @ params["w"]) ** 2,
-    {"mean": batch.mean(axis=0), "has_first": (batch == first).any()},
+    {
+      "mean": batch.mean(axis=0),
+      "half": jnp.bfloat16(batch.mean(axis=0)),
+      "has_first": (batch == first).any(),
+    },
   )
   update = ranger.train_step(
     loss,
     optax.sgd(0.1),
     has_aux=True,
-    statistics=("mean",),
+    statistics=("mean", "half"),
     num_micro_batches=4,
     donate=False,
   )
@@ -242,6 +260,8 @@ def test_statistics_are_told_from_rows_by_their_name(rows):
   _, _, metrics = update(params, update.init(params), batch)
   np.testing.assert_allclose(metrics["mean"], batch.mean(axis=0), atol=1e-6)
   assert metrics["has_first"] == 0.25  # true and false become a share
+  assert metrics["half"].dtype == jnp.bfloat16
+  close(metrics["half"].astype(jnp.float32), metrics["mean"], rtol=0.02, atol=0.01)
 
 
 def test_statistics_weigh_as_their_examples_do():
@@ -253,10 +273,17 @@ def test_statistics_weigh_as_their_examples_do():
     statistics=("stats",),
   )
   weights = np.where(np.arange(16) % 4 == 0, 3, 0).astype(np.float32)
+  weights[4] = 1
   _, _, metrics = update(W, update.init(W), X, member_weights=weights)
   # Every fourth row is one micro-batch.
   np.testing.assert_allclose(metrics["stats"]["mean"], X[::4].mean(axis=0), atol=1e-6)
   assert metrics["stats"]["seen"] == 4
+  own = (X @ W["w"] - 1) ** 2
+  np.testing.assert_allclose(
+    metrics["loss"], np.average(own, weights=weights), rtol=1e-5
+  )
+  right = np.average(own < 1, weights=weights)
+  np.testing.assert_allclose(metrics["right"], right, rtol=1e-5)
 
 
 def test_statistics_stay_without_a_usable_example():
@@ -408,6 +435,19 @@ def test_exported(name):
   close(found, expected, rtol=1e-6, atol=0)
 
 
+def test_lowered_for_abstract_arrays():
+  """Without values; the program is the same."""
+  update = build("on emission", ranger.accumulate(optax.sgd(0.1), 2))
+  args, ids = (W, update.init(W), X[:13]), np.arange(13)
+  shapes = lambda tree: jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
+  found = update.lower(*shapes(args), example_ids=shapes(ids))
+  expected = update.lower(*args, example_ids=ids).as_text()
+  assert found.as_text() == expected
+  alone = build("one device", ranger.accumulate(optax.sgd(0.1), 2)).init(W)
+  found = update.lower(W, shapes(alone), X[:13], example_ids=ids)
+  assert found.as_text() == expected
+
+
 # Extra args of the optimizer
 
 
@@ -432,6 +472,53 @@ def test_weight_and_value_are_those_that_are_passed(over):
     close(state.optimizer, jax.tree.map(jnp.float32, {**found, **given}))
 
 
+def test_items_of_aux_and_the_key_reach_the_optimizer():
+  """Rows in their order, the mean of a statistic, the key as it was given."""
+
+  def tell(updates, state, params=None, *, rows, mean, key, **extra_args):
+    del state, params, extra_args
+    return updates, {"rows": rows, "mean": mean, "key": jax.random.key_data(key)}
+
+  key = jax.random.key(5)
+  zeros = {"rows": np.zeros(16, np.float32), "mean": np.zeros(3, np.float32)}
+  zeros["key"] = jax.random.key_data(key)
+  told = optax.GradientTransformationExtraArgs(lambda params: zeros, tell)
+  loss = lambda params, batch, key: (
+    losses(params, batch),
+    {"rows": batch[:, 0], "mean": batch.mean(axis=0)},
+  )
+  update = build("micro-batches", told, loss, has_aux=True, statistics=("mean",))
+  _, state, _ = update(W, update.init(W), X, key=key)
+  expected = {"rows": X[:, 0], "mean": X.mean(axis=0), "key": zeros["key"]}
+  close(state.optimizer, expected)
+
+
+def test_in_a_mapping_of_the_caller():
+  """Two devices, uneven weights, one bad row: as on one device."""
+  loss = lambda params, batch, scale: scale * losses(params, batch)
+  options = {"row_args": ("scale",), "donate": False}
+  weights, scale = np.arange(32, dtype=np.float32).reshape(2, 16)
+  batch = X.copy()
+  batch[2] = np.nan
+  one = ranger.train_step(loss, optax.sgd(0.01), **options)
+  expected = one(W, one.init(W), batch, member_weights=weights, scale=scale)
+  update = ranger.train_step(
+    loss, optax.sgd(0.01), partition=None, axis_name="rows", **options
+  )
+  mapped = jax.pmap(
+    lambda batch, weights, scale: update(
+      W, update.init(W), batch, member_weights=weights, scale=scale
+    ),
+    axis_name="rows",
+    devices=jax.devices()[:2],
+  )
+  cut = lambda leaf: leaf.reshape(2, 8, *leaf.shape[1:])
+  found = mapped(cut(batch), cut(weights), cut(scale))
+  for device in (0, 1):
+    close(jax.tree.map(lambda leaf, i=device: leaf[i], found), expected)
+  assert expected[2]["num_dropped"] == 1
+
+
 # Refusals
 
 
@@ -452,6 +539,12 @@ def test_refusals_name_what_to_do():
   with pytest.raises(TypeError, match=r"weights=; did you mean weight=\?"):
     update(W, state, X, weights=1.0)
   update(W, update.init(W), X, something_of_the_optimizer=1.0)
+  tables = optax.chain(*[ranger.smooth_predictions(16, 2)] * 2, optax.sgd(0.1))
+  update = ranger.train_step(
+    lambda params, batch, smoothed: losses(params, batch), tables
+  )
+  with pytest.raises(ValueError, match="two states that keep smoothed="):
+    update(W, update.init(W), X, example_ids=np.arange(16))
 
 
 def test_models_and_states_from_elsewhere_are_refused():
@@ -556,6 +649,38 @@ def test_wide_ids_and_labels_never_wrap(way):
     assert int(table.num_dropped) == 8
   with pytest.raises(ValueError, match="labels must fit 32 bits"):
     update(W, update.init(W), X, example_ids=np.arange(16), labels=ids)
+  neighbors = ranger.Neighbors(ids[:, None], np.ones([16, 1]), np.ones([16, 1]))
+  rows = {
+    "neighbors": neighbors,
+    "regions": ids.astype(np.uint64),
+    "labels": ["b", "a"] * 8,
+  }
+  given = update._prepare(W, update.init(W), X, rows)[2].rows
+  narrow = np.where(np.arange(16) % 2, -2, np.arange(16))
+  np.testing.assert_array_equal(given["neighbors"].indices[:, 0], narrow)
+  np.testing.assert_array_equal(given["regions"], narrow)
+  np.testing.assert_array_equal(given["labels"], [1, 0] * 8)
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+def test_rows_of_padding(rows):
+  """Those of the last example, or ones; of no example, of weight zero."""
+  update = build("mesh", optax.sgd(0.1), row_args=("mine",), batch_size=16)
+  batch, ids = np.exp(X[:rows]), np.arange(rows)
+  args = W, update.init(W)
+  _, _, given = update._prepare(*args, batch, {"example_ids": ids, "mine": batch})
+  last = batch[-1] if rows else np.ones(3)
+  expected = np.concatenate([batch, np.tile(last, [16 - rows, 1])])
+  np.testing.assert_array_equal(given.batch, expected)
+  np.testing.assert_array_equal(given.rows["mine"], expected)
+  there = np.arange(16) < rows
+  np.testing.assert_array_equal(given.rows["member_weights"], there)
+  np.testing.assert_array_equal(
+    given.rows["example_ids"], np.where(there, np.arange(16), -1)
+  )
+  weights = np.full(rows, 2, np.float32)
+  _, _, given = update._prepare(*args, batch, {"member_weights": weights})
+  np.testing.assert_array_equal(given.rows["member_weights"], 2 * there)
 
 
 @pytest.mark.parametrize("item", ["loss", "weight", "num_dropped"])
