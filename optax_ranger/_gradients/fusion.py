@@ -383,11 +383,12 @@ def _by_mean(
 ) -> Differentiated:
   """The weighted sum over the examples of all devices, with its divisor."""
   dtype = _weight_dtype(problem.params)
-  asked, _, _ = clean_weights(member_weights, shards.n, dtype)
+  asked, _, not_usable = clean_weights(member_weights, shards.n, dtype)
   among = lambda finite: jnp.where(finite, asked, jnp.zeros_like(asked)) / shards.total
   found, _ = _evaluate(problem, lambda known: (among(known.finite), None), options)
   weight = among(found.finite).sum()
-  dropped = jnp.logical_and(asked > 0, jnp.logical_not(found.finite)).sum(dtype=dtype)
+  bad = jnp.logical_and(asked > 0, jnp.logical_not(found.finite))
+  dropped = bad.sum(dtype=dtype) + not_usable.astype(dtype)
   grads = found.grads
   if options.reduce is None:
     grads, weight, dropped = shards.sum((grads, weight, dropped))

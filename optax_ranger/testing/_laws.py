@@ -85,9 +85,11 @@ def _unknown_extra_args(subject: Subject) -> None:
 def _pure(subject: Subject) -> None:
   """The same inputs give the same results, and are left as they are."""
   params, step = subject.params, subject.step
+  copied = lambda leaf: leaf.copy() if hasattr(leaf, "copy") else leaf
+  given = jax.tree.map(copied, params)
   gradients, extra = subject.inputs(0, params)
   state = step.init(params)
-  copied = lambda leaf: leaf.copy() if hasattr(leaf, "copy") else leaf
+  same("the parameters after init", params, given)
   before = jax.tree.map(copied, (gradients, params, state, extra))
   first = subject.first_run.update(gradients, state, params, **extra)
   second = subject.first_run.update(gradients, state, params, **extra)

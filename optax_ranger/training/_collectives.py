@@ -119,14 +119,16 @@ def _parse(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _num_bytes(result: str, line: str, kind: str, started: bool) -> int:
   """Bytes of the larger side of a collective operation."""
-  sizes = [
-    math.prod(int(size) for size in shape.split(",") if size) * _width(dtype)
-    for dtype, shape in _SHAPE.findall(result)
-  ]
+  shapes = _SHAPE.findall(result)
   if started and kind in ("all-gather", "collective-permute"):
-    # An asynchronous start makes (operands, results), and some counters.
-    sizes = sizes[1:2] if len(sizes) < 4 else sizes[len(sizes) // 2 :]
-  total = sum(sizes)
+    # An asynchronous start makes (operands, results), and two counters or none.
+    if len(shapes) > 2 and shapes[-2:] == 2 * [("u32", "")]:
+      shapes = shapes[:-2]
+    shapes = shapes[len(shapes) // 2 :]
+  total = sum(
+    math.prod(int(size) for size in shape.split(",") if size) * _width(dtype)
+    for dtype, shape in shapes
+  )
   return total * _group_size(line) if kind == "reduce-scatter" else total
 
 

@@ -78,7 +78,8 @@ def train_step(
     has_aux: whether the losses come with a dictionary. Its items hold one row an
       example, but for scalars and `statistics`. They reach ``optimizer.update`` as
       extra args under their names (``predictions=``); rows that are numbers, floats
-      or booleans of shape ``[n]``, are metrics too.
+      or booleans of shape ``[n]``, are metrics too. Over tasks all items are
+      metrics, and the optimizer does not get them.
     row_args: names of extra args of your own that hold one row an example.
     statistics: names of items of aux that belong to the batch as a whole, arrays or
       trees such as new batch statistics. They come back as metrics: floats as the

@@ -186,8 +186,10 @@ class Update(NamedTuple):
       {**_keys_of_device(shared, shards), **remembered},
     )
     if tasks:
+      aux = found.aux or {}
+      _refuse_metrics(aux, "losses")
       metrics = _metrics(found._replace(aux=None), given, shards)
-      metrics = {**(found.aux or {}), **metrics, "losses": found.losses}
+      metrics = {**aux, **metrics, "losses": found.losses}
       others = {"weight": metrics["weight"], "value": metrics["loss"], **shared}
       return Forwarded(found.grads, divisor, step_state, {}, others, metrics)
     metrics = _metrics(found, given, shards)
@@ -236,15 +238,11 @@ class Update(NamedTuple):
 def _metrics(found: fusion.Evaluated, given: Given, shards: Shards) -> dict[str, Any]:
   """Weighted means over the usable examples of all devices, in one reduction."""
   aux = found.aux or {}
-  taken = [name for name in METRICS if name in {**aux, **found.statistics}]
-  if taken:
-    raise ValueError(
-      f"aux must not have an item named {taken[0]!r}, which is a metric of train_step:"
-      " rename it."
-    )
+  _refuse_metrics({**aux, **found.statistics})
   dtype = found.losses.dtype
   asked = given.rows.get("member_weights", jnp.ones(found.losses.shape, dtype))
-  present = jnp.logical_and(found.finite, asked > 0)
+  usable = jnp.logical_and(asked > 0, asked < jnp.inf)
+  present = jnp.logical_and(found.finite, usable)
   weights = jnp.where(present, asked.astype(dtype), 0)
   add = lambda item: jnp.where(present, weights * item.astype(dtype), 0).sum()
   means = {name: item for name, item in aux.items() if _has_mean(item)}
@@ -265,6 +263,15 @@ def _metrics(found: fusion.Evaluated, given: Given, shards: Shards) -> dict[str,
       item, found.statistics[name], weight, given.shared.get(name)
     )
   return {**metrics, "weight": weight, "num_dropped": dropped.astype(jnp.int32)}
+
+
+def _refuse_metrics(aux: dict[str, Any], *others: str) -> None:
+  for name in (*METRICS, *others):
+    if name in aux:
+      raise ValueError(
+        f"aux must not have an item named {name!r}, which is a metric of train_step:"
+        " rename it."
+      )
 
 
 def _summed_statistics(statistics: dict[str, Any], weights: Array) -> dict[str, Any]:

@@ -201,6 +201,15 @@ def test_without_a_step_it_is_the_mean():
   assert (metrics["weight"], metrics["num_dropped"]) == (4, 0)
 
 
+@pytest.mark.parametrize("item", ["loss", "losses"])
+def test_items_of_aux_must_not_be_named_like_metrics_of_tasks(item):
+  params, batch = problem()
+  both = lambda params, batch: (tasks(params, batch), {item: params["v"]})
+  update = ranger.train_step(both, optax.sgd(0.1), over="tasks", has_aux=True)
+  with pytest.raises(ValueError, match=f"aux must not have an item named '{item}'"):
+    update(params, update.init(params), batch)
+
+
 def test_a_leaf_of_the_batch_is_split_where_devices_divide_its_rows():
   params, batch = problem()
   mesh = jax.make_mesh((8,), ("data",))

@@ -287,9 +287,10 @@ def test_a_step_that_raises_fails_once():
   assert skipped == [("jit equals eager", "skipped", "a compiled loop fails")]
 
 
-def test_an_init_that_changes_the_parameters_is_not_pure():
+@pytest.mark.parametrize("name", ["new", "new {}"])
+def test_an_init_that_changes_the_parameters_is_not_pure(name):
   def init(params):
-    params[f"new {len(params)}"] = jnp.zeros([2])
+    params[name.format(len(params))] = jnp.zeros([2])
     return optax.EmptyState()
 
   with pytest.raises(AssertionError, match="the structure is"):

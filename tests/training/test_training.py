@@ -412,6 +412,9 @@ def test_groups_of_devices_are_read(groups, size):
     ("(f32[2], f64[])", "all-reduce", True, 16),
     ("(f32[2]{0}, f32[16]{0})", "all-gather", True, 64),
     ("((f32[2], s8[4]), (f32[16], s8[32]))", "all-gather", True, 64 + 32),
+    ("(f32[9], f32[9], u32[], u32[])", "collective-permute", True, 36),
+    ("(u32[], u32[], u32[], u32[])", "collective-permute", True, 4),
+    ("(u32[], u32[])", "collective-permute", True, 4),
   ],
 )
 def test_bytes_are_read(result, kind, started, size):

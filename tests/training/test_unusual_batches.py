@@ -691,6 +691,26 @@ def test_items_of_aux_must_not_be_named_like_metrics(item):
     update(W, update.init(W), X)
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan, -1.0])
+def test_weights_that_are_none_are_left_out_of_metrics(bad):
+  seen = optax.GradientTransformationExtraArgs(
+    lambda params: {"weight": jnp.zeros([]), "value": jnp.zeros([])},
+    lambda updates, state, params=None, *, weight, value, **extra_args: (
+      updates,
+      {"weight": weight, "value": value},
+    ),
+  )
+  update = build("one device", seen)
+  weights = np.ones(16, np.float32)
+  weights[3] = bad
+  _, state, metrics = update(W, update.init(W), X, member_weights=weights)
+  loss = losses(W, X)[weights == 1].mean()
+  assert (metrics["weight"], metrics["num_dropped"]) == (15, 1)
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+  assert state.optimizer == {"weight": metrics["weight"], "value": metrics["loss"]}
+  assert state.step.num_dropped == 1
+
+
 def test_aux_must_hold_rows_or_be_declared():
   loss = lambda params, batch: (losses(params, batch), {"mean": batch.mean(axis=0)})
   update = ranger.train_step(loss, optax.sgd(0.1), has_aux=True)
