@@ -52,20 +52,26 @@ def test_audit_of_what_training_has_seen():
       best = label if rows[i, label] >= others else rows[i].argmax()
       assert found.suggested[i] == best
     np.testing.assert_array_equal(found.order, np.argsort(found.margin, kind="stable"))
-  found = graph.audit(
-    None, labels, contradicted=counts, visits=visits, score="contradicted"
-  )
+  past = {"contradicted": counts, "visits": visits, "score": "contradicted"}
+  # How many are wrong does not depend on the score.
+  with_both = graph.audit(neighbors, labels, predictions=predictions, **past)
+  assert with_both.num_wrong == pytest.approx(found.num_wrong, rel=1e-5)
+  found = graph.audit(None, labels, **past)
   agreed = np.maximum(visits - counts, 0)
   np.testing.assert_allclose(found.support, (agreed + 0.5) / (visits + 1), rtol=1e-6)
+  np.testing.assert_allclose(found.margin, 2 * found.support - 1, atol=1e-6)
   np.testing.assert_array_equal(found.order, np.argsort(found.support, kind="stable"))
   np.testing.assert_array_equal(found.suggested, labels)
   assert np.isnan(found.num_wrong)
   bad = np.array([np.nan, np.inf, -1, 2, *counts[4:]], np.float32)
-  none = np.where(np.arange(30) == 3, 0, visits)
+  none = np.where(np.arange(30) == 4, np.inf, visits)
+  none[3], labels[5] = 0, -1
   found = graph.audit(None, labels, contradicted=bad, visits=none, score="contradicted")
-  assert set(found.order[-3:]) == {0, 1, 3}
-  assert np.isnan(found.support[[0, 1, 3]]).all()
-  assert np.isfinite(found.support[2])
+  assert set(found.order[-5:]) == {0, 1, 3, 4, 5}
+  assert np.isnan(found.support[[0, 1, 3, 4, 5]]).all()
+  assert found.support[2] == pytest.approx((visits[2] + 0.5) / (visits[2] + 1))
+  found = graph.audit(None, labels, contradicted=counts, visits=9, score="contradicted")
+  np.testing.assert_allclose(found.support[6:], (9.5 - counts[6:]) / 10, rtol=1e-6)
 
 
 @pytest.mark.guarantees(
@@ -88,6 +94,11 @@ def test_posterior_is_that_of_bayes():
   assert np.abs(found.support - right).mean() < 0.03
   assert found.num_wrong == pytest.approx((1 - right).sum(), rel=0.1)
   agree = found.suggested == np.where(right > 0.5, labels, wanted.argmax(axis=1))
+  assert agree.mean() > 0.95
+  # What is suggested for examples without a label is their likeliest class.
+  unlabeled = np.where(np.arange(len(labels)) % 9, labels, -1)
+  found = graph.audit(None, unlabeled, predictions=chances, score="posterior")
+  agree = found.suggested[::9] == beliefs[::9].argmax(axis=1)
   assert agree.mean() > 0.95
   # The votes of neighbors, or a prediction's margin, are not that.
   margin = graph.audit(None, labels, predictions=chances, score="margin")
@@ -184,6 +195,9 @@ def test_few_anchors_draw_wrong_labels_to_an_even_share():
     shares = found / found.sum(axis=1, where=off, keepdims=True)
     wanted = matrix / matrix.sum(axis=1, where=off, keepdims=True)
     assert np.abs((shares - wanted)[off]).mean() < near
+    # Twice as many anchors of half the weight are as many.
+    again = _posterior._shrunken(counts / 2, counts.sum(axis=1) / 4)
+    np.testing.assert_allclose(again, found)
   nothing = _posterior._shrunken(np.zeros([4, 4]), np.zeros(4))
   np.testing.assert_array_equal(nothing, np.eye(4))
 
@@ -219,6 +233,13 @@ def test_bad_predictions_poison_nobody():
     graph.audit(neighbors, given, predictions=bad, score="mean").support[:4],
     votes.support[:4],
   )
+  # Without neighbors, the mean is that of the predictions alone.
+  indices = np.array(neighbors.indices)
+  indices[7] = -1
+  lonely = neighbors._replace(indices=indices)
+  mean = graph.audit(lonely, given, predictions=bad, score="mean")
+  margin = graph.audit(None, given, predictions=bad, score="margin")
+  assert mean.support[7] == pytest.approx(margin.support[7])
   nothing = graph.audit(None, given, predictions=np.zeros([600, 5]), score="posterior")
   np.testing.assert_array_equal(nothing.order, np.arange(600))
   assert nothing.num_wrong == 0
@@ -238,6 +259,24 @@ def test_posterior_in_blocks(monkeypatch):
   monkeypatch.setattr(_held_out, "_CELLS", 700)
   again = graph.held_out_predictions(points, given, width=50)
   np.testing.assert_allclose(again, predictions, atol=1e-4)
+
+
+def test_unlabeled_examples_teach_the_posterior_nothing(monkeypatch):
+  """All labeled ones weigh the witnesses, or a sample of them."""
+  points, true = blobs(600)
+  given = flip(true, "symmetric", 0.3)
+  given[:200] = -1
+  predictions = graph.held_out_predictions(points, given, width=50)
+  ask = lambda rows: graph.audit(
+    None, given[rows], predictions=predictions[rows], score="posterior"
+  )
+  found = ask(np.s_[:])
+  alone = ask(np.s_[200:])
+  np.testing.assert_allclose(found.support[200:], alone.support, atol=1e-6)
+  assert found.num_wrong == pytest.approx(alone.num_wrong, rel=1e-6)
+  monkeypatch.setattr(_posterior, "_SAMPLE", 300)
+  some = ask(np.s_[:])
+  assert np.abs(some.support[200:] - alone.support).mean() < 0.05
 
 
 @pytest.mark.parametrize("classes", [1, 2])
@@ -300,6 +339,37 @@ def test_held_out_predictions_equal_refitting(n):
     gramian = table[others].T @ table[others] + 2.0 * np.eye(columns.number)
     slopes = np.linalg.solve(gramian, table[others].T @ np.eye(5)[given[others]])
     np.testing.assert_allclose(found[i], table[i] @ slopes, atol=2e-4)
+  # The last one, had it no label: the fit has not seen it.
+  fit = _held_out._fit(columns, everyone[others], given, 5, lambda parts: parts)
+  along = columns(everyone[i : i + 1]) @ fit.directions
+  unlabeled = _held_out._held_out(fit, along, np.array([-1]), 2.0)
+  np.testing.assert_allclose(unlabeled[0], table[i] @ slopes, atol=2e-4)
+
+
+def test_few_features_are_columns_too():
+  points, true = blobs(300)
+  number = lambda rows, width: (
+    _held_out._columns(
+      _held_out._Rows(rows, sparse.issparse(rows)), np.arange(300), width, 1.0, 0
+    ).number
+  )
+  assert number(points, 12) == 12 + 1 + 6
+  assert number(points, 11) == 11 + 1
+  assert number(sparse.csr_array(points), 12) == 12 + 1
+  seeds = [graph.held_out_predictions(points, true, width=9, seed=s) for s in (0, 1)]
+  assert (seeds[0] != seeds[1]).any()
+
+
+def test_predictions_are_as_sharp_as_the_labels_allow():
+  points, true = blobs(300)
+  given = flip(true, "symmetric", 0.3)
+  predictions = graph.held_out_predictions(points, given, width=50)
+
+  def loss(power):
+    rows = predictions.astype(np.float64) ** power
+    return -np.log(rows[np.arange(300), given] / rows.sum(axis=1)).mean()
+
+  assert loss(1) < min(loss(0.9), loss(1.1))
 
 
 @pytest.mark.guarantees(
@@ -338,9 +408,29 @@ def test_bad_rows_teach_nothing():
   np.testing.assert_allclose(longer[:300], predictions, atol=1e-5)
   np.testing.assert_array_equal(longer[300:303], 0)
   assert longer[303].argmax() == true[3]
+  # Of sparse rows too, where zeros are not stored.
+  points, more = (sparse.csr_array(np.maximum(rows, 0)) for rows in (points, more))
+  predictions = graph.held_out_predictions(points, names, width=50)
+  of_sparse = graph.held_out_predictions(more, [*names, *names[:3], None], width=50)
+  np.testing.assert_allclose(of_sparse[:300], predictions, atol=1e-5)
+  np.testing.assert_array_equal(of_sparse[300:303], 0)
   np.testing.assert_allclose(longer[303].sum(), 1, rtol=1e-5)
   nobody = graph.held_out_predictions(np.full([3, 2], np.nan), [0, 1, 1])
   np.testing.assert_array_equal(nobody, np.zeros([3, 2]))
+
+
+@pytest.mark.parametrize(
+  ("what", "good", "bad"), [("_RIDGES", 3.0, 1e9), ("_SCALES", 1.0, 1e-6)]
+)
+def test_the_better_ridge_and_kernel_are_chosen(what, good, bad, monkeypatch):
+  points, true = blobs(300)
+  found = {}
+  for among in ((good,), (good, bad), (bad, good), (bad,)):
+    monkeypatch.setattr(_held_out, what, among)
+    found[among] = graph.held_out_predictions(points, true, width=50)
+  np.testing.assert_array_equal(found[good, bad], found[(good,)])
+  np.testing.assert_array_equal(found[bad, good], found[(good,)])
+  assert np.abs(found[(bad,)] - found[(good,)]).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
+import optax_ranger as ranger
 from optax_ranger import __main__ as command
 from optax_ranger import graph
 from optax_ranger.graph import _page
@@ -261,6 +262,7 @@ def test_missing_labels_and_bad_rows(tmp_path, capsys):
     == 0
   )
   out = capsys.readouterr().out
+  assert out.startswith(f"{N} examples, 2 classes, 5 neighbors.")
   assert "1 examples have non-finite features" in out
   rows = {int(row["row"]): row for row in table(tmp_path)}
   assert rows[0]["given"] == ""
@@ -273,11 +275,20 @@ class Parsed(html.parser.HTMLParser):
 
   def __init__(self):
     super().__init__()
-    self.open, self.text, self.images = [], "", []
+    self.open, self.text, self.images, self.tables = [], "", [], []
+    self.shaded = []
 
   def handle_starttag(self, tag, attrs):
     if tag == "img":
       self.images.append((dict(attrs)["alt"], dict(attrs)["src"]))
+    if tag == "table":
+      self.tables.append([])
+    if tag == "tr":
+      self.tables[-1].append([])
+    if tag in ("td", "th"):
+      self.tables[-1][-1].append("")
+      if attrs == [("class", "off")]:
+        self.shaded.append((len(self.tables[-1]) - 1, len(self.tables[-1][-1]) - 1))
     if tag not in ("meta", "img"):
       self.open.append(tag)
 
@@ -286,6 +297,77 @@ class Parsed(html.parser.HTMLParser):
 
   def handle_data(self, data):
     self.text += data
+    if self.open and self.open[-1] in ("td", "th"):
+      self.tables[-1][-1][-1] += data
+
+
+def audited():
+  """Six rows and what was found of them; the last one has no label."""
+  names = ["9", "10", "b", "9", "b", None]
+  found = graph.Audit(
+    order=np.array([4, 0, 2, 1, 3, 5]),
+    support=np.array([0.25, 0.75, 0.25, 0.875, 0.0625, np.nan], np.float32),
+    margin=np.array([-0.5, 0.5, -0.5, 0.75, -0.875, np.nan], np.float32),
+    suggested=np.array([0, 0, 1, 1, 1, -1], np.int32),
+    classes=np.array(["10", "9", "b"]),
+    num_wrong=3.2,
+  )
+  # The first row is close to three others.
+  indices = np.tile([[3, 4, 2]], [6, 1])
+  distances = np.tile(np.float32([[1, 2, 3]]), [6, 1])
+  distances[0] = 0.01, 0.02, 0.03
+  neighbors = ranger.Neighbors(indices, distances, np.full([6, 3], 1 / 3))
+  return found, np.array(names, object), neighbors
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_page_shows_what_was_found(many, monkeypatch):
+  images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1)
+  result = _page.findings(*audited(), images)
+  if many:
+    monkeypatch.setattr(_page, "_MOST_CLASSES", 2)
+  page = Parsed()
+  page.feed(_page.render(result, "Title", ["A note."]))
+  confused, worst, near = page.tables
+  if many:
+    head = ["given", "suggested", "labels"]
+    assert confused == [head, ["b", "9", "2"], ["9", "10", "1"]]
+  else:
+    assert confused == [
+      ["", "9", "10", "b"],
+      ["9", "", "1", ""],
+      ["10", "", "", ""],
+      ["b", "2", "", ""],
+    ]
+    assert page.shaded == [(1, 1), (2, 2), (3, 3)]
+  assert worst == [
+    ["row", "given", "suggested", "support"],
+    ["4", "b", "9", "0.06"],
+    ["0", "9", "10", "0.25"],
+    ["2", "b", "9", "0.25"],
+    ["1", "10", "10", "0.75"],
+    ["3", "9", "9", "0.88"],
+  ]
+  assert near == [
+    ["row", "other row", "label", "other label"],
+    ["0", "4", "9", "b"],
+    ["0", "2", "9", "b"],
+    ["0", "3", "9", "9"],
+  ]
+  assert "3 pairs of rows are nearly equal; 2 of them" in page.text
+  captions = [title for title, _ in page.images]
+  assert captions[:2] == ["4: b → 9", "0: 9 → 10"]
+  assert captions[-1] == "5:  → "
+
+
+@pytest.mark.parametrize(
+  ("num_wrong", "rows"), [(0.4, []), (2.6, [4, 0, 2]), (9.0, [4, 0, 2, 1, 3])]
+)
+def test_as_many_rows_are_suspicious_as_are_wrong(num_wrong, rows):
+  found, labels, neighbors = audited()
+  result = _page.findings(found._replace(num_wrong=num_wrong), labels, neighbors)
+  assert result.suspicious.tolist() == rows
+  assert ("No label is likely wrong." in _page.render(result, "", [])) == (not rows)
 
 
 def test_the_page_is_whole_and_escapes_names(tmp_path):
@@ -374,7 +456,15 @@ def test_it_finds_what_the_function_finds_as_a_process(tmp_path):
   assert [int(row["row"]) for row in rows] == found.order.tolist()
   likely = sum(row["likely_wrong"] == "1" for row in rows)
   assert likely == round(found.num_wrong)
-  assert f"About {likely} labels" in done.stdout
+  assert f"About {likely} labels ({likely / len(labels):.1%})" in done.stdout
+  shown = [line.split() for line in done.stdout.splitlines()]
+  start = shown.index(["row", "given", "suggested", "support"]) + 1
+  for i, row, line in zip(found.order, rows, shown[start:][:20], strict=False):
+    names = [str(labels[i]), str(found.suggested[i])]
+    assert [row["given"], row["suggested"]] == names
+    assert float(row["support"]) == pytest.approx(found.support[i], abs=1e-4)
+    assert line == [str(i), *names, f"{found.support[i]:.2f}"]
+  assert not shown[start + 20]
 
 
 def test_the_metric_is_that_of_the_graph(tmp_path):
@@ -387,6 +477,30 @@ def test_the_metric_is_that_of_the_graph(tmp_path):
     neighbors = graph.build(x, 5, metric=metric)
     assert tables[-1] == graph.audit(neighbors, np.int32(LABELS)).order.tolist()
   assert tables[0] != tables[1]
+
+
+def test_rows_that_are_images():
+  images = lambda *shape, option=None: command._images(np.zeros(shape), option)
+  for shape in ([2, 3, 4], [2, 3, 4, 1], [2, 3, 4, 3]):
+    assert images(*shape).shape == tuple(shape)
+  assert images(2, 12) is None
+  assert images(2, 3, 4, 2) is None
+  assert images(2, 12, option="3X4").shape == (2, 3, 4)
+  assert images(2, 36, option="3x4x3").shape == (2, 3, 4, 3)
+
+
+def test_which_labels_of_a_file(tmp_path):
+  several = write(tmp_path / "y.npz", {"b": [1, 0], "label": [0, 1]})
+  assert _tables.read_labels(several, 2).tolist() == [0, 1]
+  assert _tables.read_labels(several, 2, "b").tolist() == [1, 0]
+  features = {"other": points(), "x": points() + 1}
+  found = _tables.read_features(write(tmp_path / "x.npz", features))
+  np.testing.assert_array_equal(found, points() + 1)
+  gaps = write(tmp_path / "y.txt", "a\n\n b \n")
+  assert _tables.read_labels(gaps, 3).tolist() == ["a", None, "b"]
+  table = write(tmp_path / "y.csv", "id,label\n7,\n8,3\n")
+  assert _tables.read_labels(table, 2).tolist() == [None, 3]
+  assert _tables.read_labels(table, 2, "id").tolist() == [7, 8]
 
 
 def test_fractions_are_no_integers(tmp_path):

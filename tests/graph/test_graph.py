@@ -2,6 +2,7 @@
 
 import sys
 import tracemalloc
+import types
 
 import jax
 import numpy as np
@@ -10,6 +11,10 @@ from scipy import sparse
 
 import optax_ranger as ranger
 from optax_ranger import graph
+from optax_ranger.graph import _duplicates
+from optax_ranger.graph import _exact
+from optax_ranger.graph import _faiss
+from optax_ranger.graph import _sparse
 from tests.graph import graphs
 from tests.helpers import run_processes
 
@@ -33,6 +38,16 @@ def test_backends_give_one_graph(name, metric):
   if name == "normal":
     distinct = ~np.isin(np.arange(400), np.r_[:10, 200:240])
     np.testing.assert_array_equal(first.indices[distinct], indices[distinct])
+
+
+@pytest.mark.parametrize("backend", ["jax", "faiss"])
+def test_blocks_of_queries_give_the_graph_of_one(backend, monkeypatch):
+  rows = graphs.points()
+  whole = graph.build(rows, 5, backend=backend)
+  monkeypatch.setattr(_exact, "_BLOCK", 64)
+  monkeypatch.setattr(_exact, "_CHUNK", 64)
+  monkeypatch.setattr(_faiss, "_QUERIES", 150)
+  graphs.same(graph.build(rows, 5, backend=backend), whole)
 
 
 @pytest.mark.guarantees(
@@ -130,19 +145,38 @@ def test_recall_is_measured():
   rows = np.random.default_rng(0).standard_normal([1200, 24]).astype(np.float32)
   distances, _ = graphs.full_sort(rows, 5, "euclidean")
   recalls = {}
-  for backend, effort in (("hnsw", 6), ("ivf", 1), ("ivf", 10**6)):
+  for backend, effort in (("hnsw", 6), ("hnsw", 64), ("ivf", 1), ("ivf", 10**6)):
     found, report = graph.build(
       rows, 5, backend=backend, effort=effort, recall_sample=1200, with_report=True
     )
     share = (np.asarray(found.distances) <= distances[:, -1:] * 1.000001).mean()
     assert report.recall == pytest.approx(share, abs=1e-6)
     assert report.backend == backend
+    assert 0 < report.seconds < 60
     recalls[backend, effort] = report.recall
     partly = graph.measure_recall(found, rows, sample=300, seed=1)
     assert abs(partly - share) < 0.1
-  assert recalls["ivf", 1] < 0.9 < recalls["hnsw", 6]
+  assert recalls["ivf", 1] < 0.9 < recalls["hnsw", 6] < recalls["hnsw", 64]
   assert recalls["ivf", 10**6] == 1
   assert np.isnan(graph.measure_recall(found, rows, sample=0))
+  cells = lambda seed: np.asarray(
+    graph.build(rows, 5, backend="ivf", effort=1, recall_sample=0, seed=seed).indices
+  )
+  np.testing.assert_array_equal(cells(0), cells(0))
+  assert (cells(0) != cells(1)).any()
+
+
+@pytest.mark.parametrize("backend", ["hnsw", "ivf"])
+def test_an_approximate_search_of_everything_is_exact(backend, monkeypatch):
+  """By cosine, with rows that are dropped, in blocks."""
+  monkeypatch.setattr(_faiss, "_QUERIES", 150)
+  rows = graphs.points()
+  found, report = graph.build(
+    rows, 5, backend=backend, metric="cosine", effort=10**4, with_report=True
+  )
+  assert report.recall == 1
+  assert report.num_dropped == 2
+  graphs.same(found, graph.build(rows, 5, metric="cosine", backend="faiss"))
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -190,8 +224,17 @@ def test_edge_cases(name, metric):
   graphs.same(ranger.neighbors.nearest(rows, 5, metric=metric), found)
   graphs.same(graph.build(rows, 5, metric=metric, backend="jax"), found)
   if name in ("duplicates", "nan_rows", "zero_rows"):
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
-    graphs.same(graph.build(rows, 5, metric=metric, mesh=mesh), found)
+    mesh = jax.make_mesh((2, 2), ("model", "data"), devices=jax.devices()[:4])
+    split, report = graph.build(
+      rows, 5, metric=metric, mesh=mesh, axis_name="data", with_report=True
+    )
+    graphs.same(split, found)
+    assert split.indices.sharding.is_equivalent_to(
+      jax.NamedSharding(mesh, jax.P("data")), 2
+    )
+    assert report[:2] == ("sharded", 1.0)
+    assert report.num_duplicates == 0
+    assert report.num_dropped == (np.asarray(found.indices)[:, 0] < 0).sum()
 
 
 def test_zero_rows_have_no_direction():
@@ -242,17 +285,20 @@ def texts(n: int = 300) -> sparse.csr_array:
   dense = rng.random([n, 500]) * (rng.random([n, 500]) < 0.02)
   dense[7] = 0
   dense[20:26] = dense[10] * np.array([0.1, 0.3, 0.7, 1.1, 1.3, 1.7])[:, None]
-  dense[30, 3] = np.nan
+  dense[1, 3] = np.nan
   return sparse.csr_array(dense)
 
 
-def test_sparse_rows_equal_dense_ones():
+def test_sparse_rows_equal_dense_ones(monkeypatch):
   rows = texts()
   found, report = graph.build(rows, 4, metric="cosine", with_report=True)
   distances, indices = graphs.full_sort(rows.toarray(), 4, "cosine")
   np.testing.assert_allclose(found.distances, distances, atol=1e-7)
   np.testing.assert_array_equal(found.indices[10], [20, 21, 22, 23])
   np.testing.assert_array_equal(found.indices[25], [10, 20, 21, 22])
+  # All are as far from a row of zeros; those that are not finite are nobody's.
+  np.testing.assert_array_equal(found.indices[7], [0, 2, 3, 4])
+  np.testing.assert_array_equal(found.indices[1], [-1] * 4)
   assert not found.distances[np.r_[10, 20:26]].any()
   alone = ~np.isin(indices, np.r_[10, 20:26]).any(axis=1) & (distances[:, -1] < 1)
   np.testing.assert_array_equal(found.indices[alone], indices[alone])
@@ -261,6 +307,17 @@ def test_sparse_rows_equal_dense_ones():
   assert report.num_dropped == 1
   matrix = sparse.csr_matrix(rows)
   graphs.same(graph.build(matrix, 4, metric="cosine"), found)
+  monkeypatch.setattr(_sparse, "_CELLS", 300 * 40)
+  graphs.same(graph.build(rows, 4, metric="cosine"), found)
+
+
+def test_fingerprints_of_sparse_rows():
+  dense = np.array([[0.0, 2, 0], [0, 0, 3]])
+  of = lambda dense: graph.fingerprint(sparse.csr_array(dense))
+  assert of(dense) == graph.fingerprint(sparse.csc_array(dense))
+  others = (dense[:, [1, 0, 2]], dense * 2, np.array([[0, 2.0, 3], [0, 0, 0]]))
+  wider = np.pad(dense, ((0, 0), (0, 1)))
+  assert len({of(dense), of(wider), *map(of, others)}) == 5
 
 
 def test_sparse_rows_are_never_densified():
@@ -298,6 +355,27 @@ def test_features_beyond_float32_are_searched_in_their_own_type():
   steps_away = np.abs(np.asarray(found.indices) - np.arange(200)[:, None])
   assert steps_away.max() <= 2
   assert report.recall == 1
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_equal_rows_are_grouped(collide, monkeypatch):
+  """In blocks of rows, and where rows that differ have the same hash."""
+  rows = np.random.default_rng(0).integers(0, 40, [5000, 2]).astype(np.float32)
+  if collide:  # A sum of entries: that of [1, 2] is that of [2, 1].
+    rows = rows[:500]
+    zeros = types.SimpleNamespace(integers=lambda *args: np.zeros(2, np.uint64))
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: zeros)
+  groups = _duplicates.find(rows)
+  assert (np.diff(groups.first) > 0).all()
+  np.testing.assert_array_equal(rows[groups.first[groups.group]], rows)
+  for group, (start, end) in enumerate(
+    zip(groups.start[:-1], groups.start[1:], strict=True)
+  ):
+    members = np.flatnonzero(groups.group == group)
+    np.testing.assert_array_equal(groups.members[start:end], members)
+    assert members[0] == groups.first[group]
+  if not collide:
+    assert len(groups.first) == len(np.unique(rows, axis=0))
 
 
 def test_dropped_rows_are_no_duplicates():

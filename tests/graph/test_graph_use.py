@@ -26,7 +26,7 @@ def test_audit_equals_counting():
   neighbors = ranger.neighbors.weigh(small(), kernel="gaussian")
   rng = np.random.default_rng(1)
   labels, beliefs = rng.integers(0, 3, 60), rng.dirichlet(np.ones(3), 60)
-  beliefs[5] = np.nan
+  beliefs[5], beliefs[6, 1], beliefs[7, 0] = np.nan, np.inf, np.nan
   for given in (None, beliefs):
     for balance in (False, True):
       found = graph.audit(neighbors, labels, beliefs=given, balance=balance)
@@ -34,7 +34,7 @@ def test_audit_equals_counting():
       for i in range(60):
         for j, weight in zip(neighbors.indices[i], neighbors.weights[i], strict=True):
           vote = np.eye(3)[labels[j]] if given is None else given[j]
-          votes[i] += float(weight) * (0 if np.isnan(vote).any() else vote)
+          votes[i] += float(weight) * (vote if np.isfinite(vote).all() else 0)
       if balance:
         votes /= votes.sum(axis=0) / votes.sum()
       votes /= votes.sum(axis=1, keepdims=True)
@@ -47,6 +47,34 @@ def test_audit_equals_counting():
       assert (np.diff(found.margin[found.order]) >= 0).all()
   support = ranger.labels.label_support(neighbors, labels)
   np.testing.assert_allclose(graph.audit(neighbors, labels).support, support, rtol=1e-5)
+  # Of classes with equal votes, the given one is suggested.
+  neighbors = small()
+  votes = np.eye(3)[labels][np.asarray(neighbors.indices)].sum(axis=1)
+  strongest = votes[np.arange(60), labels] == votes.max(axis=1)
+  found = graph.audit(neighbors, labels)
+  wanted = np.where(strongest, labels, votes.argmax(axis=1))
+  np.testing.assert_array_equal(found.suggested, wanted)
+  assert (strongest & (votes.argmax(axis=1) != labels)).any()
+
+
+@pytest.mark.parametrize("score", ["votes", "posterior"])
+def test_weights_of_an_audit(score):
+  """Their unit does not matter; bad ones, and places out of range, are empty."""
+  neighbors, labels = small(), np.random.default_rng(1).integers(0, 3, 60)
+  found = graph.audit(neighbors, labels, score=score)
+  again = graph.audit(
+    neighbors._replace(weights=7 * np.asarray(neighbors.weights)), labels, score=score
+  )
+  np.testing.assert_allclose(again.support, found.support, rtol=1e-5)
+  weights, indices = np.array(neighbors.weights), np.array(neighbors.indices)
+  weights[:4, 1] = 0
+  empty = graph.audit(neighbors._replace(weights=weights), labels, score=score)
+  weights[:4, 1] = np.nan, np.inf, -1, 1
+  indices[3, 1] = 60
+  bad = ranger.Neighbors(indices, neighbors.distances, weights / 8)
+  found = graph.audit(bad, labels, score=score)
+  np.testing.assert_allclose(found.support, empty.support, rtol=1e-5)
+  np.testing.assert_array_equal(found.suggested, empty.suggested)
 
 
 @pytest.mark.guarantees(
@@ -72,7 +100,7 @@ def test_audit_in_blocks(monkeypatch):
 def test_audit_without_neighbors():
   neighbors = small()
   empty = np.asarray(neighbors.indices).copy()
-  empty[[3, 8]] = -1
+  empty[3], empty[8] = -1, 60
   found = graph.audit(neighbors._replace(indices=empty), np.arange(60) % 2)
   assert set(found.order[-2:]) == {3, 8}
   assert np.isnan(found.support[[3, 8]]).all()
@@ -140,6 +168,9 @@ def test_weight_report_limits():
   assert hub.effective_sample_size == pytest.approx(1)
   assert hub.top_share == pytest.approx(1)
   assert hub.zero_share == pytest.approx(0.998)
+  # One per cent of 150, rounded up, are two.
+  some = report(np.arange(150, dtype=np.float32))
+  assert some.top_share == pytest.approx((149 + 148) / np.arange(150).sum())
   nothing = report(np.zeros(3, np.float16))
   assert [float(number) for number in nothing] == [0, 0, 1]
   with pytest.raises(ValueError, match=r"must have shape \[n\]"):
@@ -295,8 +326,11 @@ def test_pay_refuses():
 def test_empty_places_cost_nothing():
   neighbors = small()
   indices = np.asarray(neighbors.indices).copy()
-  indices[4] = -1
-  whole = graph.graph_weights(neighbors._replace(indices=indices))
+  indices[4] = -1, 60, -1, -1
+  weights = np.asarray(neighbors.weights).copy()
+  weights[5, 0], weights[6, 2] = np.nan, np.inf
+  found = ranger.Neighbors(indices, neighbors.distances, weights)
+  whole = graph.graph_weights(found)
   ids = np.array([4, 9])
   fetched = jax.jit(lambda whole: graph.batch_weights(whole, ids, "fetched"))(whole)
   weights = np.asarray(fetched.weights)
@@ -305,6 +339,22 @@ def test_empty_places_cost_nothing():
   np.testing.assert_allclose(weights[6:].sum(), weights[1], rtol=1e-5)
   assert weights[1] > 0
   assert np.asarray(whole.table).sum() == pytest.approx(60, rel=1e-5)
+
+
+def test_refresh_keeps_types_and_shardings():
+  data = np.random.default_rng(0).standard_normal([60, 3]).astype(np.float32)
+  mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+  split = jax.NamedSharding(mesh, jax.P("data"))
+  previous = small()
+  previous = previous._replace(weights=previous.weights.astype(jnp.bfloat16))
+  previous = jax.device_put(previous, split)
+  same = lambda params, batch: params * batch
+  found = graph.refresh(same, np.float32(1), data, previous, metric="cosine")
+  for new, old in zip(found, previous, strict=True):
+    assert new.dtype == old.dtype
+    assert new.sharding.is_equivalent_to(old.sharding, 2)
+  expected = graph.build(data, 4, metric="cosine")
+  np.testing.assert_array_equal(found.indices, expected.indices)
 
 
 @pytest.mark.guarantees(
@@ -370,6 +420,17 @@ def test_batches_visit_every_example():
     for b in (*epochs[0], *epochs[1])
   ]
   assert len({tuple(of_batch) for of_batch in places}) == 6
+
+
+def test_all_neighbors_come_where_none_are_drawn():
+  neighbors = jax.device_get(small())
+  batch = next(graph.NeighborBatches(neighbors, 16))
+  add = graph.add_neighbors(neighbors, id_key="row")
+  element = add.random_map({"row": 7}, np.random.default_rng(0))
+  assert element["row"] == 7
+  for ids, found in ((batch["id"], batch), (7, element)):
+    np.testing.assert_array_equal(found["neighbor_id"], neighbors.indices[ids])
+    np.testing.assert_array_equal(found["neighbor_weight"], neighbors.weights[ids])
 
 
 @pytest.mark.guarantees(

@@ -9,6 +9,7 @@ import pytest
 
 import optax_ranger as ranger
 from optax_ranger import graph
+from optax_ranger.neighbors import _double
 from tests.graph import graphs
 
 
@@ -36,17 +37,19 @@ WIDE = {
   "unix seconds": 1_700_000_000 + np.cumsum(np.abs(draw(50, 1)), axis=0),
   # They differ by more than float32 tells, whatever is subtracted from all.
   "wide int32": np.r_[0, 2**30 + np.arange(49) ** 2].astype(np.int32)[:, None],
-  "map coordinates": np.array([5e5, 4_649_776.0]) + draw(50, 2),
-  "far from each other": np.r_[draw(25, 3), 1e9 + draw(25, 3)],
   "negative": -(2**40) - np.arange(50)[:, None] ** 3,
   "near the end": 2**64 - 1 - (np.arange(50, dtype=np.uint64) ** 2)[:, None],
   "both ends": np.r_[-(2**63) + SQUARES[:25], 2**63 - 1 - SQUARES[:25]][:, None],
-  "random bits": np.random.default_rng(0).integers(0, 2**64, [50, 2], np.uint64),
   # Steps of 0.3 in float64, of 2 in float32: near ones are rounded away.
   "rounded apart": np.r_[0, 2**24 + 0.3 * (np.arange(49) * 11 % 49)][:, None],
+  "map coordinates": np.array([5e5, 4_649_776.0]) + draw(50, 2),
+  "far from each other": np.r_[draw(25, 3), 1e9 + draw(25, 3)],
+  "random bits": np.random.default_rng(0).integers(0, 2**64, [50, 2], np.uint64),
   "near copies": np.repeat(draw(5, 3), 10, axis=0) * (1 + 1e-13 * draw(50, 1)),
   "ordinary": draw(50, 4),
 }
+# Those whose neighbors float32 can't tell.
+REPAIRED = ("wide int32", "both ends", "rounded apart", "far from each other")
 
 
 @pytest.mark.guarantees(
@@ -55,7 +58,7 @@ WIDE = {
 @pytest.mark.guarantees(
   "neighbors.nearest", "64-bit numbers of NumPy keep their digits"
 )
-@pytest.mark.few(3)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", WIDE)
 def test_wide_features_have_the_graph_of_a_full_sort(name):
   rows = WIDE[name]
@@ -65,9 +68,19 @@ def test_wide_features_have_the_graph_of_a_full_sort(name):
     np.testing.assert_array_equal(found.indices, indices)
     assert report.recall == 1
     assert report.num_duplicates == 0
+    assert (report.num_repaired > 0) == (name in REPAIRED)
     assert found.distances.dtype == jnp.float32
   assert graph.measure_recall(found, rows) == 1
   graphs.same(ranger.neighbors.nearest(rows, 3), found)
+
+
+def test_wide_features_in_blocks(monkeypatch):
+  rows = WIDE["rounded apart"]
+  whole = graph.build(rows, 3, backend="jax")
+  monkeypatch.setattr(_double, "_CELLS", 350)
+  monkeypatch.setattr(_double, "_MEASURED", 100)
+  monkeypatch.setattr(_double._parts, "__defaults__", (16,))
+  graphs.same(graph.build(rows, 3, backend="jax"), whole)
 
 
 @pytest.mark.few(1)

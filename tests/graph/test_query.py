@@ -94,10 +94,15 @@ def test_queries_need_no_matrix_of_all_pairs():
   queries = rng.standard_normal([5_000, 4]).astype(np.float32)
   graph.query(features, queries[:10], 3)
   tracemalloc.start()
-  graph.query(features, queries, 3)
+  found = graph.query(features, queries, 3)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 5_000 * 20_000  # bytes: a fourth of all pairs in float32
+  # Of every tile of queries, some against all rows.
+  for i in (0, 2047, 2048, 4999):
+    far = ((features.astype(np.float64) - queries[i]) ** 2).sum(axis=1)
+    np.testing.assert_array_equal(found.indices[i], np.argsort(far)[:3])
+    np.testing.assert_allclose(found.distances[i] ** 2, np.sort(far)[:3], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

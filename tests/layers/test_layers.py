@@ -287,6 +287,17 @@ def test_weights_of_a_call_multiply_those_of_the_layer(shape, aggregator):
   close(apply(layer, x, given), expected)
 
 
+def test_learned_weights_start_as_ones_and_stay_positive():
+  local = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+  layer = layers.RegionalAggregator(layers.Grid((2,)), local, "sum", weights="learned")
+  x = np.random.default_rng(0).standard_normal([2, 4, 3]).astype(np.float32)
+  of = lambda part: np.asarray(part @ local.kernel[...] + local.bias[...][None, None])
+  halves = of(x[:, :2]), of(x[:, 2:])
+  close(apply(layer, x), halves[0] + halves[1])
+  layer.log_weights[...] = jnp.array([-2.0, 1.0])
+  close(apply(layer, x), np.exp(-2) * halves[0] + np.exp(1) * halves[1])
+
+
 @pytest.mark.guarantees("layers.RegionalAggregator", "Empty regions are left out")
 @pytest.mark.parametrize("aggregator", ["mean", "sum", "max"])
 @pytest.mark.parametrize("shared", [True, False])
@@ -317,6 +328,14 @@ def test_centers_are_not_rounded_to_the_type_of_the_points(dtype):
   assert points.dtype == rows.dtype
   assert mask.sum(axis=2)[:, 0].tolist() == [1, 0, 1]
   assert (points[0, 0, 0, 0], points[2, 0, 0, 0]) == (100, 101)
+
+
+def test_a_graph_in_the_type_of_the_nodes():
+  partition = layers.Graph(REGIONS, EDGES)
+  nodes, mask, adjacency = partition.split(draw("graph").astype(np.float16))[0]
+  assert (nodes.dtype, mask.dtype, adjacency.dtype) == (np.float16, bool, np.float16)
+  np.testing.assert_array_equal(mask[:, 0].sum(axis=1), [3, 4, 2])
+  np.testing.assert_array_equal(nodes[2, :, 2:], np.zeros([3, 2, 3]))
 
 
 def test_capacity_keeps_the_first_points():
@@ -424,6 +443,40 @@ def test_linen_by_the_bridge():
       lambda: build("grid", weights=np.ones(5)),
       ValueError,
       r"weights must have shape \[6\], got \[5\]",
+    ),
+    (lambda: build("grid", weights=-np.ones(6)), ValueError, "must not be negative"),
+    (lambda: build("grid", weights="fixed"), ValueError, "weights must be one of"),
+    (
+      lambda: build("grid", "max")(draw("grid"), jnp.ones([6])),
+      ValueError,
+      "aggregator='max' takes no region_weights",
+    ),
+    (
+      lambda: layers.RegionalAggregator(
+        layers.Grid((2, 3)), Conv(nnx.Rngs(0)), shared=False
+      ),
+      ValueError,
+      "shared=False needs local to be a function of rngs",
+    ),
+    (
+      lambda: layers.Grid((2, 2)).split(jnp.ones([4, 4])),
+      ValueError,
+      r"a batch axis and 2 axes to cut .* got shape \[4, 4\]",
+    ),
+    (
+      lambda: layers.Centers(np.ones(3)),
+      ValueError,
+      r"centers must have shape \[num_regions, d\], got \[3\]",
+    ),
+    (
+      lambda: layers.Centers(CENTERS, capacity=0),
+      ValueError,
+      "capacity must be .*got 0",
+    ),
+    (
+      lambda: layers.Graph(np.array([-1, -1]), EDGES[:0]),
+      ValueError,
+      "hold an id of 0 or more",
     ),
     (
       lambda: layers.RegionalAggregator(layers.Grid((2, 2)), 3, rngs=nnx.Rngs(0)),

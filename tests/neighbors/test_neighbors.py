@@ -8,6 +8,8 @@ from scipy import spatial
 
 import optax_ranger as ranger
 
+POINTS = np.array([[0.0], [1.0], [3.0], [7.0]])
+
 
 def full_sort(features, k, metric):
   features = np.asarray(features, np.float64)
@@ -100,7 +102,7 @@ def test_duplicates_and_constant_features():
 
 
 def line():
-  return ranger.neighbors.nearest(np.array([[0.0], [1.0], [3.0], [7.0]]), 3)
+  return ranger.neighbors.nearest(POINTS, 3)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,9 @@ def test_empty_places_do_not_enter_the_mean_distance():
   weights = np.asarray(weigh(nearest(points, 3), kernel="gaussian").weights)
   expected = weigh(nearest(points[:3], 2), kernel="gaussian").weights
   expected = 2 / 3 * np.asarray(expected)
+  found = nearest(points, 3)
+  past = found._replace(indices=np.where(found.indices < 0, 4, found.indices))
+  np.testing.assert_array_equal(weigh(past, kernel="gaussian").weights, weights)
   np.testing.assert_allclose(weights[:3, :2], expected, rtol=1e-5)
   assert not weights[:, 2].any()
   assert not weights[3].any()
@@ -145,11 +150,14 @@ def test_agreement_equals_numpy():
     np.einsum("ic,ijc->ij", beliefs, beliefs[indices]) / 3,
     rtol=1e-5,
   )
-  both = np.zeros([4, 3])
-  for i in range(4):
-    for j, other in enumerate(indices[i]):
-      both[i, j] = beliefs[i, labels[other]] * beliefs[other, labels[i]] / 3
-  np.testing.assert_allclose(of(labels=labels, beliefs=beliefs), both, rtol=1e-5)
+  # A label that beliefs have no column for is none.
+  for given in (labels, np.array([0, -1, 2, 1])):
+    both, known = np.zeros([4, 3]), np.isin(given, [0, 1])
+    for i in range(4):
+      for j, other in enumerate(indices[i]):
+        if known[i] and known[other]:
+          both[i, j] = beliefs[i, given[other]] * beliefs[other, given[i]] / 3
+    np.testing.assert_allclose(of(labels=given, beliefs=beliefs), both, rtol=1e-5)
 
 
 @pytest.mark.guarantees("neighbors.weigh", "Weights are in [0, 1 / k]")
@@ -206,6 +214,9 @@ def test_sampling_keeps_the_sum():
   assert (score < 4).all()
   assert (np.abs(sums.mean(axis=0) - whole / 2) / error > 8).all()
   assert (drawn.indices[:, :, 0] != drawn.indices[:, :, 1]).all()
+  # Distances are those of the neighbors that were drawn.
+  distances = np.abs(POINTS[:, 0][drawn.indices] - POINTS[None])
+  np.testing.assert_allclose(drawn.distances, distances, rtol=1e-6)
   # In the order that they had.
   places = (indices[None, :, :, None] == drawn.indices[:, :, None]).argmax(axis=2)
   assert (np.diff(places, axis=2) > 0).all()
