@@ -152,10 +152,12 @@ def batch_weights(
     )
   if size < 2:
     raise ValueError(f"way='in_batch' needs at least 2 examples, got {size}.")
-  order = jnp.argsort(ids)
-  place = jnp.searchsorted(ids[order], own.indices)
+  # Nobody's neighbor is n, which stands for no example.
+  matched = jnp.where(inside, ids, jnp.full_like(ids, n))
+  order = jnp.argsort(matched)
+  place = jnp.searchsorted(matched[order], own.indices)
   place = order[jnp.minimum(place, size - 1)]
-  inside = ids[place] == own.indices
+  inside = matched[place] == own.indices
   weights = jnp.where(inside, own.weights, jnp.zeros_like(own.weights))
   weights = weights * ((n - 1) / (size - 1))
   received = jnp.zeros_like(weights[:, 0]).at[place].add(weights)

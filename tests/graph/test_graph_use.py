@@ -618,3 +618,13 @@ def test_wide_ids_pay_for_nobody(way):
   alone = weights(np.array([4]), "amortized")
   if way == "amortized":
     np.testing.assert_allclose(found, [0, alone[0] / 4, 0, 0])
+
+
+def test_who_stands_for_no_example_is_nobodys_neighbor():
+  points = np.array([[0.0], [1.0], [3.0]])
+  whole = graph.graph_weights(graph.build(points, 1, backend="jax"))
+  found = graph.batch_weights(whole, np.array([1, 7]), "in_batch").weights
+  np.testing.assert_array_equal(found, [0, 0])
+  found = graph.batch_weights(whole, np.array([1, -1, 0]), "in_batch").weights
+  expected = graph.batch_weights(whole, np.array([1, 0]), "in_batch").weights
+  np.testing.assert_allclose(found, [expected[0] / 3, 0, expected[1] / 3], rtol=1e-6)
