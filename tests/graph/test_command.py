@@ -480,13 +480,13 @@ def test_the_metric_is_that_of_the_graph(tmp_path):
 
 
 def test_rows_that_are_images():
-  images = lambda *shape, option=None: command._images(np.zeros(shape), option)
+  images = lambda shape, option=None: command._images(np.zeros(shape), option)
   for shape in ([2, 3, 4], [2, 3, 4, 1], [2, 3, 4, 3]):
-    assert images(*shape).shape == tuple(shape)
-  assert images(2, 12) is None
-  assert images(2, 3, 4, 2) is None
-  assert images(2, 12, option="3X4").shape == (2, 3, 4)
-  assert images(2, 36, option="3x4x3").shape == (2, 3, 4, 3)
+    assert images(shape).shape == tuple(shape)
+  assert images([2, 12]) is None
+  assert images([2, 3, 4, 2]) is None
+  assert images([2, 12], "3X4").shape == (2, 3, 4)
+  assert images([2, 36], "3x4x3").shape == (2, 3, 4, 3)
 
 
 def test_which_labels_of_a_file(tmp_path):
