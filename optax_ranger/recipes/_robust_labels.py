@@ -251,16 +251,20 @@ def robust_labels(
         f" {list(features.shape)}."
       )
     given = _given(labels, n, num_classes)
-    learned = functools.partial(
-      labels_lib.held_out_beliefs,
-      labels=labels,
-      num_classes=num_classes,
-      num_random=_RANDOM,
-      progress=progress,
-    )
-    # Nobody holds what was learned but who judges it: tables of all examples are large.
-    after = _judge(learned(_unit(features)), given, known, sharpness, progress)
-    return _unless_given(after, known, features, given, sharpness)
+    shape, projection = features.shape, _project(features)
+    learned = [
+      labels_lib.held_out_beliefs(
+        _unit(features),
+        labels,
+        num_classes=num_classes,
+        num_random=_RANDOM,
+        progress=progress,
+      )
+    ]
+    # Tables of all examples are large: what is popped is held by `_judge` alone.
+    del features
+    after = _judge(learned.pop(), given, known, sharpness, progress)
+    return _unless_given(after, known, projection, shape, given, sharpness)
 
   def metrics(known: KnownLabels, predictions: Any, labels: Any) -> dict[str, Array]:
     predictions = jnp.asarray(predictions)
@@ -398,12 +402,17 @@ def _conclude(
   return jax.tree.map(lambda new, old: jnp.where(memorized, old, new), after, refused)
 
 
-@functools.partial(jax.jit, inline=True)
+@functools.partial(jax.jit, static_argnums=3, inline=True)
 def _unless_given(
-  after: KnownLabels, before: KnownLabels, features: Array, given: Array, power: Any
+  after: KnownLabels,
+  before: KnownLabels,
+  projection: Array,
+  shape: tuple[int, int],
+  given: Array,
+  power: Any,
 ) -> KnownLabels:
   """What was known before, held to less, if the features are those of ``init``."""
-  n, columns = features.shape
+  n, columns = shape
   # A linear model of d columns fits any labels of 2 d rows at most (Cover).
   capacity = min(1.0, 2 * columns / max(n, 1))
   linear = before._replace(
@@ -415,7 +424,6 @@ def _unless_given(
   power = numerics.scalar(power) * _power(linear)
   weights = _weigh(before.trust, power, _labeled(given))
   linear = linear._replace(weights=weights)
-  projection = _project(features)
   apart = jnp.square(projection - before.projection).sum()
   same = apart <= _SAME * jnp.square(before.projection).sum()
   return jax.tree.map(lambda new, old: jnp.where(same, new, old), linear, after)
