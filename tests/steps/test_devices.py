@@ -119,6 +119,18 @@ def test_across_devices_is_the_aggregator(name, way):
   close(result, stacked(name, rows))
 
 
+def test_half_precision_is_summed_in_float32():
+  """A weight that bfloat16 rounds to one, and sums that cancel."""
+  rows = np.zeros([NUM_DEVICES, 2], np.float32)
+  rows[:2] = [[512, 1], [-512, 2]]
+  weights = np.ones(NUM_DEVICES, np.float32)
+  weights[0] += 2**-9
+  function = sharded(each_device("sum", "rows"))
+  found, _ = function({"w": rows.astype(jnp.bfloat16)}, weights)
+  assert found["w"].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found["w"].astype(np.float32), [1, 3])
+
+
 @pytest.mark.guarantees("across_devices", "Every device gets the same bits")
 @pytest.mark.few(1)
 @pytest.mark.parametrize(

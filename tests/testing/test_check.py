@@ -287,6 +287,20 @@ def test_a_step_that_raises_fails_once():
   assert skipped == [("jit equals eager", "skipped", "a compiled loop fails")]
 
 
+def test_an_option_by_name_does_not_take_any_extra_arg():
+  def update(updates, state, params=None, *, rate=0.1):
+    return _MAPPED(lambda leaf: -rate * leaf, updates), state
+
+  init = lambda params: optax.EmptyState()
+  fine = lambda: optax.GradientTransformation(init, update)
+  testing.LAWS["protocol"](testing.Subject(fine))
+  with pytest.raises(testing.SkippedError, match="no extra args"):
+    testing.LAWS["unknown extra args change nothing"](testing.Subject(fine))
+  lacking = lambda: optax.GradientTransformationExtraArgs(init, update)
+  with pytest.raises(AssertionError, match="no \\*\\*extra_args"):
+    testing.LAWS["protocol"](testing.Subject(lacking))
+
+
 @pytest.mark.parametrize("name", ["new", "new {}"])
 def test_an_init_that_changes_the_parameters_is_not_pure(name):
   def init(params):

@@ -211,6 +211,18 @@ def test_micro_batches_without_a_usable_example_are_a_window_of_weight_zero():
   np.testing.assert_array_equal(updates["w"], 0)
 
 
+def test_scalars_beside_a_window_advance_with_usable_batches():
+  """A counter of calls stays where it is if nothing of a batch is usable."""
+  optimizer = optax.chain(
+    ranger.accumulate(optax.sgd(0.1), 2), optax.scale_by_schedule(lambda count: 1.0)
+  )
+  update = build("one device", optimizer)
+  params, state = W, update.init(W)
+  for batch, count in ((X, 1), (X * np.nan, 1), (X, 2)):
+    params, state, _ = update(params, state, batch)
+    assert optax.tree.get(state, "count") == count
+
+
 # Statistics
 
 
