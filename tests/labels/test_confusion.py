@@ -693,6 +693,10 @@ def test_no_gradient_flows_into_what_is_estimated():
   of = lambda function: jax.jit(jax.grad(lambda b: (function(b) ** 2).sum()))(beliefs)
   assert not of(lambda b: ranger.labels.neighbor_beliefs(neighbors, b)).any()
   assert not of(lambda b: ranger.labels.label_confusion(labels, b)).any()
+  assert not of(lambda b: ranger.labels.mix_beliefs([b, 2 * b + 1], labels % 3)).any()
+  confusion = 0.5 * np.eye(beliefs.shape[1], dtype=np.float32) + np.float32(0.1)
+  assert not of(lambda b: ranger.labels.clean_beliefs(b, confusion)).any()
+  assert not of(lambda b: ranger.labels.target_support(neighbors, b, scale=1.0)).any()
 
 
 def test_no_gradient_flows_into_smoothed_predictions():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize
+from scipy import special
 
 import optax_ranger as ranger
 from optax_ranger._core import blocks
@@ -239,6 +240,11 @@ def test_clean_beliefs_explain_the_beliefs():
   clean = jax.jit(ranger.labels.clean_beliefs, static_argnames="steps")
   found = np.asarray(clean(beliefs, confusion, steps=2000))
   np.testing.assert_allclose(found @ confusion, beliefs, atol=1e-3)
+  expected = beliefs
+  for _ in range(30):
+    expected = expected * ((beliefs / (expected @ confusion)) @ confusion.T)
+  scaled = confusion * np.arange(1, 5)[:, None]  # Rows are normalized.
+  np.testing.assert_allclose(clean(beliefs, scaled), expected, rtol=1e-3, atol=1e-5)
   blank = clean(np.zeros([2, 4]), confusion)
   np.testing.assert_array_equal(blank, 0)
 
@@ -284,18 +290,51 @@ def test_a_ridge_without_a_factor_is_not_taken(monkeypatch):
   jax.clear_caches()
 
 
-def test_votes_equal_counting():
+@pytest.mark.parametrize("every", [6, 3], ids=["many", "fewer than are asked"])
+def test_votes_equal_counting(every):
   points, labels, _ = _clusters(n=70)
-  taught = np.arange(70) % 6 != 2
+  taught = (np.arange(70) % every != 2) == (every == 6)
   seen, _ = _kernel(points, labels, taught)
   shares = np.array([(labels[taught] == c).sum() + 1 / 3 for c in range(3)])
   away = np.linalg.norm(points[:, None] - points[None], axis=2)
   away[:, ~taught] = np.inf
   np.fill_diagonal(away, np.inf)
   order = np.argsort(away, axis=1)
+  there = np.isfinite(np.sort(away, axis=1))[..., None]
   for k, found in zip((5, 10, 20, 50), _ask(seen), strict=True):
-    votes = np.eye(3)[labels[order[:, :k]]].sum(axis=1) + shares / shares.sum()
+    votes = (np.eye(3)[labels[order]] * there)[:, :k].sum(axis=1)
+    votes = votes + shares / shares.sum()
     np.testing.assert_allclose(found, votes / votes.sum(axis=1, keepdims=True), 1e-5)
+
+
+def test_examples_without_a_label_are_keys_last():
+  points, labels, _ = _clusters(n=60)
+  labels[20:] = -1
+  sizes = _held_out._Sizes(3, 16, 20)
+  prepare = jax.jit(_held_out._prepare, static_argnums=3)
+  _, near, _, _ = prepare(points, labels, jax.random.key(0), sizes)
+  np.testing.assert_array_equal(np.sort(near.keys.ids), np.arange(20))
+  np.testing.assert_array_equal(near.keys.taught, True)
+
+
+def test_settings_are_those_given(monkeypatch):
+  points, labels, _ = _clusters(n=60)
+  told = []
+
+  def beliefs(rows, given, key, sizes, bars):
+    told.append((jax.random.key_data(key), sizes, bars))
+    return rows
+
+  monkeypatch.setattr(_held_out, "_beliefs", beliefs)
+  for seed in (4, 5):
+    _held_out_of(points, labels, num_random=16, num_keys=9, seed=seed, progress=True)
+  _held_out_of(points, labels, num_keys=99)
+  assert [(*sizes, bars) for _, sizes, bars in told] == [
+    (3, 16, 9, True),
+    (3, 16, 9, True),
+    (3, 64, 60, False),
+  ]
+  assert (told[0][0] != told[1][0]).any()
 
 
 def test_keys_are_not_the_users():
@@ -317,10 +356,10 @@ def test_keys_are_not_the_users():
 
 def test_the_width_is_of_rows_that_are_there():
   rng = np.random.default_rng(0)
-  rows = rng.standard_normal([40, 3]).astype(np.float32)
+  rows = rng.standard_normal([40, 8]).astype(np.float32)
   there = np.arange(40) % 3 != 0
   width = jax.jit(_held_out._width)
-  # Elsewhere rows are zeros.
+  # Elsewhere rows are zeros, which lie in the midst of the others.
   found = width(np.where(there[:, None], rows, np.float32(0)), there)
   own = rows[there]
   np.testing.assert_allclose(found, width(own, np.ones(len(own), bool)), rtol=1e-5)
@@ -337,14 +376,34 @@ def test_the_number_of_neighbors_is_that_of_the_likeliest_labels(size, share, pl
   labels = np.where(rng.random(n) < share, rng.integers(0, 3, n), true)
 
   @jax.jit
-  def choose(points, labels):
+  def choose(points, labels, less):
     seen, _ = _kernel(points, labels, jnp.ones(n, bool))
     start = tuple(jnp.zeros(shape) for shape in ([16], [3], [16, 16], [16, 3]))
     origin = jnp.full([16], 0.1)
-    learned = _held_out._learn((None, origin), start, seen)
+    *others, gram, moments = _held_out._learn((None, origin), start, seen)
+    learned = *others, gram - less * jnp.eye(16), moments
     return _held_out._choose(_held_out._Near.of(seen), origin, learned, jnp.int32(n))
 
-  assert int(choose(points, labels.astype(np.int32)).place) == place
+  labels = labels.astype(np.int32)
+  chosen = choose(points, labels, 0.0)
+  assert int(chosen.place) == place
+  # The ridge and the sharpness, too.
+  seen, kernel = _kernel(points, labels, np.ones(n, bool))
+  likelihoods = np.array([
+    [special.log_softmax(s * said, axis=1)[np.arange(n), labels].sum()
+     for s in _held_out._SHARPNESSES]
+    for said in (np.asarray(_predict(kernel, seen, r)) for r in _held_out._RIDGES)
+  ])  # fmt: skip
+  ridge, sharpness = np.unravel_index(likelihoods.argmax(), likelihoods.shape)
+  assert chosen.sharpness == np.float32(_held_out._SHARPNESSES[sharpness])
+  gram = np.asarray(kernel.gram, float)
+  gram = gram + _held_out._RIDGES[ridge] * np.trace(gram) / 16 * np.eye(16)
+  expected = np.linalg.solve(gram, np.asarray(kernel.moments, float))
+  np.testing.assert_allclose(chosen.fit.weights, expected, rtol=1e-2, atol=1e-2)
+  # Ridges without a Cholesky factor are not taken.
+  values = np.linalg.eigvalsh(np.asarray(kernel.gram, float))
+  less = np.float32(values[0] + 0.005 * values.mean())
+  assert np.isfinite(choose(points, labels, less).fit.weights).all()
 
 
 def test_features_may_lie_anywhere():
@@ -352,3 +411,5 @@ def test_features_may_lie_anywhere():
   moved = points + np.array([300, -2000, 5], np.float32)
   found, expected = _held_out_of(moved, labels), _held_out_of(points, labels)
   np.testing.assert_allclose(found, expected, atol=0.02)
+  for size in (2.0**-100, 2.0**100):
+    np.testing.assert_array_equal(_held_out_of(size * points, labels), expected)

@@ -226,8 +226,12 @@ def test_a_linear_head_is_held_back_by_what_it_can_memorize():
   np.testing.assert_allclose(after.weights, weights / weights.mean(), rtol=1e-5)
   np.testing.assert_array_equal(after.beliefs, known.beliefs)
   np.testing.assert_array_equal(after.confusion, known.confusion)
+  np.testing.assert_array_equal(after.trust, known.trust)
+  assert (after.noise, after.spread) == (known.noise, known.spread)
+  assert abs(float(after.learned_noise - known.noise)) < 0.05
   again = robust.ask(after, learned(data.x), data.labels)
   assert float(again.capacity) == 1
+  assert (int(again.asked), int(again.believed)) == (2, 2)
 
   logits = np.random.default_rng(1).standard_normal([N, C], np.float32)
   losses = jax.jit(robust.losses)(after, logits, data.labels, IDS)
@@ -373,6 +377,47 @@ def test_metrics_see_memorizing():
   assert float(right["memorized"]) < 0.1
   assert float(memorized["memorized"]) == pytest.approx(1)
   assert float(right["noise"]) == float(known.noise)
+
+
+def test_metrics_equal_numpy():
+  data = _data(0.4)
+  robust, known = _init(data)
+  known = jax.device_get(known._replace(learned_noise=jnp.float32(0.25)))
+  labels = np.where(IDS % 7 == 0, -1, data.labels).astype(np.int32)
+  predictions = np.random.default_rng(0).standard_normal([N, C], np.float32)
+  at = (labels >= 0) & (known.trust < 0.5)
+  assert ((known.trust < 0.5) & ~at).any()
+  agreement = (predictions.argmax(axis=1) == labels)[at].mean()
+  expected = known.trust[at].mean()
+  wanted = {
+    "noise": known.noise,
+    "learned_noise": 0.25,
+    "contradicted": at.mean(),
+    "expected_agreement": expected,
+    "agreement": agreement,
+    "memorized": (agreement - expected) / (1 - expected),
+  }
+  found = robust.metrics(known, predictions, labels)
+  assert 0 < expected < agreement < 1
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+  never = np.eye(C, dtype=np.float32)[(labels + 1) % C]
+  assert float(robust.metrics(known, never, labels)["memorized"]) == 0
+
+
+def test_sharpness_is_the_power_of_the_weights():
+  data = _data(0.4)
+  robust, known = _init(data)
+  mild = ranger.robust_labels(C, sharpness=1.0)
+  for of in (
+    lambda recipe: recipe.init(data.x, data.labels),
+    lambda recipe: recipe.ask(known, learned(data.x), data.labels),
+    lambda recipe: recipe.ask(known, data.x, data.labels),
+  ):
+    roots = np.sqrt(np.asarray(of(robust).weights))
+    assert np.ptp(roots) > 1e-3
+    np.testing.assert_allclose(of(mild).weights, roots / roots.mean(), rtol=1e-4)
 
 
 def test_names_soft_labels_and_missing_ones():

@@ -111,26 +111,39 @@ def draw(n=12, seed=0):
 @pytest.mark.guarantees(
   "aggregate_by_worst_regions", "The weights follow the losses as the formula says"
 )
-def test_worst_regions_equal_numpy():
-  rate, member = 0.7, np.array([1, 2, 0] * 4, np.float64)
-  step = ranger.aggregate_by_worst_regions(4, rate)  # the fourth is always empty
+@pytest.mark.parametrize("given", [{"rate": 0.7}, {}], ids=["rate", "default"])
+def test_worst_regions_equal_numpy(given):
+  rate, member = given.get("rate", 0.01), np.array([1, 2, 0] * 4, np.float64)
+  region_weights = np.array([1.0, 0.5, 2.0, 1.0])
+  step = ranger.aggregate_by_worst_regions(4, **given)  # the fourth is always empty
   state, weights = step.init({}), np.full(4, 0.25)
   for call in range(5):
     rows, regions, losses = draw(seed=call)
-    result, state = step.update(
-      rows, state, losses=losses, regions=regions, member_weights=jnp.asarray(member)
+    # A loss that is not finite tells nothing; that of an absent member neither.
+    losses = losses.at[jnp.array([0, 2])].set(jnp.array([jnp.inf, jnp.nan]))
+    result, state = jax.jit(step.update)(
+      rows,
+      state,
+      losses=losses,
+      regions=regions,
+      member_weights=jnp.asarray(member),
+      region_weights=region_weights,
     )
+    told = np.isfinite(losses)
     grown, gradients = weights.copy(), np.zeros([4, 5])
     alive = np.zeros(4, bool)
     for region in range(4):
       share = member * (np.asarray(regions) == region)
       if share.sum():
         alive[region] = True
-        grown[region] *= np.exp(rate * np.average(losses, weights=share))
+        if (share * told).sum():
+          loss = np.average(np.where(told, losses, 0), weights=share * told)
+          grown[region] *= np.exp(rate * loss)
         gradients[region] = np.average(rows, axis=0, weights=share)
     weights = grown / grown.sum()
     np.testing.assert_allclose(jnp.exp(state.log_weights), weights, rtol=1e-5)
-    expected = np.average(gradients[alive], axis=0, weights=weights[alive])
+    shares = (weights * region_weights)[alive]
+    expected = np.average(gradients[alive], axis=0, weights=shares)
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -177,6 +177,12 @@ def test_complex_max_is_by_magnitude():
   assert complex(result[0]) == 3j
 
 
+def test_of_two_that_differ_in_sign_max_takes_the_positive_one():
+  rows = np.array([[-2.0, 2.0], [2.0, -2.0], [1.0, -1.0]], np.float32)
+  result, _ = aggregate(ranger.aggregate_by_max(), rows)
+  np.testing.assert_array_equal(result, [2, 2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4)])
 def test_float64_keeps_its_digits(shape):

@@ -72,6 +72,9 @@ def test_the_batch_may_choose_the_norm(corrupt):
     weights = present.astype(np.float32)
     _, state = jax.jit(step.update)(tree, state, member_weights=weights)
     assert float(state.norm) == pytest.approx(np.sort(before)[place], rel=1e-5)
+  # A norm of zero is none.
+  _, kept = jax.jit(step.update)(jax.tree.map(np.zeros_like, tree), state)
+  assert float(kept.norm) == float(state.norm)
   with pytest.raises(ValueError, match="rate=None needs quantile=, got None"):
     ranger.clip_examples(rate=None)
 
@@ -97,6 +100,11 @@ def test_the_quantile_is_of_weights():
   share = weights[norms(tree) <= 2].sum() / weights.sum()
   assert 0 < share < 1
   np.testing.assert_allclose(state.norm, 2 * np.exp(-0.3 * (share - 0.5)), rtol=1e-5)
+  # Norms may be given; one that would overflow is not taken.
+  state = ranger.steps.ClipExamplesState(np.float32(3e38))
+  far = np.full(10, 3.2e38, np.float32)
+  _, kept = jax.jit(step.update)(tree, state, norms=far)
+  np.testing.assert_array_equal(kept.norm, state.norm)
 
 
 @pytest.mark.guarantees("clip_examples", "A non-finite gradient stays what it is")

@@ -103,10 +103,40 @@ def test_statistics_equal_numpy():
   np.testing.assert_allclose(states[-1].variance, variance, rtol=1e-3)
 
 
-def test_value_may_be_watched():
+def test_the_defaults_are_those_that_are_told():
+  """Six spreads, of five percent at least, after twenty updates; a decay of 0.98."""
+  step = ranger.skip_anomalies(optax.identity())
+  start, update = step.init(jnp.zeros([3])), jax.jit(step.update)
+
+  def at(level, count=20, variance=0.25):
+    state = start._replace(count=jnp.int32(count), variance=jnp.float32(variance))
+    updates, after = update(jnp.zeros([3]).at[1].set(np.exp(level)), state)
+    return bool(updates.any()), after
+
+  for level, spread in ((3, 0.5), (0.3, 0.0)):
+    assert at(0.98 * level, variance=spread**2)[0]
+    assert not at(1.02 * level, variance=spread**2)[0]
+  assert at(30.0, count=19)[0]
+  accepted, after = at(-30.0, count=1000)
+  assert accepted
+  np.testing.assert_allclose(after.mean, -0.02 * 30, rtol=1e-4)
+  np.testing.assert_allclose(after.variance, 0.98 * (0.25 + 0.02 * 900), rtol=1e-4)
+
+
+def test_finite_entries_whose_squares_are_not_are_skipped():
+  step = ranger.skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+  start = step.init(jnp.zeros([3]))
+  updates, state = jax.jit(step.update)(jnp.array([1.0, 2e19, 1.0]), start)
+  np.testing.assert_array_equal(updates, 0)
+  expected = start._replace(num_skipped=jnp.int32(1))
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_value_may_be_watched(sign):
   step = ranger.skip_anomalies(optax.sgd(0.1), watch="value", warmup=5)
-  values = [jnp.float32(1 + 0.01 * i) for i in range(20)]
-  values[12] = jnp.float32(500)
+  values = [sign * jnp.float32(1 + 0.01 * i) for i in range(20)]
+  values[12] = sign * jnp.float32(500)
   results, states = run(step, draw(20), value=values)
   assert not results[12].any()
   assert int(states[-1].num_skipped) == 1

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import optax_ranger as ranger
@@ -12,6 +13,7 @@ INNER = {
   "median": ranger.aggregate_by_median(),
   "krum": ranger.aggregate_by_krum(2),
   "geometric": ranger.aggregate_by_geometric_median(),
+  "regions": ranger.aggregate_by_regions(3),
 }
 
 
@@ -35,12 +37,32 @@ def mixed(tree, num_corrupt, there):
 def test_it_is_the_inner_one_on_means(name, num_corrupt):
   tree, inner = draw(), INNER[name]
   there = np.arange(9) != 4
-  weights = there.astype(np.float32)
+  # Weights and other arguments are those of the inner one.
+  weights = np.where(there, 1 + np.arange(9) % 3, 0).astype(np.float32)
+  extra = {"member_weights": weights, "regions": np.arange(9) % 3}
   step = ranger.mix_nearest(inner, num_corrupt)
-  found, _ = jax.jit(step.update)(tree, step.init(tree), member_weights=weights)
+  found, _ = jax.jit(step.update)(tree, step.init(tree), **extra)
   means = mixed(tree, num_corrupt, there)
-  expected, _ = jax.jit(inner.update)(means, inner.init(means), member_weights=weights)
+  expected, _ = jax.jit(inner.update)(means, inner.init(means), **extra)
   close(found, expected, atol=1e-4)
+
+
+def test_norms_of_the_members_are_not_those_of_the_mixed():
+  chain = optax.chain(ranger.clip_examples(0.5), ranger.aggregate_by_mean())
+  tree, step = draw(), ranger.mix_nearest(chain, 1)
+  update, state = jax.jit(step.update), step.init(draw())
+  found, _ = update(tree, state, norms=np.zeros(9, np.float32))
+  expected, _ = update(tree, state)
+  close(found, expected, atol=1e-6)
+
+
+def test_with_few_members_left_each_is_itself():
+  tree, there = draw(), np.isin(np.arange(9), [2, 5])
+  step = ranger.mix_nearest(ranger.aggregate_by_mean(), 3)
+  extra = {"member_weights": there.astype(np.float32), "num_dropped": np.int32(7)}
+  found, state = jax.jit(step.update)(tree, step.init(tree), **extra)
+  close(found, jax.tree.map(lambda leaf: leaf[there].mean(axis=0), tree), atol=1e-6)
+  assert int(state.num_dropped) == 7  # Counted by the caller.
 
 
 @pytest.mark.guarantees("mix_nearest", "num_corrupt=0 gives all members their mean")
