@@ -59,6 +59,18 @@ def test_ranger_reads_as_its_steps_in_order():
   assert list(inner) == names
 
 
+def test_its_factor_is_that_of_scale_by_ngs():
+  tx, step, params = ranger.ranger(0.1), ranger.scale_by_ngs(), jnp.zeros([5])
+  state, other, factors = tx.init(params), step.init(params), []
+  for size in (1.0, 1.0, -0.01, -1.0, 1.0):
+    _, state = jax.jit(tx.update)(params + size, state, params)
+    _, other = jax.jit(step.update)(params + size, other)
+    factors.append(float(optax.tree.get(other, "acceleration")))
+    found = optax.tree.get(state, "acceleration")
+    np.testing.assert_allclose(found, factors[-1], rtol=1e-5)
+  assert factors[1] > factors[2] > factors[3]
+
+
 def test_what_is_off_holds_no_memory():
   size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   params = registry.params()

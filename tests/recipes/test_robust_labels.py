@@ -108,7 +108,7 @@ def test_ids_shuffled_repeated_or_absent():
     return (
       robust.losses(known, logits, labels, IDS),
       robust.losses(known, logits[ids], labels[ids], ids),
-      robust.losses(known, logits[:2], labels[:2], np.array([-1, -1])),
+      robust.losses(known, logits[:2], labels[:2], np.array([-1, N])),
       plain,
       robust.losses(known, logits[:1], np.array([-1]), np.array([0])),
     )
@@ -232,6 +232,8 @@ def test_a_linear_head_is_held_back_by_what_it_can_memorize():
   again = robust.ask(after, learned(data.x), data.labels)
   assert float(again.capacity) == 1
   assert (int(again.asked), int(again.believed)) == (2, 2)
+  third = robust.ask(again, data.x, data.labels)
+  assert float(third.capacity) == pytest.approx(capacity)
 
   logits = np.random.default_rng(1).standard_normal([N, C], np.float32)
   losses = jax.jit(robust.losses)(after, logits, data.labels, IDS)
@@ -432,6 +434,11 @@ def test_names_soft_labels_and_missing_ones():
   missing[:20] = -1
   some = jax.device_get(robust.init(data.x, missing))
   np.testing.assert_array_equal(some.weights[:20], 1)
+  blank = one_hot(data.labels)
+  blank[:20] = 0
+  for found in (some, jax.device_get(robust.init(data.x, blank))):
+    np.testing.assert_allclose(found.noise, 1 - found.trust[20:].mean(), rtol=1e-4)
+    np.testing.assert_allclose(found.weights[20:].mean(), 1, rtol=1e-4)
   assert (some.beliefs[:20].argmax(axis=1) == data.true[:20]).mean() > 0.9
 
 

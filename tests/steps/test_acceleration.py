@@ -154,6 +154,20 @@ def test_float16_updates_stop_at_the_largest_number():
   np.testing.assert_array_equal(updates, jnp.finfo(jnp.float16).max)
 
 
+@pytest.mark.parametrize(
+  ("make", "hurry"),
+  [(ranger.scale_by_ngs, 10), (lambda: ranger.accelerate(optax.sgd(0.1)), 14)],
+  ids=["scale_by_ngs", "accelerate"],
+)
+def test_the_defaults_are_those_that_are_told(make, hurry):
+  """A start of 0.001, a hyper rate of 0.05, a fifth of it downwards, and the hurry."""
+  ones = np.ones([5], np.float32)
+  _, factors = run(make(), np.stack([ones, ones, -0.01 * ones]))
+  up = 1e-3 * np.exp(0.05 * hurry)
+  down = up * np.exp(-0.05 * 0.2 * hurry / np.sqrt(2))
+  np.testing.assert_allclose(factors, [1e-3, up, down], rtol=1e-5)
+
+
 def test_factors_are_swept_without_recompiling():
   traces = []
 

@@ -496,16 +496,16 @@ def test_another_every_keeps_the_open_window(every, calls, then):
 @pytest.mark.guarantees(
   "accumulate", "If the sum of finite gradients overflows, the window"
 )
-@pytest.mark.few(2)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
   ("dtype", "shape", "large", "reduce", "every", "extra"),
   [
     ("float32", (3,), 3e38, "mean", 2, {}),
     ("float32", (4, 32), -3e38, "sum", 4, {}),
-    ("float32", (2, 3, 5), 1e30, "mean", 3, {"weight": 1e20}),
     ("float32", (4, 32), 1e30, "sum", 1, {"weight": 1e20}),
-    ("bfloat16", (4, 32), 2e38, "sum", 2, {}),
     ("float16", (2, 32), 3e4, "sum", 3, {}),
+    ("float32", (2, 3, 5), 1e30, "mean", 3, {"weight": 1e20}),
+    ("bfloat16", (4, 32), 2e38, "sum", 2, {}),
     ("complex64", (3,), 3e38j, "mean", 2, {}),
   ],
 )
@@ -531,6 +531,22 @@ def test_a_sum_that_overflows_is_skipped(dtype, shape, large, reduce, every, ext
     updates, state = update(fine, state, params)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
   assert updates["w"].any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_sums_may_be_of_the_gradients_type(dtype):
+  step = ranger.accumulate(optax.identity(), 2, accumulator_dtype=None)
+  assert step.init(jnp.zeros([2], dtype)).accumulated.dtype == dtype
+
+
+def test_leaves_are_rounded_apart():
+  step = ranger.accumulate(optax.identity(), 2, accumulator_dtype="bfloat16")
+  leaf = jnp.full([64], 1 + 2.0**-9)
+  tree = {"a": leaf, "b": leaf}
+  _, state = jax.jit(step.update)(tree, step.init(tree))
+  first, second = (np.asarray(x, np.float32) for x in state.accumulated.values())
+  assert np.ptp(first) > 0
+  assert (first != second).any()
 
 
 @pytest.mark.parametrize("name", ["weigth", "weights", "wieght", "values", "lasts"])

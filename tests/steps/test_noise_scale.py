@@ -156,6 +156,7 @@ def test_what_is_left_out_does_not_count(bad, weight):
   for gradient in gradients:
     _, state = step.update(gradient, state)
   _, expected = windows(gradients, ranger.by_noise_scale(3, min_every=3))
+  np.testing.assert_allclose(state.noise.micro_weight, 3 / 4, rtol=1e-6)
   for name in ("trace", "signal", "noise_scale"):
     np.testing.assert_allclose(
       getattr(state.noise, name), getattr(expected.noise, name), rtol=1e-6
@@ -182,6 +183,19 @@ def test_a_window_without_an_estimate_changes_none(calls, kind):
   chex.assert_trees_all_equal(state.noise, before.noise)
   _, state = step.update(jnp.ones([2]), state)
   chex.assert_tree_all_finite(state)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_a_sum_beyond_float16_is_seen(reduce):
+  """Its square is finite in float32."""
+  rule = ranger.by_noise_scale(2, min_every=2)
+  step = ranger.accumulate(optax.identity(), rule, reduce=reduce)
+  gradient = jnp.full([2], 4e4, jnp.float16)
+  state, update = step.init(gradient), jax.jit(step.update)
+  for _ in range(2):
+    updates, state = update(gradient, state)
+  assert int(state.num_overflowed) == (reduce == "sum")
+  np.testing.assert_array_equal(updates, 0 if reduce == "sum" else gradient)
 
 
 def test_no_call_no_change():
@@ -229,6 +243,16 @@ def test_devices_agree(reduce):
   np.testing.assert_allclose(noise.trace, trace, rtol=1e-4)
   np.testing.assert_allclose(noise.signal, signal, rtol=1e-4)
   np.testing.assert_allclose(noise.noise_scale, trace / signal, rtol=1e-4)
+
+
+def test_the_defaults_are_those_that_are_told():
+  rule = ranger.by_noise_scale(8)
+  assert rule._asdict() == {
+    "max_every": 8,
+    "min_every": 2,
+    "ratio": 0.05,
+    "decay": 0.9999,
+  }
 
 
 def test_it_is_read_from_any_chain():

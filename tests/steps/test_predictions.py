@@ -441,9 +441,20 @@ def test_rounded_probabilities_are_kept(dtype, classes):
   assert int(state.num_dropped) == 0
 
 
+def test_sums_are_near_one():
+  """Up to a sixty-fourth; the decay is 0.7."""
+  step = ranger.smooth_predictions(4, 2)
+  rows = np.full([4, 2], 0.5, np.float32)
+  rows[:, 1] += np.array([1 / 32, 1 / 80, -1 / 80, -1 / 32])
+  state = visit(step, step.init({}), np.arange(4), rows)
+  rows[[0, 3]] = 0
+  np.testing.assert_allclose(state.smoothed, 0.3 * rows, rtol=1e-6)
+  assert int(state.num_dropped) == 2
+
+
 def test_one_column_is_a_chance():
   step = ranger.smooth_predictions(4, 1, decay=0.5)
-  rows = np.array([[0.25], [-0.5], [3.0], [1.0]], np.float32)
+  rows = np.array([[0.25], [-0.5], [1.03], [1.0]], np.float32)
   state = visit(step, step.init({}), np.arange(4), rows)
   np.testing.assert_array_equal(state.smoothed[:, 0], [0.125, 0, 0, 0.5])
   assert int(state.num_dropped) == 2

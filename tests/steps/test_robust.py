@@ -244,23 +244,58 @@ def test_above_the_breakdown_point_it_breaks(name, size):
   assert away > size / 2
 
 
-@pytest.mark.slow
-def test_a_boundary_of_the_trimmed_share_lets_nobody_in():
+PLACES = [(10, 1), (10, 3)]
+OTHERS = [
+  (n, k)
+  for n in range(3, 100)
+  for k in range(1, n // 2)
+  if np.float32(k / n) * np.float32(n) != k
+]
+BELOW = next(
+  place
+  for place in OTHERS
+  if np.float32(place[1] / place[0]) * np.float32(place[0]) < place[1]
+)
+
+
+@pytest.mark.parametrize(
+  ("n", "k"),
+  [
+    *PLACES,
+    BELOW,
+    *(
+      pytest.param(*place, marks=pytest.mark.slow)
+      for place in OTHERS[:: len(OTHERS) // 5]
+    ),
+  ],
+)
+def test_a_boundary_of_the_trimmed_share_lets_nobody_in(n, k):
   """Ten members, a tenth trimmed: the liar's share is zero, not a rounding error."""
-  places = [
-    (n, k)
-    for n in range(3, 100)
-    for k in range(1, n // 2)
-    if np.float32(k / n) * np.float32(n) != k
-  ]
-  assert len(places) > 5
-  for n, k in [*places[:: len(places) // 5], (10, 1), (10, 3)]:
-    fraction = k / n
-    rows = np.ones([n, 1], np.float32)
-    for size in (1e30, -1e30):
-      rows[:k] = size
-      result, _ = aggregate(ranger.aggregate_by_trimmed_mean(fraction), rows)
-      close(result, np.ones(1))
+  assert len(OTHERS) > 5
+  rows = np.ones([n, 1], np.float32)
+  for size in (1e30, -1e30):
+    rows[:k] = size
+    result, _ = aggregate(ranger.aggregate_by_trimmed_mean(k / n), rows)
+    close(result, np.ones(1))
+
+
+def test_half_of_the_weight_is_half_but_for_rounding():
+  """Sums of a tenth in float32: of ten, five are a bit more or less than half."""
+  rows = np.arange(10, dtype=np.float32)[:, None]
+  for weight in (0.1, 0.3, 0.7):
+    weights = jnp.full([10], weight)
+    result, _ = aggregate(ranger.aggregate_by_median(), rows, member_weights=weights)
+    close(result, np.full(1, 4.5))
+
+
+def test_the_rounds_are_thirty_two():
+  rows = {"a": np.array([[0, 0], [1, 0], [0, 1], [900, 900]], np.float32)}
+  default, given, fewer = (
+    aggregate(ranger.aggregate_by_geometric_median(*rounds), rows)[0]
+    for rounds in ((), (32,), (16,))
+  )
+  np.testing.assert_array_equal(default["a"], given["a"])
+  assert (default["a"] != fewer["a"]).any()
 
 
 @each_robust

@@ -201,6 +201,15 @@ def test_lookahead_equals_optax(every, step_size):
 @pytest.mark.guarantees(
   "smooth_by_lookahead", "Without momentum, step_size=1 does not change the"
 )
+def test_a_window_that_shrinks_closes_at_once():
+  params = jnp.zeros([3])
+  state = ranger.smooth_by_lookahead(6).init(params)._replace(count=jnp.int32(4))
+  step = ranger.smooth_by_lookahead(3)
+  updates, state = step.update(params + 1, state, params)
+  np.testing.assert_allclose(updates, 0.5)
+  assert int(state.count) == 0
+
+
 def test_lookahead_of_whole_steps():
   plain = iterates(optax.sgd(0.1), jnp.ones([3]), 9)
   tx = optax.chain(optax.sgd(0.1), ranger.smooth_by_lookahead(3, 1.0))

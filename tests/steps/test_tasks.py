@@ -16,7 +16,7 @@ MOST, WIDTH = 12, 20
 STEPS = {
   "upgrad": ranger.aggregate_by_upgrad(),
   "mgda": ranger.aggregate_by_mgda(),
-  "cagrad": ranger.aggregate_by_cagrad(0.5),
+  "cagrad": ranger.aggregate_by_cagrad(),  # of radius 0.5
 }
 
 
