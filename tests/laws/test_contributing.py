@@ -11,9 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _add(step, to_steps, to_package, case, folder):
+def _add(name, step, to_steps, to_package, case, folder):
   """The four edits of the page."""
-  (folder / "optax_ranger/steps/_clipping.py").write_text(step)
+  path = folder / name
+  assert not path.exists(), f"{name} is a file of the package already"
+  path.write_text(step)
   for name, lines in (("steps/", to_steps), ("", to_package)):
     path = folder / f"optax_ranger/{name}__init__.py"
     path.write_text(path.read_text() + lines)
@@ -30,9 +32,10 @@ def test_the_worked_example_satisfies_every_law(tmp_path):
   for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
     shutil.copy(ROOT / name, tmp_path)
   page = (ROOT / "CONTRIBUTING.md").read_text()
+  (name,) = re.findall(r"`(\S+)`, the step:", page)
   edits = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
   edits += re.findall(r"```diff\n\+(.*?)\n```", page, re.DOTALL)
-  _add(*edits, tmp_path)
+  _add(name, *edits, tmp_path)
   command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
   command += ["tests/laws", "-k", "clip_entries"]
   done = subprocess.run(
