@@ -64,9 +64,7 @@ def fold_blocks(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _mapped(function: Any, size: int, shared: Any, rows: Any) -> Any:
-  n = jax.tree.leaves(rows)[0].shape[0]
-  count = -(-n // size)
-  size = -(-n // count)
+  n, count, size = _sizes(rows, size)
   compute = jax.jit(functools.partial(function, shared), inline=True)
   if count == 1:
     return compute(rows)
@@ -91,21 +89,27 @@ def _mapped(function: Any, size: int, shared: Any, rows: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _folded(function: Any, size: int, shared: Any, start: Any, rows: Any) -> Any:
-  blocks, _ = _cut(rows, size)
+  blocks = _cut(rows, size)
   one = lambda carry, block: (function(shared, carry, block), None)
   return jax.lax.scan(one, start, blocks)[0]
 
 
-def _cut(rows: PyTree, size: int) -> tuple[PyTree, int]:
+def _sizes(rows: PyTree, size: int) -> tuple[int, int, int]:
+  """How many rows there are, how many blocks, and rows of a block: nearly even."""
   n = jax.tree.leaves(rows)[0].shape[0]
-  # As even as possible: a block that is filled up copies all rows.
-  size = -(-n // -(-n // size))
+  count = -(-n // size)
+  return n, count, -(-n // count)
+
+
+def _cut(rows: PyTree, size: int) -> PyTree:
+  # A block that is filled up copies all rows.
+  n, _, size = _sizes(rows, size)
 
   def cut(leaf):
     leaf = jnp.pad(leaf, ((0, -n % size), *((0, 0),) * (leaf.ndim - 1)))
     return leaf.reshape(-1, size, *leaf.shape[1:])
 
-  return jax.tree.map(cut, rows), n
+  return jax.tree.map(cut, rows)
 
 
 def _parts(rows: PyTree, size: int, what: str) -> Iterator[PyTree]:
