@@ -88,7 +88,7 @@ def train_robustly(images, labels, seed: int, epochs: int):
 METHODS = {"plain": ("AdamW", train_plainly), "ranger": ("Ranger", train_robustly)}
 HINDSIGHT = "AdamW, stopped at the best epoch with hindsight"
 # Which of the five steps are on; the others are chained into the optimizer.
-STEPS = {"plain": "none", "ranger": "robust_labels (steps 1 and 5, below)"}
+STEPS = {"plain": "none", "ranger": "robust_labels (Ranger's steps 1 and 5)"}
 
 
 def batches(n: int, seed: int, epoch: int) -> list[np.ndarray]:

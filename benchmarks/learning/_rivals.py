@@ -315,7 +315,7 @@ RIVALS = {
     choose=choose_by_neighbors,
   ),
   "cleanlab": Method(
-    "cleanlab's filter, then cross-entropy (six trainings)",
+    "cleanlab's filter, then cross-entropy (five folds)",
     chosen_losses,
     {**_SGD, "decay": 2e-3, "linear": 0.0},
     grid(linear=(0.0, 1.0), decay=(1e-3, 4e-3, 1.5e-2)),
