@@ -192,6 +192,10 @@ def test_the_mixture_is_the_likeliest():
   expected = sum(w * table for w, table in zip(weights, tables, strict=True))
   found = jax.jit(ranger.labels.mix_beliefs)(tables, labels)
   np.testing.assert_allclose(found, expected, atol=0.02)
+  # Beliefs may be of any scale, row by row.
+  scaled = [rng.uniform(0.1, 9, [200, 1]) * table for table in tables]
+  again = jax.jit(ranger.labels.mix_beliefs)(scaled, labels)
+  np.testing.assert_allclose(again, found, rtol=1e-4)
 
 
 def test_a_mixture_needs_no_further_table():
