@@ -197,18 +197,17 @@ def aggregate_by_cagrad(
 
     # The result is g + J^T w / t, with the w of the mean of g_i + t g that has the
     # least norm, and the largest t for which |J^T w| >= t * bound, if there is one.
-    def narrow(_, ends):
-      low, high = ends
+    def narrow(_, carry):
+      low, high, _, _ = carry
       middle = jnp.sqrt(low * high)
-      below = norm(_shortest_mean(scaled, there, middle * share)) > middle * bound
-      return jnp.where(below, middle, low), jnp.where(below, high, middle)
+      towards = _shortest_mean(scaled, there, middle * share)
+      below = norm(towards) > middle * bound
+      low, high = jnp.where(below, middle, low), jnp.where(below, high, middle)
+      return low, high, middle, towards
 
     one = jnp.ones_like(bound)
-    low, high = jax.lax.fori_loop(
-      0, _BISECTIONS, narrow, (one * 2.0**-11, one * 2.0**20)
-    )
-    shift = jnp.sqrt(low * high)
-    towards = _shortest_mean(scaled, there, shift * share)
+    start = one * 2.0**-11, one * 2.0**20, one, share
+    _, _, shift, towards = jax.lax.fori_loop(0, _BISECTIONS, narrow, start)
     length = jnp.minimum(1 / shift, numerics.divide(bound, norm(towards)))
     return share + length * towards
 
@@ -219,7 +218,7 @@ def aggregate_by_cagrad(
 _TINY = 2.0**-100
 # Of the logarithm of the shift, from 2^-11 to 2^20. Smaller ones give the same result,
 # but lose digits.
-_BISECTIONS = 30
+_BISECTIONS = 31
 
 
 def _shortest_mean(found: Directions, there: Array, shift: Array) -> Array:
