@@ -1,6 +1,7 @@
 """The law of imports: rooms import downward only, and steps never each other."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import shutil
@@ -39,9 +40,12 @@ MORE_OUTSIDE = {"layers": {"flax"}}
 STANDARD = sys.stdlib_module_names
 
 
+_parsed = functools.cache(ast.parse)  # Copies differ in one file.
+
+
 def imported(path, package):
   """The modules that a file imports, and whether on import: (name, bool) pairs."""
-  tree = ast.parse(path.read_text())
+  tree = _parsed(path.read_text())
   at_once = {id(node) for node in tree.body}
   at_once |= {
     id(inner) for node in tree.body if isinstance(node, ast.Try) for inner in node.body
