@@ -76,7 +76,7 @@ def check(
       ``functools.partial(factory, name=value, ...)`` that makes one.
       ``optax.inject_hyperparams`` is tried on the second form only.
     params: a pytree of float32 arrays; a small one by default. The law on explicit
-      meshes splits first axes that the number of devices divides.
+      meshes splits first axes of even length over two devices.
     extra: the extra args of ``update``: a dict, or a function of the call's number.
     gradients: ``(call, params) -> updates``; normal numbers by default. Updates may
       have a leading axis, of examples, that params lack.

@@ -18,7 +18,8 @@ def _pairs(what: str, actual: PyTree, expected: PyTree) -> list[tuple[str, Any, 
   return [(name(p), a, b) for (p, a), b in zip(leaves, others, strict=True)]
 
 
-def _numbers(leaf: Any) -> np.ndarray:
+def numbers(leaf: Any) -> np.ndarray:
+  """A leaf as an array of NumPy, typed keys as the numbers that they are made of."""
   if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
   return np.asarray(leaf)
@@ -30,7 +31,7 @@ def close(what: str, actual: PyTree, expected: PyTree, rtol: float = 1e-5) -> No
   Numbers of fewer than 32 bits have 1e-2 at least.
   """
   for name, a, b in _pairs(what, actual, expected):
-    a, b, allowed = _numbers(a), _numbers(b), rtol
+    a, b, allowed = numbers(a), numbers(b), rtol
     if jnp.issubdtype(a.dtype, jnp.inexact) and a.dtype.itemsize < 4:
       a, b, allowed = a.astype(np.float32), b.astype(np.float32), max(rtol, 1e-2)
     np.testing.assert_allclose(a, b, rtol=allowed, atol=allowed, err_msg=name)
@@ -39,7 +40,7 @@ def close(what: str, actual: PyTree, expected: PyTree, rtol: float = 1e-5) -> No
 def same(what: str, actual: PyTree, expected: PyTree) -> None:
   """Asserts that values are equal, bit for bit; NaN equals NaN."""
   for name, a, b in _pairs(what, actual, expected):
-    np.testing.assert_array_equal(_numbers(a), _numbers(b), err_msg=name)
+    np.testing.assert_array_equal(numbers(a), numbers(b), err_msg=name)
 
 
 def same_types(what: str, actual: PyTree, expected: PyTree) -> None:

@@ -20,6 +20,7 @@ import optax
 from optax_ranger._core.types import PyTree
 from optax_ranger.testing._compare import close
 from optax_ranger.testing._compare import finite
+from optax_ranger.testing._compare import numbers
 from optax_ranger.testing._compare import same
 from optax_ranger.testing._compare import same_types
 from optax_ranger.testing._subject import SkippedError
@@ -100,7 +101,7 @@ def _program(
     gradients, params = ({"params": tree, **beside} for tree in (gradients, params))
   trace = jax.make_jaxpr(functools.partial(update, **extra), return_shape=True)
   program, (updates, _) = trace(gradients, subject.step.init(params), params)
-  constants = [np.asarray(const).tobytes() for const in program.consts]
+  constants = [numbers(const).tobytes() for const in program.consts]
   return f"{program} {constants}", updates
 
 
@@ -378,10 +379,11 @@ def _checkpoint(subject: Subject) -> None:
   if not jax.tree.leaves(state):
     raise SkippedError("the state has no leaf")
   with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as saver:
-    saver.save(pathlib.Path(folder) / "state", state)
+    # In a dictionary, since Orbax takes no bare array.
+    saver.save(pathlib.Path(folder) / "state", {"state": state})
     saver.wait_until_finished()
-    template = jax.eval_shape(subject.step.init, subject.params)
-    restored = saver.restore(pathlib.Path(folder) / "state", template)
+    template = {"state": jax.eval_shape(subject.step.init, subject.params)}
+    restored = saver.restore(pathlib.Path(folder) / "state", template)["state"]
   same("state", restored, state)
   tail = subject.run(subject.params, 2, state=restored)
   same("later calls", tail, subject.run(subject.params, 2, state=state))

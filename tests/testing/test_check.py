@@ -311,6 +311,26 @@ def test_an_init_that_changes_the_parameters_is_not_pure(name):
     testing.LAWS["pure"](testing.Subject(lambda: step(init=init)))
 
 
+def test_a_state_of_one_array_and_keys_are_fine():
+  """A typed key among the extra args, and a state that is nothing but a key."""
+
+  def update(updates, state, params=None, *, key, **extra_args):
+    del params, extra_args
+    scale = 1 + jax.random.uniform(key) + jax.random.uniform(state)
+    state = jax.random.fold_in(state, 1)
+    return _MAPPED(lambda leaf: leaf * scale.astype(leaf.dtype), updates), state
+
+  init = lambda params: jax.random.key(0)
+  laws = ("unknown extra args change nothing", "None leaves", "pure", "checkpoint")
+  report = testing.check(
+    optax.GradientTransformationExtraArgs(init, update),
+    extra=lambda call: {"key": jax.random.key(call)},
+    skip=dict.fromkeys(set(testing.LAWS) - {*laws}, "another law"),
+  )
+  status = {one.law: one.status for one in report.results}
+  assert all(status[law] == "passed" for law in laws)
+
+
 def test_a_function_of_the_call_and_static_arguments_are_passed_on():
   """Each call has its extra args; a static argument stays a Python number."""
   seen = []
