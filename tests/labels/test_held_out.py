@@ -11,8 +11,10 @@ import optax_ranger as ranger
 from optax_ranger._core import blocks
 from optax_ranger.labels import _held_out
 
+N = 120
 
-def _clusters(n=120, classes=3, share=0.2, seed=0):
+
+def _clusters(n=N, classes=3, share=0.2, seed=0):
   rng = np.random.default_rng(seed)
   true = rng.integers(0, classes, n)
   points = 3 * np.eye(classes)[true] + 0.7 * rng.standard_normal([n, classes])
@@ -52,17 +54,17 @@ def _ask(seen):
   "labels.held_out_beliefs", "The kernel's part equals refitting without the example"
 )
 def test_the_kernel_equals_refitting():
-  points, labels, _ = _clusters(n=40)
-  taught = np.arange(40) % 7 != 3
+  points, labels, _ = _clusters()
+  taught = np.arange(N) % 7 != 3
   seen, kernel = _kernel(points, labels, taught)
   ridge = 0.1
   found = np.asarray(_predict(kernel, seen, ridge))
   table, label = np.asarray(seen.table, float), np.asarray(seen.label, float)
   penalty = ridge * np.trace(np.asarray(kernel.gram, float)) / 16
-  for i in range(40):
-    others = taught & (np.arange(40) != i)
+  for i in range(N):
+    others = taught & (np.arange(N) != i)
     # An intercept that is not penalized, as one more column.
-    own = np.c_[table, np.ones(40)]
+    own = np.c_[table, np.ones(N)]
     gram = own[others].T @ own[others] + penalty * np.diag([1.0] * 16 + [0.0])
     weights = np.linalg.solve(gram, own[others].T @ label[others])
     np.testing.assert_allclose(found[i], own[i] @ weights, atol=2e-3)
@@ -73,8 +75,8 @@ def test_the_kernel_equals_refitting():
   "An example's row does not depend on its own label, but for",
 )
 def test_own_label_is_not_seen():
-  points, labels, _ = _clusters(n=60)
-  taught = np.ones(60, bool)
+  points, labels, _ = _clusters()
+  taught = np.ones(N, bool)
   seen, kernel = _kernel(points, labels, taught)
   before = np.asarray(_predict(kernel, seen, 0.1))
   changed = labels.copy()
@@ -91,7 +93,7 @@ def test_own_label_is_not_seen():
 
 
 def test_wrong_labels_are_contradicted():
-  points, labels, true = _clusters(n=300, share=0.4)
+  points, labels, true = _clusters(share=0.4)
   beliefs = _held_out_of(points, labels)
   np.testing.assert_allclose(beliefs.sum(axis=1), 1, atol=1e-5)
   assert (beliefs.argmax(axis=1) == true).mean() > 0.95
@@ -101,11 +103,10 @@ def test_wrong_labels_are_contradicted():
   "labels.held_out_beliefs", "Neither the features nor the labels of non-finite rows"
 )
 def test_bad_rows_change_nothing():
-  points, labels, _ = _clusters(n=50)
-  bad = np.full([3, 3], np.nan, np.float32)
-  bad[1] = np.inf
-  more = np.concatenate([points, bad, points[:1]])
-  given = np.concatenate([labels, [0, 1, 2], [-1]])
+  points, labels, _ = _clusters()
+  more, given = points.copy(), labels.copy()
+  more[50:53], more[51], given[50:53] = np.nan, np.inf, [0, 1, 2]
+  more[53], given[53] = points[0], -1
   settings = {"num_keys": 1000, "num_random": 64}
   found = _held_out_of(more, given, **settings)
   assert not found[50:53].any()
@@ -117,8 +118,8 @@ def test_bad_rows_change_nothing():
   labels_of_bad[50:53] = [2, -1, 0]
   again = _held_out_of(other, labels_of_bad, **settings)
   np.testing.assert_array_equal(again, found)
-  bad[:] = 1e30
-  assert np.isfinite(_held_out_of(np.concatenate([points, bad]), given[:53])).all()
+  more[50:53] = 1e30
+  assert np.isfinite(_held_out_of(more, given)).all()
 
 
 @pytest.mark.few(2)
@@ -131,17 +132,17 @@ def test_few_examples(n):
 
 
 def test_all_alike_and_without_labels():
-  same = np.ones([10, 2], np.float32)
-  found = _held_out_of(same, np.arange(10) % 3)
+  same = np.ones([N, 3], np.float32)
+  found = _held_out_of(same, np.arange(N) % 3)
   np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
-  found = _held_out_of(same, np.full(10, -1))
+  found = _held_out_of(same, np.full(N, -1))
   assert np.isfinite(found).all()
 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [np.float16, np.int8, np.float64, bool])
 def test_types_of_features(dtype):
-  points, labels, true = _clusters(n=200)
+  points, labels, true = _clusters()
   points = (2 * points).round().astype(dtype) if dtype is not bool else points > 1.5
   found = _held_out_of(points, labels)
   assert found.dtype == np.float32
@@ -149,7 +150,7 @@ def test_types_of_features(dtype):
 
 
 def test_soft_labels_of_one_hot_rows_are_labels():
-  points, labels, _ = _clusters(n=60)
+  points, labels, _ = _clusters()
   hard, soft = _held_out_of(points, labels), _held_out_of(points, np.eye(3)[labels])
   np.testing.assert_allclose(hard, soft, atol=1e-4)
 
@@ -219,9 +220,9 @@ def test_a_mixture_of_what_is_there():
   found = mix(there, other)
   np.testing.assert_allclose(found, [[0.5, 0.5], [0.25, 0.75], [0, 0]], atol=1e-6)
   with pytest.raises(ValueError, match="at least one"):
-    ranger.labels.mix_beliefs([], np.array([1]))
+    mix()
   with pytest.raises(ValueError, match="beliefs"):
-    ranger.labels.mix_beliefs([there, other[:2]], np.array([1, 1, 1]))
+    mix(there, other[:2])
 
 
 @pytest.mark.guarantees(
@@ -249,7 +250,7 @@ def test_clean_beliefs_explain_the_beliefs():
     expected = expected * ((beliefs / (expected @ confusion)) @ confusion.T)
   scaled = confusion * np.arange(1, 5)[:, None]  # Rows are normalized.
   np.testing.assert_allclose(clean(beliefs, scaled), expected, rtol=1e-3, atol=1e-5)
-  blank = clean(np.zeros([2, 4]), confusion)
+  blank = clean(np.zeros([50, 4]), confusion)
   np.testing.assert_array_equal(blank, 0)
 
 
@@ -284,7 +285,7 @@ def test_a_bar_changes_nothing(monkeypatch):
 
 @pytest.mark.slow
 def test_a_ridge_without_a_factor_is_not_taken(monkeypatch):
-  points, labels, _ = _clusters(n=60)
+  points, labels, _ = _clusters()
   monkeypatch.setattr(_held_out, "_RIDGES", (0.1,))
   expected = _held_out_of(points, labels, num_random=48)
   # Minus twice the mean eigenvalue: there is no Cholesky factor.
@@ -296,8 +297,8 @@ def test_a_ridge_without_a_factor_is_not_taken(monkeypatch):
 
 @pytest.mark.parametrize("every", [6, 3], ids=["many", "fewer than are asked"])
 def test_votes_equal_counting(every):
-  points, labels, _ = _clusters(n=70)
-  taught = (np.arange(70) % every != 2) == (every == 6)
+  points, labels, _ = _clusters()
+  taught = (np.arange(N) % every != 2) == (every == 6)
   seen, _ = _kernel(points, labels, taught)
   shares = np.array([(labels[taught] == c).sum() + 1 / 3 for c in range(3)])
   away = np.linalg.norm(points[:, None] - points[None], axis=2)
@@ -312,7 +313,7 @@ def test_votes_equal_counting(every):
 
 
 def test_examples_without_a_label_are_keys_last():
-  points, labels, _ = _clusters(n=60)
+  points, labels, _ = _clusters()
   labels[20:] = -1
   sizes = _held_out._Sizes(3, 16, 20)
   prepare = jax.jit(_held_out._prepare, static_argnums=3)
@@ -322,7 +323,7 @@ def test_examples_without_a_label_are_keys_last():
 
 
 def test_settings_are_those_given(monkeypatch):
-  points, labels, _ = _clusters(n=60)
+  points, labels, _ = _clusters()
   told = []
 
   def beliefs(rows, given, key, sizes, bars):
@@ -332,17 +333,17 @@ def test_settings_are_those_given(monkeypatch):
   monkeypatch.setattr(_held_out, "_beliefs", beliefs)
   for seed in (4, 5):
     _held_out_of(points, labels, num_random=16, num_keys=9, seed=seed, progress=True)
-  _held_out_of(points, labels, num_keys=99)
+  _held_out_of(points, labels, num_keys=999)
   assert [(*sizes, bars) for _, sizes, bars in told] == [
     (3, 16, 9, True),
     (3, 16, 9, True),
-    (3, 64, 60, False),
+    (3, 64, N, False),
   ]
   assert (told[0][0] != told[1][0]).any()
 
 
 def test_keys_are_not_the_users():
-  n = 6000  # More than there are keys.
+  n = 6000  # More than there are keys, and than there are in a block.
   true = np.arange(n) % 3
 
   @jax.jit
@@ -354,7 +355,7 @@ def test_keys_are_not_the_users():
   wrong, normal = jax.device_get(draw())
   points = 4 * np.eye(3, dtype=np.float32)[true] + normal
   given = np.where(wrong, (true + 1) % 3, true)
-  beliefs = np.asarray(ranger.labels.held_out_beliefs(points, given, num_classes=3))
+  beliefs = _held_out_of(points, given)
   assert (beliefs.argmax(axis=1) == true).mean() > 0.9
 
 
@@ -369,7 +370,19 @@ def test_the_width_is_of_rows_that_are_there():
   np.testing.assert_allclose(found, width(own, np.ones(len(own), bool)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "share", "place"), [(8, 0.0, 0), (150, 0.8, 3)])
+@jax.jit
+def _choose(points, labels, less):
+  """What is chosen, with so much less on the diagonal."""
+  seen, _ = _kernel(points, labels, jnp.ones(len(points), bool))
+  start = tuple(jnp.zeros(shape) for shape in ([16], [3], [16, 16], [16, 3]))
+  origin = jnp.full([16], 0.1)
+  *others, gram, moments = _held_out._learn((None, origin), start, seen)
+  learned = *others, gram - less * jnp.eye(16), moments
+  near, taught = _held_out._Near.of(seen), jnp.int32(len(points))
+  return _held_out._choose(near, origin, learned, taught)
+
+
+@pytest.mark.parametrize(("size", "share", "place"), [(8, 0.0, 0), (148, 0.8, 3)])
 def test_the_number_of_neighbors_is_that_of_the_likeliest_labels(size, share, place):
   """Few in small clusters, many where most labels are wrong."""
   rng = np.random.default_rng(0)
@@ -379,17 +392,8 @@ def test_the_number_of_neighbors_is_that_of_the_likeliest_labels(size, share, pl
   points = (points + rng.standard_normal([n, 8])).astype(np.float32)
   labels = np.where(rng.random(n) < share, rng.integers(0, 3, n), true)
 
-  @jax.jit
-  def choose(points, labels, less):
-    seen, _ = _kernel(points, labels, jnp.ones(n, bool))
-    start = tuple(jnp.zeros(shape) for shape in ([16], [3], [16, 16], [16, 3]))
-    origin = jnp.full([16], 0.1)
-    *others, gram, moments = _held_out._learn((None, origin), start, seen)
-    learned = *others, gram - less * jnp.eye(16), moments
-    return _held_out._choose(_held_out._Near.of(seen), origin, learned, jnp.int32(n))
-
   labels = labels.astype(np.int32)
-  chosen = choose(points, labels, 0.0)
+  chosen = _choose(points, labels, np.float32(0))
   assert int(chosen.place) == place
   # The ridge and the sharpness, too.
   seen, kernel = _kernel(points, labels, np.ones(n, bool))
@@ -407,7 +411,7 @@ def test_the_number_of_neighbors_is_that_of_the_likeliest_labels(size, share, pl
   # Ridges without a Cholesky factor are not taken.
   values = np.linalg.eigvalsh(np.asarray(kernel.gram, float))
   less = np.float32(values[0] + 0.005 * values.mean())
-  assert np.isfinite(choose(points, labels, less).fit.weights).all()
+  assert np.isfinite(_choose(points, labels, less).fit.weights).all()
 
 
 def test_features_may_lie_anywhere():
