@@ -148,8 +148,8 @@ def label_confusion(
     Of class 0, half bears the label 1; nobody knows of class 2.
 
     >>> import jax.numpy as jnp, optax_ranger as ranger
-    >>> labels = jnp.array([0, 1, 1, 1])
-    >>> beliefs = jnp.array([[4.0, 0, 0], [4, 0, 0], [0, 1, 0], [0, 1, 0]])
+    >>> labels = jnp.array([0, 1, 1])
+    >>> beliefs = jnp.array([[4.0, 0, 0], [4, 0, 0], [0, 1, 0]])
     >>> print(ranger.labels.label_confusion(labels, beliefs))
     [[0.5 0.5 0. ]
      [0.  1.  0. ]
@@ -236,10 +236,11 @@ def confusion_spread(confusion: Any) -> Array:
     ValueError: for a matrix that is not square, or empty.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> spread = jax.jit(ranger.labels.confusion_spread)
     >>> pairs = jnp.array([[0.6, 0.4, 0.0], [0.0, 0.6, 0.4], [0.4, 0.0, 0.6]])
     >>> even = jnp.array([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2], [0.2, 0.2, 0.6]])
-    >>> print(*(ranger.labels.confusion_spread(t).round(3) for t in (pairs, even)))
+    >>> print(*(spread(t).round(3) for t in (pairs, even)))
     0.0 1.0
 
   References:
@@ -344,13 +345,13 @@ def forward_corrected_loss(
     TypeError: for labels that are neither integers nor names, and a mask of floats.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> corrected = jax.jit(ranger.labels.forward_corrected_loss)
     >>> logits, labels = jnp.log(jnp.array([[0.5, 0.5]] * 2)), jnp.array([0, 1])
     >>> confusion = jnp.array([[0.5, 0.5], [0.0, 1.0]])  # half of 0 is called 1
-    >>> loss = ranger.labels.forward_corrected_loss(logits, labels, confusion)
+    >>> loss = corrected(logits, labels, confusion)
     >>> print(jnp.exp(-loss))  # 1/2 1/2; 1/2 1/2 + 1/2
     [0.25 0.75]
-    >>> corrected = ranger.labels.forward_corrected_loss
     >>> loss = corrected(logits, labels, confusion, exponent=0.5)
     >>> print(loss.round(4))  # 2 (1 - 1/2); 2 (1 - 0.866)
     [1.     0.2679]

@@ -87,11 +87,12 @@ def held_out_beliefs(
     TypeError: for complex features, counts that are not Python integers.
 
   Examples:
-    The third of eight points has a wrong label; the others disagree with it.
+    The third of forty points has a wrong label; the others disagree with it.
 
-    >>> import jax.numpy as jnp, optax_ranger as ranger
-    >>> points = jnp.linspace(-1, 1, 8)[:, None]
-    >>> labels = jnp.array([0, 0, 1, 0, 1, 1, 1, 1])
+    >>> import numpy as np, optax_ranger as ranger
+    >>> points = np.linspace(-1, 1, 40)[:, None]
+    >>> labels = np.repeat([0, 1], 20)
+    >>> labels[2] = 1
     >>> beliefs = ranger.labels.held_out_beliefs(points, labels, num_classes=2)
     >>> print(beliefs[2].argmax())
     0

@@ -70,9 +70,9 @@ def target_support(neighbors: Neighbors, targets: Any, *, scale: Any = None) -> 
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
-    >>> neighbors = ranger.neighbors.nearest(jnp.arange(4.0)[:, None], k=2)
-    >>> targets = jnp.array([5.0, 5.0, 5.0, 8.0])  # the last is three scales away
-    >>> print(ranger.labels.target_support(neighbors, targets, scale=1.0)[3])
+    >>> neighbors = ranger.neighbors.nearest(jnp.arange(3.0)[:, None], k=2)
+    >>> targets = jnp.array([5.0, 5.0, 8.0])  # the last is three scales away
+    >>> print(ranger.labels.target_support(neighbors, targets, scale=1.0)[2])
     0.5
 
   References:
@@ -263,7 +263,7 @@ def robust_regression_loss(
     ...   r, jnp.zeros(3), scale=0.5, threshold=2.0  # of slope 2 r / (1 + r^2)
     ... )
     >>> residuals = jnp.array([0.5, 1.0, 7.0])
-    >>> print(jax.grad(lambda r: loss(r).sum())(residuals))
+    >>> print(jax.jit(jax.grad(lambda r: loss(r).sum()))(residuals))
     [0.8  1.   0.28]
 
   References:

@@ -104,12 +104,13 @@ def refine_targets(
     TypeError: for labels that are neither integers nor names.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> refine = jax.jit(ranger.labels.refine_targets)
     >>> labels, beliefs = jnp.array([0]), jnp.array([[0.25, 0.75]])
-    >>> print(ranger.labels.refine_targets(labels, beliefs))  # 1/4 label, 3/4 belief
+    >>> print(refine(labels, beliefs))  # 1/4 label, 3/4 belief
     [[0.4375 0.5625]]
     >>> confusion = jnp.array([[0.75, 0.25], [0.25, 0.75]])  # a quarter is wrong
-    >>> print(ranger.labels.refine_targets(labels, beliefs, confusion=confusion))
+    >>> print(refine(labels, beliefs, confusion=confusion))
     [[0.5 0.5]]
 
   References:

@@ -51,7 +51,7 @@ def ranger_head(
 
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
-    >>> neighbors = ranger.neighbors.nearest(jnp.array([[0.0], [1.0], [9.0]]), 1)
+    >>> neighbors = ranger.neighbors.nearest(jnp.array([[0.0], [1.0], [9.0]]), 2)
     >>> neighbors = ranger.neighbors.weigh(
     ...     neighbors, labels=jnp.array([0, 0, 1]))
     >>> weights = ranger.example_weights(
@@ -149,12 +149,12 @@ def ranger(
       ``num_classes`` without the other.
 
   Examples:
-    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax, optax_ranger as ranger
     >>> tx = ranger.ranger(
     ...     0.5, momentum=0.0, acceleration=1.0, ema_decay=0.5)
     >>> params = jnp.array(1.0)
     >>> state = tx.init(params)
-    >>> updates, state = tx.update(jnp.array(4.0), state, params)
+    >>> updates, state = jax.jit(tx.update)(jnp.array(4.0), state, params)
     >>> params = optax.apply_updates(params, updates)
     >>> print(params)  # 1 - 0.5 * 4
     -1.0

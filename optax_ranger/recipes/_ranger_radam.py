@@ -126,12 +126,12 @@ def ranger_radam(
       for the state of another step.
 
   Examples:
-    >>> import jax.numpy as jnp, optax, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> tx = ranger.ranger_radam(0.1)
     >>> params = {"kernel": jnp.ones([2, 3]), "bias": jnp.zeros([3])}
     >>> state = tx.init(params)
     >>> gradient = {"kernel": jnp.ones([2, 3]), "bias": jnp.ones([3])}
-    >>> updates, state = tx.update(gradient, state, params)
+    >>> updates, state = jax.jit(tx.update)(gradient, state, params)
     >>> print(f"{updates['bias'][0]:.4f} {updates['kernel'][0, 0]}")  # centralized
     -0.1000 -0.0
 
