@@ -195,10 +195,11 @@ def test_a_small_decay_never_rectifies():
 def test_finite_updates_are_the_inner_ones():
   inner = optax.sgd(0.1, momentum=0.9)
   step = ranger.skip_nonfinite(inner)
-  params = narrow(draw(0))
+  some = lambda seed: {name: narrow(draw(seed))[name] for name in ("kernel", "scale")}
+  params = some(0)
   state, expected_state = step.init(params), inner.init(params)
   for seed in range(4):
-    gradient = narrow(draw(seed))
+    gradient = some(seed)
     updates, state = step.update(gradient, state, params)
     expected, expected_state = inner.update(gradient, expected_state, params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
@@ -236,10 +237,10 @@ def test_squares_that_overflow_are_skipped():
 
 
 STACKS = {
-  "bias": (1, (3, 4)),
-  "kernel": (1, (3, 4, 5)),
+  "bias": (1, (2, 4)),
+  "kernel": (1, (2, 4, 5)),
   "conv": (1, (2, 3, 3, 4, 6)),
-  "scale": (1, (3,)),
+  "scale": (1, (2,)),
   "twice": (2, (2, 3, 4, 5)),
   "alone": (0, (4, 5)),
 }
