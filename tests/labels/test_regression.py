@@ -26,7 +26,10 @@ weighted_scale_of = jax.jit(
 support_of = jax.jit(ranger.labels.target_support)
 
 
-def problem(n=30, k=5, width=2, seed=0):
+N = 32  # Eight devices share them.
+
+
+def problem(n=N, k=5, width=2, seed=0):
   """Neighbors with empty places and themselves, and targets of which some are none."""
   rng = np.random.default_rng(seed)
   indices, weights = rng.integers(-1, n + 1, [n, k]), rng.uniform(0, 1, [n, k])
@@ -130,11 +133,11 @@ def test_robust_scale_is_equivariant(residuals, factor, shift):
 def test_odd_residuals_have_a_scale():
   rng = np.random.default_rng(0)
   for _ in range(50):
-    residuals = rng.choice([*ODD[:5], 1e38, -1e38, *ODD[7:]], 7).astype(np.float32)
+    residuals = rng.choice([*ODD[:5], 1e38, -1e38, *ODD[7:]], 9).astype(np.float32)
     scale = scale_of(residuals)
     assert np.isfinite(scale)
     assert scale >= 0
-  assert scale_of(np.full([7], np.nan, np.float32)) == 0
+  assert scale_of(np.full([9], np.nan, np.float32)) == 0
   assert scale_of(np.zeros([0], np.float32)) == 0
   assert scale_of(np.zeros([0, 3], np.float32)).shape == (3,)
   # Six of nine are equal: of the others 1, 2 and 30.
@@ -180,7 +183,7 @@ def support_by_loop(neighbors, targets, scale=None):
 
 
 @pytest.mark.guarantees("labels.target_support", "It equals a loop")
-@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("scale", [None, np.float32(0.7)])
 def test_target_support_equals_a_loop(scale):
   neighbors, targets = problem()
   for rows in (targets, targets[:, :1]):
@@ -201,15 +204,15 @@ def test_no_target_confirms_itself():
   neighbors, targets = problem(width=1)
   targets = np.nan_to_num(targets[:, 0])
   indices = np.array(neighbors.indices)
-  indices[:, 0] = np.arange(30)
+  indices[:, 0] = np.arange(N)
   heavy = np.array(neighbors.weights)
   heavy[:, 0] = 1e6
   neighbors = neighbors._replace(indices=indices, weights=heavy)
-  before = np.asarray(support_of(neighbors, targets, scale=1.0))
+  before = np.asarray(support_of(neighbors, targets, scale=np.float32(1)))
   for i in (0, 10, 20):
     changed = targets.copy()
     changed[i] = 1e6
-    found = np.asarray(support_of(neighbors, changed, scale=1.0))
+    found = np.asarray(support_of(neighbors, changed, scale=np.float32(1)))
     assert found[i] < 1e-6 < before[i]
 
 
@@ -219,9 +222,11 @@ def test_target_support_finds_gross_errors():
   targets = np.sin(x[:, 0]) + x[:, 1] ** 2 + 0.1 * rng.standard_normal(400)
   wrong = rng.random(400) < 0.3
   targets = np.where(wrong, 10 * rng.standard_normal(400), targets)
-  support = np.asarray(
-    support_of(ranger.neighbors.nearest(x, k=10), jnp.asarray(targets, jnp.float32))
-  )
+  away = np.linalg.norm(x[:, None] - x[None], axis=2)
+  nearest = away.argsort(axis=1)[:, 1:11].astype(np.int32)
+  ones = np.ones([400, 10], np.float32)
+  neighbors = ranger.Neighbors(nearest, ones, ones)
+  support = np.asarray(support_of(neighbors, targets.astype(np.float32)))
   far = wrong & (np.abs(targets) > 6)
   assert support[far].mean() < 0.15
   assert np.median(support[~wrong]) > 0.95
@@ -233,25 +238,25 @@ def test_target_support_of_odd_targets():
   neighbors, _ = problem()
   for width in (1, 2):
     for _ in range(20):
-      targets = rng.choice(ODD, [30, width]).astype(np.float32)
+      targets = rng.choice(ODD, [N, width]).astype(np.float32)
       found = np.asarray(support_of(neighbors, targets, scale=None))
       assert np.isfinite(found).all()
       assert ((found >= 0) & (found <= 1)).all()
   alone = lambda targets: np.asarray(support_of(neighbors, targets, scale=None))
-  equal = alone(np.full([30], 3.0, np.float32))
-  there = np.arange(30) != 3
+  equal = alone(np.full([N], 3.0, np.float32))
+  there = np.arange(N) != 3
   np.testing.assert_array_equal(equal, there)
-  one = np.zeros(30, np.float32)
+  one = np.zeros(N, np.float32)
   one[11] = 1
   assert alone(one)[11] < 1
-  none = alone(np.full([30], np.nan, np.float32))
-  np.testing.assert_array_equal(none, np.zeros(30))
+  none = alone(np.full([N], np.nan, np.float32))
+  np.testing.assert_array_equal(none, np.zeros(N))
   for n, k in ((0, 2), (3, 0)):
     zeros = np.zeros([n, k], np.float32)
     empty = ranger.Neighbors(zeros.astype(np.int32), zeros, zeros)
     found = support_of(empty, np.ones([n], np.float32))
     np.testing.assert_array_equal(found, np.zeros(n))
-  whole = support_of(neighbors, np.arange(30))
+  whole = support_of(neighbors, np.arange(N))
   assert whole.dtype == jnp.float32
 
 
@@ -452,10 +457,10 @@ def test_refusals_of_regression(call, error, message):
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("whole", ["nothing", "targets"])
 def test_regression_split_over_devices(kind, whole):
-  neighbors, targets = problem(32)
+  neighbors, targets = problem()
   rng = np.random.default_rng(1)
-  predictions = jnp.asarray(rng.standard_normal([32, 2]), jnp.float32)
-  weights = jnp.asarray(rng.uniform(0, 1, 32), jnp.float32)
+  predictions = rng.standard_normal([N, 2], np.float32)
+  weights = rng.uniform(0, 1, N).astype(np.float32)
 
   def everything(neighbors, predictions, weights, targets):
     scale = ranger.labels.robust_scale(predictions - targets, weights=weights)
@@ -471,8 +476,20 @@ def test_regression_split_over_devices(kind, whole):
       ranger.labels.target_support(neighbors, targets[:, 0], scale=one),
     )
 
+  # One by one, as other tests have compiled them.
+  scale = weighted_scale_of(predictions - targets, weights)
+  one = weighted_scale_of(predictions[:, 0], None, 0.0)
+  losses, slopes = value_and_slope(predictions, targets, scale)
+  expected = (
+    scale,
+    one,
+    (losses.sum(), slopes),
+    losses,
+    losses_of(predictions[:, 0], targets[:, 0], one),
+    support_of(neighbors, targets, scale=None),
+    support_of(neighbors, targets[:, 0], scale=one),
+  )
   given = neighbors, predictions, weights, jnp.asarray(targets)
-  expected = jax.jit(everything)(*given)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
   rows = NamedSharding(mesh, PartitionSpec("data"))
   split = 4 if whole == "nothing" else 3
