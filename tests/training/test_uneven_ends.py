@@ -1,5 +1,7 @@
 """Small data and uneven ends: early windows, tokens, batches without rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -39,6 +41,7 @@ def losses(params, batch):
   return (outputs(params, batch["x"]) - batch["y"]) ** 2
 
 
+@functools.cache
 def build(way, optimizer, loss=losses, **options):
   options = {**WAYS[way], **options}
   if "mesh" in options:
@@ -47,16 +50,20 @@ def build(way, optimizer, loss=losses, **options):
   return ranger.train_step(loss, optimizer, **options)
 
 
-def descend(optimizer, mean_loss, batches):
-  """One step of a plain loop on each batch."""
-
+@functools.cache
+def descent(optimizer, mean_loss):
   @jax.jit
   def update(params, state, batch):
     grads = jax.grad(mean_loss)(params, batch)
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  params = start()
+  return update
+
+
+def descend(optimizer, mean_loss, batches):
+  """One step of a plain loop on each batch."""
+  update, params = descent(optimizer, mean_loss), start()
   state = optimizer.init(params)
   for batch in batches:
     params, state = update(params, state, batch)
@@ -80,6 +87,13 @@ def mean(params, batch):
   return losses(params, batch).mean()
 
 
+@functools.cache
+def optimizers(learning_rate):
+  """One without and one with a window of three calls."""
+  inner = optax.sgd(learning_rate, momentum=0.9)
+  return inner, ranger.accumulate(inner, 3)
+
+
 @pytest.mark.guarantees(
   "train_step", "last=True closes an open window even if the batch has no"
 )
@@ -87,8 +101,8 @@ def mean(params, batch):
 @pytest.mark.parametrize("end", ["last batch", "empty batch", "bad batch"])
 def test_an_epoch_that_ends_in_mid_window(way, end):
   """Its last window is one batch of the examples that it has."""
-  inner = optax.sgd(0.05, momentum=0.9)
-  update = build(way, ranger.accumulate(inner, 3), batch_size=BATCH_SIZE)
+  inner, accumulated = optimizers(0.05)
+  update = build(way, accumulated, batch_size=BATCH_SIZE)
   params = start()
   state = update.init(params)
   for _ in range(2):
@@ -170,23 +184,28 @@ def cut(*ends):
 
 def test_the_mean_over_tokens_is_not_that_over_sequences():
   """If it were, the tests below could not fail."""
-  by_token = jax.grad(mean_over_tokens)(start(), SEQUENCES)
-  by_sequence = jax.grad(lambda p, b: mean_of_each(p, b).mean())(start(), SEQUENCES)
+  of_each = lambda params, batch: mean_of_each(params, batch).mean()
+  _, by_token = value_and_gradient(start(), SEQUENCES)
+  by_sequence = jax.jit(jax.grad(of_each))(start(), SEQUENCES)
   assert np.abs(by_token["w"] - by_sequence["w"]).max() > 0.01
 
 
+value_and_gradient = jax.jit(jax.value_and_grad(mean_over_tokens))
+
+
+# In parts of few lengths.
 @pytest.mark.parametrize("ends", [(4, 5, 13), (3, 4, 16)])
 def test_accumulate_is_exact_over_tokens(ends):
   """The second micro-batch is of one sequence, which may have no tokens."""
   step = ranger.accumulate(optax.sgd(1.0), len(ends) + 1)
-  update, gradient = jax.jit(step.update), jax.jit(jax.grad(mean_over_tokens))
+  update = jax.jit(step.update)
   params = start()
   state = step.init(params)
   for part in cut(*ends):
-    grads = gradient(params, part)
+    _, grads = value_and_gradient(params, part)
     updates, state = update(grads, state, weight=part["length"].sum())
   grads = jax.tree.map(np.negative, jax.device_get(updates))
-  close_to_largest(grads, gradient(params, SEQUENCES), rtol=2e-6)
+  close_to_largest(grads, value_and_gradient(params, SEQUENCES)[1], rtol=2e-6)
 
 
 @pytest.mark.parametrize("num_micro_batches", [2, 5, 17])
@@ -197,7 +216,7 @@ def test_micro_batched_is_exact_over_tokens(num_micro_batches):
     weigh=lambda part: part["length"].sum(),
   )
   value, grads, report = jax.jit(grad_fn)(start(), SEQUENCES)
-  expected = jax.value_and_grad(mean_over_tokens)(start(), SEQUENCES)
+  expected = value_and_gradient(start(), SEQUENCES)
   close_to_largest((value, grads), expected, rtol=2e-6)
   assert float(report.weight) == TOKENS.sum()
 
@@ -205,10 +224,10 @@ def test_micro_batched_is_exact_over_tokens(num_micro_batches):
 @each_way
 def test_train_step_is_exact_over_tokens(way):
   """By weights of the sequences, in one call and in a window of uneven calls."""
-  optimizer = optax.sgd(0.1, momentum=0.9)
+  optimizer, accumulated = optimizers(0.1)
   expected = descend(optimizer, mean_over_tokens, [SEQUENCES] * 2)
-  accumulated = ranger.accumulate(optimizer, 3)
-  for tx, calls in ((optimizer, cut()), (accumulated, cut(3, 5))):
+  # The parts of a window are of as many rows, or are padded to as many.
+  for tx, calls in ((optimizer, cut()), (accumulated, cut(8, 9))):
     if tx is optimizer and way == "on emission":
       continue
     update = build(way, tx, mean_of_each, donate=False)
