@@ -1,5 +1,7 @@
 """`eval_params`: the smoothed parameters of any state, or a sentence."""
 
+import functools
+
 import flax
 from flax import nnx
 import jax
@@ -13,12 +15,7 @@ import optax_ranger as ranger
 
 
 def test_a_checkpoint_without_a_template_is_refused(tmp_path):
-  tx = optax.chain(optax.sgd(1.0), ranger.smooth_by_ema(0.5))
-  params = {"w": jnp.zeros(2)}
-  state = tx.init(params)
-  for _ in range(3):
-    updates, state = tx.update({"w": -jnp.ones(2)}, state, params)
-    params = optax.apply_updates(params, updates)
+  params, state = trained("ema")
   with ocp.StandardCheckpointer() as saver:
     saver.save(tmp_path / "checkpoint", {"params": params, "state": state})
     saver.wait_until_finished()
@@ -34,18 +31,25 @@ SMOOTHED = {
 }
 
 
-def trained(tx, steps=3):
-  params = {"w": jnp.zeros(2)}
+@functools.cache
+def trained(name, steps=3):
+  tx = SMOOTHED[name]()
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update({"w": -jnp.ones(2)}, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params = {"w": np.zeros(2, np.float32)}
   state = tx.init(params)
   for _ in range(steps):
-    updates, state = tx.update({"w": -jnp.ones(2)}, state, params)
-    params = optax.apply_updates(params, updates)
+    params, state = step(params, state)
   return params, state
 
 
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_plain_containers_are_refused_in_a_sentence(name):
-  params, state = trained(SMOOTHED[name]())
+  params, state = trained(name)
   plain = flax.serialization.to_state_dict(state)
   bare = jax.tree.map(
     lambda leaf: leaf,
@@ -58,10 +62,9 @@ def test_plain_containers_are_refused_in_a_sentence(name):
 
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_msgpack_into_a_template_works(name):
-  tx = SMOOTHED[name]()
-  params, state = trained(tx)
+  params, state = trained(name)
   blob = flax.serialization.to_bytes(state)
-  restored = flax.serialization.from_bytes(tx.init(params), blob)
+  restored = flax.serialization.from_bytes(SMOOTHED[name]().init(params), blob)
   expected = ranger.eval_params(state, params)
   np.testing.assert_array_equal(
     ranger.eval_params(restored, params)["w"], expected["w"]
@@ -70,7 +73,7 @@ def test_msgpack_into_a_template_works(name):
 
 
 def test_states_without_smoothing_give_the_parameters():
-  params = {"w": jnp.ones(2)}
+  params = {"w": np.ones(2, np.float32)}
   for tx in (
     optax.adam(0.1),
     optax.named_chain(("a", optax.sgd(0.1, momentum=0.9)), ("b", optax.identity())),
@@ -88,12 +91,15 @@ def test_an_nnx_optimizer_and_its_model(name):
     nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
   )
   optimizer = nnx.Optimizer(model, SMOOTHED[name](), wrt=nnx.Param)
-  x = jnp.ones([5, 3]) * jnp.arange(5.0)[:, None]
+  x = np.tile(np.arange(5, dtype=np.float32)[:, None], 3)
+  loss = lambda model: (model(x) ** 2).mean() + model.layers[0](x).sum()
+
+  @nnx.jit
+  def step(model, optimizer):
+    optimizer.update(model, nnx.grad(loss)(model))
+
   for _ in range(3):
-    grads = nnx.grad(lambda model: (model(x) ** 2).mean() + model.layers[0](x).sum())(
-      model
-    )
-    optimizer.update(model, grads)
+    step(model, optimizer)
   # Copies: the variables themselves would change with the model.
   before = jax.tree.map(np.array, nnx.state(model))
   evaluated = ranger.eval_params(optimizer, model)
@@ -104,5 +110,5 @@ def test_an_nnx_optimizer_and_its_model(name):
   kernel = lambda model: np.asarray(model.layers[0].kernel[...])
   assert not np.array_equal(kernel(evaluated), kernel(model))
   # Batch statistics are those in training; their arrays are its own.
-  evaluated.layers[1].mean[...] = evaluated.layers[1].mean[...] + 1
+  evaluated.layers[1].mean[...] = np.ones(4, np.float32)
   jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)

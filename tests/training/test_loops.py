@@ -15,8 +15,8 @@ import pytest
 import optax_ranger as ranger
 from tests.laws import registry
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal([6, 3]), jnp.float32)
-Y = jnp.asarray(np.random.default_rng(1).standard_normal([6, 2]), jnp.float32)
+X = np.random.default_rng(0).standard_normal([6, 3]).astype(np.float32)
+Y = np.random.default_rng(1).standard_normal([6, 2]).astype(np.float32)
 
 # Extra args, members, windows, tables: each once.
 LOOPED = (
@@ -111,6 +111,26 @@ def test_loops_pass_extra_args(name):
 def test_loops_give_the_same_parameters(tx):
   """NNX's Optimizer, Linen's TrainState, Equinox and a plain loop."""
   loss = lambda params, x, y: ((x @ params["kernel"] + params["bias"] - y) ** 2).mean()
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss)(params, X, Y), state, params)
+    return optax.apply_updates(params, updates), state
+
+  @nnx.jit
+  def nnx_step(model, optimizer):
+    optimizer.update(model, nnx.grad(lambda model: ((model(X) - Y) ** 2).mean())(model))
+
+  @jax.jit
+  def linen_step(train):
+    return train.apply_gradients(grads=jax.grad(loss)(train.params, X, Y))
+
+  @eqx.filter_jit
+  def equinox_step(module, state):
+    grads = eqx.filter_grad(lambda module: loss(vars(module), X, Y))(module)
+    updates, state = tx.update(grads, state, eqx.filter(module, eqx.is_array))
+    return eqx.apply_updates(module, updates), state
+
   model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
   params = {"kernel": model.kernel[...] + 0, "bias": model.bias[...] + 0}
@@ -119,15 +139,10 @@ def test_loops_give_the_same_parameters(tx):
   module_state = tx.init(eqx.filter(module, eqx.is_array))
   state = tx.init(params)
   for _ in range(8):
-    updates, state = tx.update(jax.grad(loss)(params, X, Y), state, params)
-    params = optax.apply_updates(params, updates)
-    optimizer.update(model, nnx.grad(lambda model: ((model(X) - Y) ** 2).mean())(model))
-    train = train.apply_gradients(grads=jax.grad(loss)(train.params, X, Y))
-    grads = eqx.filter_grad(lambda module: loss(vars(module), X, Y))(module)
-    updates, module_state = tx.update(
-      grads, module_state, eqx.filter(module, eqx.is_array)
-    )
-    module = eqx.apply_updates(module, updates)
+    params, state = step(params, state)
+    nnx_step(model, optimizer)
+    train = linen_step(train)
+    module, module_state = equinox_step(module, module_state)
   expected = ranger.eval_params(state, params)
   smoothed_model = nnx.clone(model)
   nnx.update(smoothed_model, ranger.eval_params(optimizer, nnx.state(model, nnx.Param)))
@@ -154,9 +169,11 @@ def test_chain_of_the_readme_runs_on_per_example_gradients():
   tx = optax.chain(
     ranger.average_neighbors(), ranger.aggregate_by_mean(), optax.adam(1e-3)
   )
-  params = {"w": jnp.zeros([3, 2]), "b": jnp.zeros([2])}
-  grads = jax.tree.map(lambda p: jnp.ones([6, *p.shape]), params)
-  updates, _ = tx.update(grads, tx.init(params), params, neighbors=registry.neighbors())
+  params = {"w": np.zeros([3, 2], np.float32), "b": np.zeros(2, np.float32)}
+  grads = jax.tree.map(lambda p: np.ones([6, *p.shape], np.float32), params)
+  updates, _ = jax.jit(tx.update)(
+    grads, tx.init(params), params, neighbors=registry.neighbors()
+  )
   jax.tree.map(
     lambda u: np.testing.assert_allclose(u, np.full(u.shape, -1e-3), rtol=1e-4),
     updates,
