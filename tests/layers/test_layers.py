@@ -409,7 +409,7 @@ def test_the_small_network_of_the_sources():
 
   with jax.numpy_dtype_promotion("standard"):  # Adam's own arithmetic needs it.
     train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=500))
-    _, losses = train((params, tx.init(params)))
+    _, losses = train((params, jax.jit(tx.init)(params)))
   assert losses[-1] < 0.02 * losses[0]
 
 

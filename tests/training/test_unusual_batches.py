@@ -804,7 +804,7 @@ def test_an_nnx_model_keeps_its_arrays():
 def test_missing_arguments_name_the_call_that_was_made():
   grad_fn = ranger.value_and_grad(losses, ranger.ranger_head())
   with pytest.raises(ValueError, match=r"call grad_fn\(params, batch, neighbors=...\)"):
-    grad_fn(W, X)
+    jax.eval_shape(grad_fn, W, X)
   update = ranger.train_step(losses, optax.sgd(0.1), step=ranger.ranger_head())
   with pytest.raises(ValueError, match=r"call update\(params, state, batch, neigh"):
     update(W, update.init(W), X)
