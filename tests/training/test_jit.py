@@ -119,7 +119,7 @@ class Network(nnx.Module):
 
 @functools.cache
 def split_network():
-  return nnx.split(Network(), nnx.Param)
+  return nnx.split(nnx.jit(Network)(), nnx.Param)
 
 
 def network():
@@ -179,6 +179,7 @@ MODELS = {
 @pytest.mark.guarantees(
   "train_step", "One reduction of gradient size for any number of"
 )
+@pytest.mark.few(2)
 @pytest.mark.parametrize("num_micro_batches", [1, 4, 16])
 def test_gradients_are_reduced_once_on_an_explicit_mesh(num_micro_batches):
   """Of parameters in products; few sums with split rows are left in the loop."""
