@@ -7,7 +7,6 @@ from flax import linen
 from flax import nnx
 from flax.training import train_state
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest

@@ -790,7 +790,8 @@ def test_one_buffer_twice_is_refused():
   shared = state._replace(optimizer=jax.tree.map(alias, state.optimizer))
   with pytest.raises(ValueError, match=r"are one buffer.*jnp.copy"):
     update(params, shared, X)
-  build("one device", optimizer_of("sgd"))(params, shared, X)
+  update = ranger.train_step(losses, optax.sgd(0.1, momentum=0.9), donate=False)
+  update.lower(params, shared, X)
 
 
 def test_an_nnx_model_keeps_its_arrays():
