@@ -1,5 +1,7 @@
 """`by_noise_scale`: estimates against closed forms, and the windows made of them."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ import pytest
 
 import optax_ranger as ranger
 
-CURVATURE = jnp.linspace(0.5, 2.0, 20)
-PARAMS = 0.3 * jnp.ones([20])
-NOISE = jnp.linspace(1.0, 3.0, 20)
+CURVATURE = np.linspace(0.5, 2.0, 20, dtype=np.float32)
+PARAMS = np.full([20], 0.3, np.float32)
+NOISE = np.linspace(1.0, 3.0, 20, dtype=np.float32)
 TRACE = float((NOISE**2).sum())
 SIGNAL = float(((CURVATURE * PARAMS) ** 2).sum())
 
@@ -22,9 +24,10 @@ def micro_gradient(key, batch):
   return {"w": CURVATURE * PARAMS + noise}
 
 
-def measure(key, rule, calls, batches=(8,), **options):
+@functools.partial(jax.jit, static_argnames=("rule", "calls", "reduce"))
+def measure(key, batches, rule, calls, reduce="mean"):
   """The state of the noise after some micro-batches at the same parameters."""
-  step = ranger.accumulate(optax.sgd(0.1), rule, **options)
+  step = ranger.accumulate(optax.sgd(0.1), rule, reduce=reduce)
 
   def call(state, at):
     key, batch = at
@@ -32,16 +35,22 @@ def measure(key, rule, calls, batches=(8,), **options):
     _, state = step.update(gradient, state, weight=batch)
     return state, None
 
-  sizes = jnp.resize(jnp.asarray(batches, jnp.float32), (calls,))
+  sizes = jnp.resize(batches, (calls,))
   start = step.init({"w": PARAMS})
   state, _ = jax.lax.scan(call, start, (jax.random.split(key, calls), sizes))
   return state.noise
 
 
+@functools.partial(jax.jit, static_argnames=("rule", "calls", "reduce"))
+def measure_often(batches, rule, calls, reduce):
+  run = lambda key: measure(key, batches, rule, calls, reduce)
+  return jax.vmap(run)(jax.random.split(jax.random.key(1), 1000))
+
+
 @pytest.mark.parametrize("batch", [4, 16, 64])
 def test_noise_scale_is_that_of_the_closed_form(batch):
   rule = ranger.by_noise_scale(8, min_every=8, decay=0.9995)
-  noise = jax.jit(lambda key: measure(key, rule, 8000, (batch,)))(jax.random.key(batch))
+  noise = measure(jax.random.key(batch), np.float32([batch]), rule, 8000)
   np.testing.assert_allclose(noise.noise_scale, TRACE / SIGNAL, rtol=0.1)
   np.testing.assert_allclose(noise.trace, TRACE, rtol=0.1)
   np.testing.assert_allclose(noise.micro_weight, batch, rtol=1e-6)
@@ -56,9 +65,9 @@ def test_estimates_are_unbiased(batches, reduce):
   """1,000 draws of one window; the smoothing is of no consequence for the first."""
   every = 2 if len(batches) == 1 else 3
   rule = ranger.by_noise_scale(every, min_every=every)
-  run = lambda key: measure(key, rule, every, batches, reduce=reduce)
-  noise = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), 1000))
+  noise = measure_often(np.float32(batches), rule, every, reduce)
   for found, expected in ((noise.trace, TRACE), (noise.signal, SIGNAL)):
+    found = np.asarray(found)
     error = found.std(ddof=1) / np.sqrt(1000)
     assert abs(found.mean() - expected) < 3 * error
     assert error < 0.1 * TRACE
@@ -72,11 +81,17 @@ def test_a_decay_near_one_keeps_its_digits(decay):
   np.testing.assert_allclose(state.noise.mass, 1 - decay**6, rtol=1e-5)
 
 
+@functools.cache
+def accumulating(rule):
+  """A step by the rule around SGD, and its compiled update."""
+  step = ranger.accumulate(optax.sgd(0.1), rule)
+  return step, jax.jit(step.update)
+
+
 def windows(gradients, rule, **extra):
   """How many calls each window took, and the last state."""
-  step = ranger.accumulate(optax.sgd(0.0), rule)
-  state, sizes = step.init(jnp.zeros([2])), []
-  update = jax.jit(step.update)
+  step, update = accumulating(rule)
+  state, sizes = step.init(np.zeros([2], np.float32)), []
   for gradient in gradients:
     size = int(state.mini_step) + 1
     _, state = update(gradient, state, **extra)
@@ -86,7 +101,7 @@ def windows(gradients, rule, **extra):
 
 
 def alternating(mean, noise, count):
-  return [jnp.array([mean, noise * (-1) ** i], jnp.float32) for i in range(count)]
+  return [np.array([mean, noise * (-1) ** i], np.float32) for i in range(count)]
 
 
 def test_smoothing_is_a_mean_without_a_start():
@@ -118,7 +133,7 @@ def test_windows_grow_as_the_noise_does():
 @pytest.mark.parametrize(("ratio", "batch"), [(1.0, 4), (0.5, 2), (2.0, 4)])
 def test_windows_are_as_large_as_the_noise_scale(ratio, batch):
   rule = ranger.by_noise_scale(64, ratio=ratio, decay=0.999)
-  noise = jax.jit(lambda key: measure(key, rule, 6000, (batch,)))(jax.random.key(0))
+  noise = measure(jax.random.key(0), np.float32([batch]), rule, 6000)
   wanted = ratio * TRACE / SIGNAL / batch
   assert abs(int(noise.every) - wanted) < 1 + 0.1 * wanted
 
@@ -149,12 +164,11 @@ def test_weights_are_its_unit():
   ("bad", "weight"), [(np.nan, 1.0), (np.inf, 1.0), (1.0, -1.0), (1.0, 0.0)]
 )
 def test_what_is_left_out_does_not_count(bad, weight):
-  rule = ranger.by_noise_scale(4, min_every=4)
-  step = ranger.accumulate(optax.sgd(0.1), rule)
-  gradients, state = alternating(1.0, 2.0, 3), step.init(jnp.zeros([2]))
-  _, state = step.update(bad * jnp.ones([2]), state, weight=weight)
+  step, update = accumulating(ranger.by_noise_scale(4, min_every=4))
+  gradients, state = alternating(1.0, 2.0, 3), step.init(np.zeros([2], np.float32))
+  _, state = update(np.full([2], bad, np.float32), state, weight=weight)
   for gradient in gradients:
-    _, state = step.update(gradient, state)
+    _, state = update(gradient, state)
   _, expected = windows(gradients, ranger.by_noise_scale(3, min_every=3))
   np.testing.assert_allclose(state.noise.micro_weight, 3 / 4, rtol=1e-6)
   for name in ("trace", "signal", "noise_scale"):
@@ -171,17 +185,17 @@ def test_what_is_left_out_does_not_count(bad, weight):
 def test_a_window_without_an_estimate_changes_none(calls, kind):
   rule = ranger.by_noise_scale(16, ratio=1.0)
   _, before = windows(alternating(1.0, 3.0, calls), rule)
-  step = ranger.accumulate(optax.sgd(0.1), rule)
+  _, update = accumulating(rule)
   every = int(before.noise.every)
   state, huge = before, {"squares overflow": 1e25, "overflow": 3e38}.get(kind, 1.0)
   for call in range(every):
     bad = kind == "all bad" or (kind == "one good" and call)
-    gradient = jnp.array([huge, np.nan if bad else 1.0])
-    updates, state = step.update(gradient, state)
+    gradient = np.array([huge, np.nan if bad else 1.0], np.float32)
+    updates, state = update(gradient, state)
   assert int(state.mini_step) == 0
   assert bool(updates.any()) == (kind in ("squares overflow", "one good"))
   chex.assert_trees_all_equal(state.noise, before.noise)
-  _, state = step.update(jnp.ones([2]), state)
+  _, state = update(np.ones([2], np.float32), state)
   chex.assert_tree_all_finite(state)
 
 
@@ -201,17 +215,16 @@ def test_a_sum_beyond_float16_is_seen(reduce):
 def test_no_call_no_change():
   rule = ranger.by_noise_scale(16, ratio=1.0)
   _, before = windows(alternating(1.0, 3.0, 7), rule)
-  step = ranger.accumulate(optax.sgd(0.1), rule)
-  _, state = step.update(jnp.ones([2]), before, present=False)
+  _, update = accumulating(rule)
+  _, state = update(np.ones([2], np.float32), before, present=False)
   chex.assert_trees_all_equal(state, before)
 
 
 def test_a_window_that_closes_early_is_measured():
-  rule = ranger.by_noise_scale(8, min_every=8)
-  step = ranger.accumulate(optax.sgd(0.1), rule)
-  state = step.init(jnp.zeros([2]))
+  step, update = accumulating(ranger.by_noise_scale(8, min_every=8))
+  state = step.init(np.zeros([2], np.float32))
   for i, gradient in enumerate(alternating(1.0, 2.0, 3)):
-    _, state = step.update(gradient, state, last=i == 2)
+    _, state = update(gradient, state, last=i == 2)
   _, expected = windows(alternating(1.0, 2.0, 3), ranger.by_noise_scale(3, min_every=3))
   np.testing.assert_allclose(state.noise.trace, expected.noise.trace, rtol=1e-6)
   assert int(state.noise.num_parts) == 0
@@ -261,8 +274,9 @@ def test_it_is_read_from_any_chain():
   tx = optax.chain(ranger.accumulate(inner, rule), optax.identity())
   state = tx.init(jnp.zeros([2]))
   assert optax.tree.get(state, "noise_scale") == 0
+  update = jax.jit(tx.update)
   for gradient in alternating(1.0, 3.0, 2):
-    _, state = tx.update(gradient, state)
+    _, state = update(gradient, state)
   np.testing.assert_allclose(optax.tree.get(state, "trace"), 18)
   # Of two gradients, the signal is 1 - 18 / 2, not positive: nothing is seen of it.
   assert optax.tree.get(state, "noise_scale") == np.finfo(np.float32).max
@@ -293,7 +307,7 @@ def test_a_state_of_another_rule_is_refused():
     with pytest.raises(ValueError, match=r"_replace\(noise=tx.init\(params\).noise\)"):
       step.update(params, state)
   moved = one.init(params)._replace(noise=other.init(params).noise)
-  other.update(params, moved)
+  jax.jit(other.update)(params, moved)
 
 
 @pytest.mark.parametrize(("rule", "power"), [("square_root", 0.5), ("linear", 1.0)])
@@ -301,9 +315,9 @@ def test_updates_are_scaled_to_the_window(rule, power):
   """Windows of 3, of 1 that closes early, and of 3 with one left out."""
   inner = optax.chain(optax.sgd(1.0), ranger.scale_by_window(rule))
   step = ranger.accumulate(inner, 3)
-  state, found = step.init(jnp.zeros([2])), []
-  bad = jnp.array([np.nan, 1.0])
-  ones = jnp.ones([2])
+  state, found = step.init(np.zeros([2], np.float32)), []
+  bad = np.array([np.nan, 1.0], np.float32)
+  ones = np.ones([2], np.float32)
   for gradient, last in zip(
     (ones, ones, ones, ones, ones, bad, ones), (0, 0, 0, 1, 0, 0, 0), strict=True
   ):
@@ -321,10 +335,11 @@ def test_the_window_s_scale_is_that_of_large_step(every):
     optax.chain(optax.sgd(0.1), ranger.scale_by_window()), lambda step: every
   )
   states = [tx.init(PARAMS) for tx in (one, two)]
-  for key in jax.random.split(jax.random.key(0), every):
-    gradient = micro_gradient(key, 4.0)["w"]
+  updates = [jax.jit(tx.update) for tx in (one, two)]
+  for gradient in np.random.default_rng(0).standard_normal([every, 20]):
     results = [
-      tx.update(gradient, state) for tx, state in zip((one, two), states, strict=True)
+      update(gradient.astype(np.float32), state)
+      for update, state in zip(updates, states, strict=True)
     ]
     states = [state for _, state in results]
   np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)

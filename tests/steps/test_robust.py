@@ -9,13 +9,18 @@ import optax_ranger as ranger
 from tests.helpers import close
 
 N = 9
+# One of each kind, so that all tests share what is compiled.
+MEDIAN = ranger.aggregate_by_median()
+GEOMETRIC = ranger.aggregate_by_geometric_median()
+MANY_ROUNDS = ranger.aggregate_by_geometric_median(rounds=100)
+KRUM = ranger.aggregate_by_krum(2)
 # Each with the most members of nine that may lie, and a number that breaks it.
 ROBUST = {
-  "median": (ranger.aggregate_by_median, 4, 5),
-  "trimmed": (lambda: ranger.aggregate_by_trimmed_mean(0.34), 3, 4),
-  "geometric": (ranger.aggregate_by_geometric_median, 4, 5),
-  "krum": (lambda: ranger.aggregate_by_krum(3), 3, 5),
-  "multi-krum": (lambda: ranger.aggregate_by_krum(3, 4), 3, 5),
+  "median": (MEDIAN, 4, 5),
+  "trimmed": (ranger.aggregate_by_trimmed_mean(0.34), 3, 4),
+  "geometric": (GEOMETRIC, 4, 5),
+  "krum": (ranger.aggregate_by_krum(3), 3, 5),
+  "multi-krum": (ranger.aggregate_by_krum(3, 4), 3, 5),
 }
 SIZES = (1e1, 1e3, 1e6, 1e12, 1e30)
 each_robust = pytest.mark.parametrize("name", sorted(ROBUST))
@@ -31,8 +36,7 @@ def draw(n=N, seed=0, shift=3.0):
 
 
 def aggregate(step, rows, **extra):
-  rows = jax.tree.map(jnp.asarray, rows)
-  return step.update(rows, step.init({}), **extra)
+  return jax.device_get(jax.jit(step.update)(rows, step.init({}), **extra))
 
 
 def flat(rows):
@@ -94,12 +98,11 @@ def test_order_statistics_equal_numpy(n, weighted, fraction):
   weights[0] = 1
   if not weighted:
     weights = np.ones(n, np.float32)
-  step = ranger.aggregate_by_median()
-  oracle = median_oracle
+  step, oracle = MEDIAN, median_oracle
   if fraction is not None:
     step = ranger.aggregate_by_trimmed_mean(fraction)
     oracle = lambda column, weights: trimmed_oracle(column, weights, fraction)
-  extra = {"member_weights": jnp.asarray(weights)} if weighted else {}
+  extra = {"member_weights": weights} if weighted else {}
   result, _ = aggregate(step, rows, **extra)
   keep = weights > 0
   for key, leaf in rows.items():
@@ -123,8 +126,7 @@ def test_geometric_median_equals_numpy(size):
   if size:
     rows = corrupt(rows, 3, size, "apart")
   weights = np.array([1, 1, 1, 2, 1, 1, 0, 2, 1], np.float32)
-  step = ranger.aggregate_by_geometric_median(rounds=100)
-  result, _ = aggregate(step, rows, member_weights=jnp.asarray(weights))
+  result, _ = aggregate(MANY_ROUNDS, rows, member_weights=weights)
   points = flat(rows)
   expected = weiszfeld(points[weights > 0], weights[weights > 0])
   close(flat_one(result, rows), expected, 1e-3)
@@ -135,10 +137,10 @@ def test_what_is_common_costs_no_precision(shift):
   """Members that differ by a thousandth of their length and less."""
   rows = corrupt(draw(shift=shift), 2, 100.0, "opposite")
   points = flat(rows)
-  median, _ = aggregate(ranger.aggregate_by_geometric_median(rounds=100), rows)
+  median, _ = aggregate(MANY_ROUNDS, rows)
   expected = weiszfeld(points, np.ones(N))
   assert np.abs(flat_one(median, rows) - expected).max() < 1e-2 + 1e-6 * shift
-  krum, _ = aggregate(ranger.aggregate_by_krum(2), rows)
+  krum, _ = aggregate(KRUM, rows)
   squared = ((points[:, None] - points[None]) ** 2).sum(axis=-1)
   scores = np.sort(squared, axis=1)[:, 1:6].sum(axis=1)
   close(flat_one(krum, rows), points[scores.argmin()])
@@ -157,9 +159,8 @@ def test_krum_equals_numpy(num_selected, seed):
   scores = np.sort(squared, axis=1)[:, 1 : 1 + nearest].sum(axis=1)
   best = np.argsort(scores)[:num_selected]
   expected = np.average(points[best], axis=0, weights=weights[best])
-  result, _ = aggregate(
-    ranger.aggregate_by_krum(2, num_selected), rows, member_weights=jnp.asarray(weights)
-  )
+  step = ranger.aggregate_by_krum(2, num_selected)
+  result, _ = aggregate(step, rows, member_weights=weights)
   close(flat_one(result, rows), expected)
 
 
@@ -181,9 +182,9 @@ def test_krum_equals_numpy(num_selected, seed):
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_median_and_trimmed_mean_stay_in_the_honest_range(name, way, size):
-  make, most, _ = ROBUST[name]
+  step, most, _ = ROBUST[name]
   rows = draw()
-  result, _ = aggregate(make(), corrupt(rows, most, size, way))
+  result, _ = aggregate(step, corrupt(rows, most, size, way))
   for key, leaf in rows.items():
     honest = leaf[most:]
     room = 1e-5 * np.abs(honest).max()
@@ -209,9 +210,9 @@ def test_median_and_trimmed_mean_stay_in_the_honest_range(name, way, size):
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_krum_and_geometric_median_stay_near_the_honest(name, way, size):
-  make, most, _ = ROBUST[name]
+  step, most, _ = ROBUST[name]
   rows = draw()
-  result, _ = aggregate(make(), corrupt(rows, most, size, way))
+  result, _ = aggregate(step, corrupt(rows, most, size, way))
   honest = flat(rows)[most:]
   diameter = np.linalg.norm(honest[:, None] - honest[None], axis=-1).max()
   away = np.linalg.norm(honest - flat_one(result, rows), axis=1).min()
@@ -236,9 +237,9 @@ def test_krum_and_geometric_median_stay_near_the_honest(name, way, size):
 @each_robust
 @pytest.mark.parametrize("size", [1e3, pytest.param(1e6, marks=pytest.mark.slow)])
 def test_above_the_breakdown_point_it_breaks(name, size):
-  make, _, too_many = ROBUST[name]
+  step, _, too_many = ROBUST[name]
   rows = draw()
-  result, _ = aggregate(make(), corrupt(rows, too_many, size, "together"))
+  result, _ = aggregate(step, corrupt(rows, too_many, size, "together"))
   honest = flat(rows)[too_many:]
   away = np.linalg.norm(honest - flat_one(result, rows), axis=1).min()
   assert away > size / 2
@@ -272,10 +273,10 @@ BELOW = next(
 def test_a_boundary_of_the_trimmed_share_lets_nobody_in(n, k):
   """Ten members, a tenth trimmed: the liar's share is zero, not a rounding error."""
   assert len(OTHERS) > 5
-  rows = np.ones([n, 1], np.float32)
+  rows, step = np.ones([n, 1], np.float32), ranger.aggregate_by_trimmed_mean(k / n)
   for size in (1e30, -1e30):
     rows[:k] = size
-    result, _ = aggregate(ranger.aggregate_by_trimmed_mean(k / n), rows)
+    result, _ = aggregate(step, rows)
     close(result, np.ones(1))
 
 
@@ -283,8 +284,8 @@ def test_half_of_the_weight_is_half_but_for_rounding():
   """Sums of a tenth in float32: of ten, five are a bit more or less than half."""
   rows = np.arange(10, dtype=np.float32)[:, None]
   for weight in (0.1, 0.3, 0.7):
-    weights = jnp.full([10], weight)
-    result, _ = aggregate(ranger.aggregate_by_median(), rows, member_weights=weights)
+    weights = np.full([10], weight, np.float32)
+    result, _ = aggregate(MEDIAN, rows, member_weights=weights)
     close(result, np.full(1, 4.5))
 
 
@@ -302,9 +303,9 @@ def test_the_rounds_are_thirty_two():
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_units_do_not_matter(name, scale):
   rows = draw()
-  expected, _ = aggregate(ROBUST[name][0](), rows)
+  expected, _ = aggregate(ROBUST[name][0], rows)
   scaled = jax.tree.map(lambda leaf: leaf * np.float32(scale), rows)
-  result, state = aggregate(ROBUST[name][0](), scaled)
+  result, state = aggregate(ROBUST[name][0], scaled)
   for key in rows:
     close(result[key] / np.float32(scale), expected[key])
   assert int(state.num_dropped) == 0
@@ -320,26 +321,23 @@ def test_units_do_not_matter(name, scale):
 @pytest.mark.parametrize("name", ["geometric", "krum", "multi-krum"])
 def test_members_beyond_all_measure_are_absent(name):
   rows = draw()
-  weights = jnp.ones([N]).at[2].set(0)
-  expected, _ = aggregate(ROBUST[name][0](), rows, member_weights=weights)
+  weights = (np.arange(N) != 2).astype(np.float32)
+  expected, _ = aggregate(ROBUST[name][0], rows, member_weights=weights)
   rows["w"][2, 0, 0] = 3e38
-  result, state = aggregate(ROBUST[name][0](), rows)
+  result, state = aggregate(ROBUST[name][0], rows)
   for key in rows:
     close(result[key], expected[key])
   assert int(state.num_dropped) == 1
 
 
-def _mean(rows, weights):
-  return aggregate(ranger.aggregate_by_mean(), rows, member_weights=weights)[0]
-
-
-WEIGHTS = jnp.array([1.0, 2.0, 0.0, 1.0, 1.0, 3.0, 1.0, 0.5, 1.0])
+MEAN = ranger.aggregate_by_mean()
+WEIGHTS = np.array([1.0, 2.0, 0.0, 1.0, 1.0, 3.0, 1.0, 0.5, 1.0], np.float32)
 
 
 def _is_the_mean(step):
   rows = draw()
   result, _ = aggregate(step, rows, member_weights=WEIGHTS)
-  expected = _mean(rows, WEIGHTS)
+  expected, _ = aggregate(MEAN, rows, member_weights=WEIGHTS)
   for key in rows:
     close(result[key], expected[key])
 
@@ -364,10 +362,11 @@ def test_all_selected_is_the_mean():
 
 
 def test_nearly_all_trimmed_is_the_median():
+  step = ranger.aggregate_by_trimmed_mean(0.4999)
   for n in (8, 9):
     rows = draw(n)
-    result, _ = aggregate(ranger.aggregate_by_trimmed_mean(0.4999), rows)
-    expected, _ = aggregate(ranger.aggregate_by_median(), rows)
+    result, _ = aggregate(step, rows)
+    expected, _ = aggregate(MEDIAN, rows)
     for key in rows:
       close(result[key], expected[key], 1e-3)
 
@@ -375,10 +374,10 @@ def test_nearly_all_trimmed_is_the_median():
 @each_robust
 def test_identical_members_are_the_result(name):
   rows = jax.tree.map(lambda leaf: np.broadcast_to(leaf[:1], leaf.shape), draw())
-  result, _ = aggregate(ROBUST[name][0](), rows)
+  result, _ = aggregate(ROBUST[name][0], rows)
   for key, leaf in rows.items():
     close(result[key], leaf[0], 1e-6)
-  result, _ = aggregate(ROBUST[name][0](), jax.tree.map(np.zeros_like, rows))
+  result, _ = aggregate(ROBUST[name][0], jax.tree.map(np.zeros_like, rows))
   for leaf in result.values():
     np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
@@ -387,7 +386,7 @@ def test_half_of_the_weight_at_one_point_holds_the_geometric_median():
   rows = draw()
   for leaf in rows.values():
     leaf[:5] = leaf[0]
-  result, _ = aggregate(ranger.aggregate_by_geometric_median(), rows)
+  result, _ = aggregate(GEOMETRIC, rows)
   for key, leaf in rows.items():
     close(result[key], leaf[0], 2e-2)
 
@@ -398,7 +397,7 @@ def test_more_absent_than_present(name):
   rows = draw()
   for leaf in rows.values():
     leaf[np.arange(N) != 3] = np.nan
-  result, state = aggregate(ROBUST[name][0](), rows)
+  result, state = aggregate(ROBUST[name][0], rows)
   for key, leaf in rows.items():
     close(result[key], leaf[3], 1e-6)
   assert int(state.num_dropped) == N - 1
@@ -407,11 +406,10 @@ def test_more_absent_than_present(name):
 @pytest.mark.slow
 def test_temporaries_are_one_leaf_at_a_time():
   """Twenty leaves of 16 members: the robust steps hold a few, not all."""
-  for name, (make, _, _) in ROBUST.items():
+  for name, (step, _, _) in ROBUST.items():
     temporaries = []
     for count in (1, 20):
       rows = {str(i): jnp.ones([16, 128, 128]) for i in range(count)}
-      step = make()
       update = jax.jit(lambda rows, step=step: step.update(rows, step.init({})))
       compiled = update.lower(rows).compile()
       temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
