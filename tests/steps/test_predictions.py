@@ -1,5 +1,6 @@
 """Smoothed predictions and what is built on them, against oracles in NumPy."""
 
+import functools
 import itertools
 
 import jax
@@ -19,6 +20,13 @@ SHARDED = (
 )
 
 
+# Steps with the same options share what is compiled.
+smooth_predictions = functools.cache(ranger.smooth_predictions)
+refine_targets = jax.jit(ranger.labels.refine_targets)
+regularizer = jax.jit(ranger.labels.early_learning_regularizer)
+slopes = jax.jit(jax.grad(lambda *args: regularizer(*args).sum(), argnums=(0, 1)))
+
+
 def visit(step, state, ids, predictions):
   return jax.jit(step.update)(
     {}, state, predictions=predictions, example_ids=np.asarray(ids)
@@ -27,7 +35,7 @@ def visit(step, state, ids, predictions):
 
 def test_predictions_equal_numpy():
   rng = np.random.default_rng(0)
-  step = ranger.smooth_predictions(5, 3, decay=0.6)
+  step = smooth_predictions(5, 3, decay=0.6)
   state, table = step.init({}), np.zeros([5, 3])
   for _ in range(20):
     ids = rng.permutation(5)[:2]
@@ -39,7 +47,7 @@ def test_predictions_equal_numpy():
 
 @pytest.mark.guarantees("smooth_predictions", "Only the rows of the given ids change")
 def test_only_visited_rows_move():
-  step = ranger.smooth_predictions(4, 2, decay=0.5)
+  step = smooth_predictions(4, 2, decay=0.5)
   state = visit(step, step.init({}), [3, 1], np.full([2, 2], 0.5, np.float32))
   moved = np.asarray(ranger.smoothed_predictions(state)).any(axis=1)
   assert moved.tolist() == [False, True, False, True]
@@ -47,7 +55,7 @@ def test_only_visited_rows_move():
 
 @pytest.mark.guarantees("smooth_predictions", "Repeated ids count as one visit")
 def test_repeated_ids_are_one_visit():
-  step = ranger.smooth_predictions(3, 2, decay=0.5)
+  step = smooth_predictions(3, 2, decay=0.5)
   start = visit(step, step.init({}), [2], np.array([[1.0, 0.0]], np.float32))
   repeated = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], np.float32)
   several = visit(step, start, [2, 0, 2], repeated)
@@ -59,7 +67,7 @@ def test_repeated_ids_are_one_visit():
   "smooth_predictions", "Non-finite predictions and ids out of range are dropped"
 )
 def test_bad_predictions_are_dropped():
-  step = ranger.smooth_predictions(3, 2, decay=0.5)
+  step = smooth_predictions(3, 2, decay=0.5)
   rows = np.array([[np.nan, 1], [1, 0], [1, 0], [1, 0], [1, 0]], np.float32)
   state = visit(step, step.init({}), [0, -2, 3, 2, -1], rows)
   np.testing.assert_array_equal(state.smoothed, [[0, 0], [0, 0], [0.5, 0]])
@@ -67,7 +75,7 @@ def test_bad_predictions_are_dropped():
 
 
 def test_a_dropped_row_is_no_visit_of_its_id():
-  step = ranger.smooth_predictions(3, 2, decay=0.5)
+  step = smooth_predictions(3, 2, decay=0.5)
   rows = np.array([[np.nan, 1], [0.25, 0.75], [-1, 2]], np.float32)
   state = visit(step, step.init({}), [1, 1, 1], rows)
   np.testing.assert_array_equal(state.smoothed, [[0, 0], [0.125, 0.375], [0, 0]])
@@ -75,7 +83,7 @@ def test_a_dropped_row_is_no_visit_of_its_id():
 
 
 def test_nothing_changes_for_what_is_not_present():
-  step = ranger.smooth_predictions(3, 2, decay=0.5)
+  step = smooth_predictions(3, 2, decay=0.5)
   rows = np.array([[np.nan, 1], [0.25, 0.75]], np.float32)
   before = visit(step, step.init({}), [1, 2], rows)
   _, after = jax.jit(step.update)(
@@ -85,7 +93,7 @@ def test_nothing_changes_for_what_is_not_present():
 
 
 def test_no_visit_changes_nothing():
-  step = ranger.smooth_predictions(3, 2)
+  step = smooth_predictions(3, 2)
   state = visit(
     step, step.init({}), np.zeros([0], np.int32), np.zeros([0, 2], np.float32)
   )
@@ -93,7 +101,7 @@ def test_no_visit_changes_nothing():
 
 
 def test_narrow_ids_are_no_trap():
-  step = ranger.smooth_predictions(300, 1, decay=0.5)
+  step = smooth_predictions(300, 1, decay=0.5)
   state = visit(
     step, step.init({}), np.array([5, 200], np.uint8), np.ones([2, 1], np.float32)
   )
@@ -108,7 +116,7 @@ def test_half_precision_does_not_get_stuck(decay):
   """From 1 to the constant 0.75: rounded to the nearest, 0.99 would stay at 1."""
   rows = {}
   for dtype in ("float32", "bfloat16"):
-    step = ranger.smooth_predictions(64, 2, decay, dtype=dtype)
+    step = smooth_predictions(64, 2, decay, dtype=dtype)
     ids = jnp.arange(64)
 
     def body(state, value, step=step, ids=ids):
@@ -128,7 +136,7 @@ def test_half_precision_does_not_get_stuck(decay):
 def test_rounding_at_random_is_fair():
   """The mean over rows is the number itself, not one of its two neighbors."""
   n, value = 20000, np.float32(1 / 3)
-  step = ranger.smooth_predictions(n, 1, 0.0, dtype="bfloat16")
+  step = smooth_predictions(n, 1, 0.0, dtype="bfloat16")
   rows = visit(step, step.init({}), np.arange(n), np.full([n, 1], value)).smoothed
   found = np.unique(np.asarray(rows, np.float32))
   assert len(found) == 2
@@ -155,8 +163,8 @@ def test_rounding_at_random_is_fair():
 def test_sharded_tables_equal_one(dtype, kind, batch):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
   rows = NamedSharding(mesh, PartitionSpec("data"))
-  plain = ranger.smooth_predictions(24, 3, dtype=dtype)
-  step = ranger.smooth_predictions(24, 3, dtype=dtype, sharding=rows)
+  plain = smooth_predictions(24, 3, dtype=dtype)
+  step = smooth_predictions(24, 3, dtype=dtype, sharding=rows)
   expected, asked = plain.init({}), np.array([0, 3, 23, -1, 24, 5, 5, 7])
   with jax.set_mesh(mesh):
     state = jax.jit(step.init)({})
@@ -207,8 +215,8 @@ def _batch(seed):
 )
 def test_tables_split_by_hand_equal_one(dtype, map_):
   """Inside shard_map and pmap, with the ids of the whole data set."""
-  plain = ranger.smooth_predictions(24, 3, dtype=dtype)
-  step = ranger.smooth_predictions(24, 3, dtype=dtype, axis_name="data")
+  plain = smooth_predictions(24, 3, dtype=dtype)
+  step = smooth_predictions(24, 3, dtype=dtype, axis_name="data")
   expected = plain.init({})
 
   def update(state, ids, predictions):
@@ -249,12 +257,9 @@ def test_regularizer_equals_numpy_and_has_its_gradient():
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     return np.log(1 - (p * smoothed).sum(axis=1))
 
-  given = jnp.asarray(logits, jnp.float32), jnp.asarray(smoothed, jnp.float32)
-  term = lambda logits, smoothed: ranger.labels.early_learning_regularizer(
-    logits, smoothed
-  )
-  np.testing.assert_allclose(term(*given), oracle(logits), rtol=1e-5)
-  gradient = jax.grad(lambda *args: term(*args).sum(), argnums=(0, 1))(*given)
+  given = logits.astype(np.float32), smoothed.astype(np.float32)
+  np.testing.assert_allclose(regularizer(*given), oracle(logits), rtol=1e-5)
+  gradient = jax.device_get(slopes(*given))
   step = np.zeros_like(logits)
   step[2, 1] = 1e-6
   slope = (oracle(logits + step) - oracle(logits - step)).sum() / 2e-6
@@ -263,15 +268,11 @@ def test_regularizer_equals_numpy_and_has_its_gradient():
 
 
 def test_regularizer_stays_finite_at_full_agreement():
-  logits, smoothed = jnp.array([[1e4, 0.0]]), jnp.array([[1.0, 0.0]])
-  value, gradient = jax.value_and_grad(
-    lambda logits: ranger.labels.early_learning_regularizer(logits, smoothed).sum()
-  )(logits)
-  np.testing.assert_allclose(value, np.log(1e-4), rtol=1e-5)
+  logits, smoothed = np.eye(5, 4, dtype=np.float32) * 1e4, np.eye(5, 4, dtype="float32")
+  value, gradient = regularizer(logits, smoothed), slopes(logits, smoothed)[0]
+  np.testing.assert_allclose(value[:4], np.log(1e-4), rtol=1e-5)
   assert np.isfinite(gradient).all()
-  half = ranger.labels.early_learning_regularizer(
-    logits.astype(jnp.bfloat16), smoothed.astype(jnp.bfloat16)
-  )
+  half = regularizer(logits.astype(jnp.bfloat16), smoothed.astype(jnp.bfloat16))
   assert half.dtype == jnp.float32
 
 
@@ -291,13 +292,14 @@ ROWS = np.array(
 )
 def test_refined_targets_are_probabilities(support, confusion):
   for labels in ([0] * 7, [1] * 7, [-1] * 7, [2] * 7):
-    targets = ranger.labels.refine_targets(
-      jnp.array(labels),
-      jnp.asarray(ROWS),
-      support=None if support is None else jnp.full([7], support, jnp.float32),
-      confusion=None if confusion is None else jnp.array(confusion, jnp.float32),
+    targets = refine_targets(
+      np.array(labels),
+      ROWS,
+      support=None if support is None else np.full([7], support, np.float32),
+      confusion=None if confusion is None else np.array(confusion, np.float32),
     )
-    assert (np.asarray(targets) >= 0).all()
+    targets = np.asarray(targets)
+    assert (targets >= 0).all()
     np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-5)
     if 0 <= labels[0] < 2:  # No belief: the label stays.
       np.testing.assert_array_equal(targets[1:5, labels[0]], 1)
@@ -308,10 +310,10 @@ def test_refined_targets_are_probabilities(support, confusion):
 @pytest.mark.guarantees("labels.refine_targets", "support=1 is the label")
 def test_full_support_keeps_the_label():
   rng = np.random.default_rng(0)
-  labels = jnp.asarray(rng.integers(0, 4, 6))
-  beliefs = jnp.asarray(rng.dirichlet(np.ones(4), 6), jnp.float32)
-  targets = ranger.labels.refine_targets(labels, beliefs, support=jnp.ones([6]))
-  np.testing.assert_array_equal(targets, jax.nn.one_hot(labels, 4))
+  labels = rng.integers(0, 4, 6)
+  beliefs = rng.dirichlet(np.ones(4), 6).astype(np.float32)
+  targets = refine_targets(labels, beliefs, support=np.ones([6], np.float32))
+  np.testing.assert_array_equal(targets, np.eye(4)[labels])
 
 
 @pytest.mark.guarantees(
@@ -327,21 +329,21 @@ def test_refined_target_is_the_posterior():
   counts = np.zeros([3, 3])
   np.add.at(counts, (labels, classes), 1)
   expected = counts / counts.sum(axis=1, keepdims=True)
-  targets = ranger.labels.refine_targets(
-    jnp.arange(3),
-    jnp.asarray(np.stack([prior] * 3) * 7, jnp.float32),
-    confusion=jnp.asarray(confusion, jnp.float32),
+  targets = refine_targets(
+    np.arange(3),
+    np.stack([prior] * 3).astype(np.float32) * 7,
+    confusion=confusion.astype(np.float32),
   )
   np.testing.assert_allclose(targets, expected, atol=5e-3)
 
 
 def test_no_gradient_flows_through_targets():
-  grad = jax.grad(lambda b: ranger.labels.refine_targets(jnp.array([0]), b)[0, 0])
-  assert not grad(jnp.array([[0.3, 0.7]])).any()
+  grad = jax.jit(jax.grad(lambda b: refine_targets(np.array([0]), b)[0, 0]))
+  assert not np.asarray(grad(np.array([[0.3, 0.7]], np.float32))).any()
 
 
 def test_wide_ids_move_no_row():
-  step = ranger.smooth_predictions(4, 2)
+  step = smooth_predictions(4, 2)
   ids = np.array([2**32 + 1, 2**33 + 2, 7])
   predictions = np.array([[1.0, 0.0]] * 3)
   _, state = step.update({}, step.init({}), predictions=predictions, example_ids=ids)
@@ -363,7 +365,7 @@ def test_wide_ids_move_no_row():
   ids=["int64", "uint64", "uint32", "list", "negative"],
 )
 def test_wide_ids_are_dropped_and_counted(ids):
-  step = ranger.smooth_predictions(4, 2)
+  step = smooth_predictions(4, 2)
   predictions = np.array([[1.0, 0.0]] * 3)
   _, state = step.update({}, step.init({}), predictions=predictions, example_ids=ids)
   np.testing.assert_array_equal(state.smoothed, 0)
@@ -377,7 +379,7 @@ def test_wide_ids_are_dropped_when_traced(dtype):
   with jax.enable_x64(True):
     top = 2**31 if dtype == "uint32" else 2**32
     ids = jnp.array([top + 1, 2, top + 3], dtype)
-    step = ranger.smooth_predictions(4, 2, decay=0.5)
+    step = smooth_predictions(4, 2, decay=0.5)
     state = jax.jit(
       lambda ids: step.update(
         {}, step.init({}), predictions=jnp.full([3, 2], 0.5), example_ids=ids
@@ -389,7 +391,7 @@ def test_wide_ids_are_dropped_when_traced(dtype):
 
 @pytest.mark.parametrize("ids", [[1, None, 3], np.array([1, np.nan, 3]), (1, -1, 3)])
 def test_missing_ids_are_no_examples(ids):
-  step = ranger.smooth_predictions(4, 2)
+  step = smooth_predictions(4, 2)
   predictions = np.array([[1.0, 0.0]] * 3)
   _, state = step.update({}, step.init({}), predictions=predictions, example_ids=ids)
   moved = np.asarray(state.smoothed).any(axis=1)
@@ -399,7 +401,7 @@ def test_missing_ids_are_no_examples(ids):
 
 @pytest.mark.parametrize("ids", [["a", "b", "c"], [0.5, 1, 2], jnp.zeros(3)])
 def test_ids_must_be_integers(ids):
-  step = ranger.smooth_predictions(4, 2)
+  step = smooth_predictions(4, 2)
   predictions = np.array([[1.0, 0.0]] * 3)
   with pytest.raises(TypeError, match="example_ids must hold integers"):
     step.update({}, step.init({}), predictions=predictions, example_ids=ids)
@@ -420,7 +422,7 @@ LOGITS = {
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_dropped_and_counted(kind, dtype):
-  step = ranger.smooth_predictions(4, 3)
+  step = smooth_predictions(4, 3)
   rows = np.concatenate([LOGITS[kind], np.full([1, 3], 1 / 3)]).astype(jnp.dtype(dtype))
   state = visit(step, step.init({}), np.arange(4), rows)
   moved = np.asarray(state.smoothed).any(axis=1)
@@ -435,7 +437,7 @@ def test_rounded_probabilities_are_kept(dtype, classes):
   """Softmax computed in half precision."""
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(200, classes), scale=4).astype(jnp.dtype(dtype))
-  step = ranger.smooth_predictions(200, classes)
+  step = smooth_predictions(200, classes)
   softmax = jax.jit(jax.nn.softmax)(logits)
   state = visit(step, step.init({}), np.arange(200), softmax)
   assert int(state.num_dropped) == 0
@@ -443,7 +445,7 @@ def test_rounded_probabilities_are_kept(dtype, classes):
 
 def test_sums_are_near_one():
   """Up to a sixty-fourth; the decay is 0.7."""
-  step = ranger.smooth_predictions(4, 2)
+  step = smooth_predictions(4, 2)
   rows = np.full([4, 2], 0.5, np.float32)
   rows[:, 1] += np.array([1 / 32, 1 / 80, -1 / 80, -1 / 32])
   state = visit(step, step.init({}), np.arange(4), rows)
@@ -453,7 +455,7 @@ def test_sums_are_near_one():
 
 
 def test_one_column_is_a_chance():
-  step = ranger.smooth_predictions(4, 1, decay=0.5)
+  step = smooth_predictions(4, 1, decay=0.5)
   rows = np.array([[0.25], [-0.5], [1.03], [1.0]], np.float32)
   state = visit(step, step.init({}), np.arange(4), rows)
   np.testing.assert_array_equal(state.smoothed[:, 0], [0.125, 0, 0, 0.5])
