@@ -170,7 +170,7 @@ def test_step_with_momentum_is_refused():
 
 
 def test_state_comes_third_and_counts():
-  step = ranger.aggregate_by_mean()
+  step = LINEAR["mean"]
   batch = with_bad_row(BATCH, (3, 0))
   function = jax.jit(ranger.value_and_grad(losses, step))
   state = step.init(PARAMS)
@@ -226,11 +226,13 @@ def test_overflow_inside_the_model_is_one_example_where_they_are_apart():
   def function(params, batch):
     return jnp.sqrt(batch["x"][:, 0] * params)
 
-  params, batch = jnp.float32(1), {"x": jnp.array([[1.0], [0.0], [4.0]])}
-  step = ranger.aggregate_by_max()
-  _, grad, state = ranger.value_and_grad(function, step)(
-    params, batch, state=step.init(params)
+  params, batch = (
+    np.float32(1),
+    {"x": np.array([[1], [0], [4], [4], [4], [4]], np.float32)},
   )
+  step = NON_LINEAR["max"]
+  grad_fn = jax.jit(ranger.value_and_grad(function, step))
+  _, grad, state = grad_fn(params, batch, state=step.init(params))
   assert float(grad) == 1.0
   assert int(state.num_dropped) == 1
 
@@ -242,7 +244,7 @@ def test_aux_and_extra_args_reach_the_losses():
 
   smoothed = np.ones([N, 2], np.float32)
   extra = {"scale": np.float32(2), "smoothed": smoothed, "unused": 1}
-  for step in (ranger.aggregate_by_mean(), ranger.aggregate_by_max()):
+  for step in (LINEAR["mean"], NON_LINEAR["max"]):
     grad_fn = jax.jit(ranger.value_and_grad(function, step, has_aux=True))
     (value, aux), grads = grad_fn(PARAMS, BATCH, **extra)
     close(value, 2 * np.asarray(jax.jit(losses)(PARAMS, BATCH)) + 2)
@@ -277,17 +279,20 @@ def test_losses_reach_the_step():
 def test_weights_are_those_of_the_state():
   step = ranger.aggregate_by_worst_regions(2)
   state = step.init(())._replace(log_weights=np.log(np.float32([0.25, 0.75])))
-  extra = {"losses": np.zeros(4, np.float32), "regions": np.array([0, 1, 1, 0])}
-  found = ranger.example_weights(step, 4, state=state, **extra)
-  np.testing.assert_allclose(found, [0.125, 0.375, 0.375, 0.125], rtol=1e-6)
+  regions = np.array([0, 1, 1, 0, 0, 1], np.int32)
+  extra = {"losses": np.zeros(N, np.float32), "regions": regions}
+  weigh = lambda state, extra: ranger.example_weights(step, N, state=state, **extra)
+  found = jax.jit(weigh)(state, extra)
+  np.testing.assert_allclose(found, np.where(regions, 0.25, 0.25 / 3), rtol=1e-6)
 
 
 def test_weights_are_as_wide_as_numbers_are():
-  step, given = ranger.aggregate_by_mean(), np.array([1.0, 2.0, 4.0])
+  step, given = ranger.aggregate_by_mean(), np.array([1.0, 2.0, 4.0, 1.0, 2.0, 4.0])
   with jax.enable_x64(True):
-    found = ranger.example_weights(step, 3, member_weights=given)
+    weigh = lambda given: ranger.example_weights(step, N, member_weights=given)
+    found = jax.jit(weigh)(given)
   assert found.dtype == np.float64
-  np.testing.assert_allclose(found, given / 7, rtol=1e-15)
+  np.testing.assert_allclose(found, given / 14, rtol=1e-15)
   assert ranger.example_weights(step, 0).shape == (0,)
 
 
@@ -305,11 +310,14 @@ def test_bfloat16_losses_are_weighed_in_float32():
 )
 def test_fused_holds_no_per_example_gradients():
   """A 1 MB model: the fused form needs what the plain mean needs, not 64 MB."""
-  params = jnp.ones([512, 512])
-  batch = {"x": jnp.ones([64, 512])}
+  params = np.ones([512, 512], np.float32)
+  batch = {"x": np.ones([64, 512], np.float32)}
   square = lambda params, batch: ((batch["x"] @ params) ** 2).sum(axis=1)
-  features = jnp.asarray(np.random.default_rng(0).standard_normal([64, 2]))
-  neighbors = ranger.neighbors.nearest(features, 5)
+  neighbors = ranger.Neighbors(
+    np.arange(1, 6) + np.arange(64)[:, None] % 32,
+    np.ones([64, 5], np.float32),
+    np.full([64, 5], 0.2, np.float32),
+  )
 
   def temporaries(function, *args):
     compiled = jax.jit(function).lower(*args).compile()
@@ -330,7 +338,7 @@ def test_fused_holds_no_per_example_gradients():
 def test_batch_sharded_over_devices(axis_type):
   """A neighbor on another device counts as a local one."""
   mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
-  function = jax.jit(ranger.value_and_grad(losses, ranger.ranger_head()))
+  function = jax.jit(ranger.value_and_grad(losses, LINEAR["head"]))
   value, grads = function(PARAMS, BATCH, neighbors=EXTRA["neighbors"])
   with jax.set_mesh(mesh):
     batch = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec("data")))
@@ -344,36 +352,43 @@ def test_batch_sharded_over_devices(axis_type):
 def test_bad_example_is_left_out_of_a_singular_loss():
   """A norm has no gradient at zero: the bad row must not become zeros."""
   norm = lambda params, batch: jnp.linalg.norm(params * batch, axis=1)
-  good, bad = np.float32([[1, 2], [3, 4]]), np.float32([[np.nan, 1]])
+  good, bad = np.float32([[1, 2], [3, 4], [1, 3], [4, 2], [1, 5]]), [[np.nan, 1]]
   params = np.ones([1, 2], np.float32)
-  for step in (ranger.aggregate_by_mean(), ranger.aggregate_by_max()):
+  for step in (LINEAR["mean"], NON_LINEAR["max"]):
     grad_fn = jax.jit(ranger.value_and_grad(norm, step))
     expected = grad_fn(params, good)[1]
-    for place in range(3):
-      batch = np.concatenate([good[:place], bad, good[place:]])
+    for place in range(N):
+      batch = np.insert(good, place, bad, axis=0)
       close(grad_fn(params, batch)[1], expected)
+
+
+grad_of_log = jax.jit(
+  ranger.value_and_grad(lambda p, batch: jnp.log(batch["x"]) * p, LINEAR["mean"])
+)
 
 
 @pytest.mark.parametrize("x", [-1.0, 0.0])
 def test_a_loss_that_ruins_the_gradient_drops_the_batch(x):
   """Zero times a derivative that isn't finite is NaN, and the rows share the pass."""
-  step = ranger.aggregate_by_mean()
-  grad_fn = ranger.value_and_grad(lambda p, batch: jnp.log(batch["x"]) * p, step)
-  for third, expected, count in ((x, 0.0, 4), (np.e, 0.5, 0)):
-    batch = {"x": jnp.array([1.0, np.e, third, 1.0])}
-    state = step.init(jnp.float32(1))
-    value, grads, state = jax.jit(grad_fn)(jnp.float32(1), batch, state=state)
+  step = LINEAR["mean"]
+  for third, expected, count in ((x, 0.0, N), (np.e, 0.5, 0)):
+    batch = {"x": np.array([1.0, np.e, third, 1.0, 1.0, np.e], np.float32)}
+    state = step.init(np.float32(1))
+    value, grads, state = grad_of_log(np.float32(1), batch, state=state)
     np.testing.assert_allclose(grads, expected, rtol=1e-6)
     assert jax.tree.leaves(state) == [count]
-    assert np.isfinite(value).tolist() == [True, True, not count, True]
+    assert np.isfinite(value).tolist() == [True, True, not count, True, True, True]
 
 
 def test_a_bad_loss_with_a_derivative_drops_itself():
   losses = lambda params, batch: batch["x"] * params + batch["y"]
-  grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
-  batch = {"x": jnp.array([1.0, 3e38, 3.0]), "y": jnp.array([0.0, 3e38, 0.0])}
-  state = ranger.aggregate_by_mean().init(jnp.float32(1))
-  value, grads, state = grad_fn(jnp.float32(1), batch, state=state)
+  grad_fn = jax.jit(ranger.value_and_grad(losses, LINEAR["mean"]))
+  batch = {
+    "x": np.float32([1, 3e38, 3, 1, 3, 2]),
+    "y": np.float32([0, 3e38, 0, 0, 0, 0]),
+  }
+  state = LINEAR["mean"].init(np.float32(1))
+  value, grads, state = grad_fn(np.float32(1), batch, state=state)
   assert not np.isfinite(value[1])
   np.testing.assert_allclose(grads, 2)
   assert jax.tree.leaves(state) == [1]
@@ -381,7 +396,7 @@ def test_a_bad_loss_with_a_derivative_drops_itself():
 
 def test_weights_differ_from_device_to_device():
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-  member = jnp.array([1.0, 2.0, 1.0, 3.0])
+  member = np.array([1.0, 2.0, 1.0, 3.0], np.float32)
   split = PartitionSpec("data")
   function = jax.shard_map(
     lambda m: ranger.example_weights(ranger.aggregate_by_mean(), 2, member_weights=m),
@@ -397,7 +412,7 @@ def test_examples_of_different_devices_are_kept_apart():
   """A maximum of each device's own examples, or a refusal that names the leaf."""
   mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
   split = PartitionSpec("data")
-  grad_fn = ranger.value_and_grad(lambda p, x: p * x, ranger.aggregate_by_max())
+  grad_fn = ranger.value_and_grad(lambda p, x: p * x, NON_LINEAR["max"])
 
   def local(params, x):
     return grad_fn(jax.lax.pcast(params, "data", to="varying"), x)[1][None]
@@ -406,8 +421,8 @@ def test_examples_of_different_devices_are_kept_apart():
     over = jax.shard_map(
       function, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=out_specs
     )
-    x = jax.device_put(jnp.arange(1.0, 9.0), NamedSharding(mesh, split))
-    return jax.jit(over)(jnp.float32(2), x)
+    x = np.arange(1, 9, dtype=np.float32)
+    return jax.jit(over)(np.float32(2), jax.device_put(x, NamedSharding(mesh, split)))
 
   np.testing.assert_array_equal(run(local, split), [2, 4, 6, 8])
   with pytest.raises(ValueError, match="params is the same over the mesh axis 'data'"):
@@ -422,10 +437,7 @@ def test_examples_of_different_devices_are_kept_apart():
 )
 def test_a_split_batch_has_the_gradient_of_the_whole(map_):
   """Two examples on each of three devices; one of them is bad."""
-  step = optax.chain(
-    ranger.average_neighbors(include_self=False), ranger.aggregate_by_regions(3)
-  )
-  batch = with_bad_row(BATCH, 4)
+  step, batch = LINEAR["neighbors-regions"], with_bad_row(BATCH, 4)
   state = step.init(PARAMS)
   whole = jax.jit(ranger.value_and_grad(losses, step))
   values, expected, new_state = whole(PARAMS, batch, state=state, **EXTRA)
@@ -466,9 +478,9 @@ def test_many_neighbors_are_no_rounding_error():
   """The trial of a step on stand-ins must not add up thousands at one place."""
   n, k = 4096, 10
   neighbors = ranger.Neighbors(
-    (jnp.arange(n)[:, None] + jnp.arange(1, k + 1)[None]) % n,
-    jnp.ones([n, k]),
-    jnp.full([n, k], 1 / k),
+    (np.arange(n)[:, None] + np.arange(1, k + 1)) % n,
+    np.ones([n, k], np.float32),
+    np.full([n, k], 1 / k, np.float32),
   )
   weights = jax.jit(
     lambda neighbors: ranger.example_weights(
@@ -480,12 +492,12 @@ def test_many_neighbors_are_no_rounding_error():
 
 def test_float64_keeps_its_digits():
   rng = np.random.default_rng(0)
-  x, w = rng.normal(size=(7, 3)), rng.normal(size=3)
+  x, w = rng.normal(size=(N, 3)), rng.normal(size=3)
   with jax.enable_x64(True):
     losses = lambda w, batch: (batch @ w - 1) ** 2
-    grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
-    _, found = grad_fn(jnp.asarray(w), jnp.asarray(x))
-  np.testing.assert_allclose(found, 2 * x.T @ (x @ w - 1) / 7, rtol=1e-14)
+    grad_fn = jax.jit(ranger.value_and_grad(losses, ranger.aggregate_by_mean()))
+    _, found = grad_fn(w, x)
+  np.testing.assert_allclose(found, 2 * x.T @ (x @ w - 1) / N, rtol=1e-14)
 
 
 @pytest.mark.slow
@@ -506,10 +518,9 @@ def test_rows_that_are_not_declared_are_refused_per_example(step):
 def test_rows_of_large_numbers_are_finite():
   """Their sum is not; the rows are used."""
   losses = lambda params, batch: (params[None] * (batch * 1e-37)).sum(axis=1)
-  step = ranger.aggregate_by_mean()
-  batch, params = jnp.full([4, 3], 3e38), jnp.ones(3)
-  _, grads, state = ranger.value_and_grad(losses, step)(
-    params, batch, state=step.init(params)
-  )
+  step = LINEAR["mean"]
+  batch, params = np.full([N, 3], 3e38, np.float32), np.ones(3, np.float32)
+  grad_fn = jax.jit(ranger.value_and_grad(losses, step))
+  _, grads, state = grad_fn(params, batch, state=step.init(params))
   np.testing.assert_allclose(grads, 30.0, rtol=1e-5)
   assert int(state.num_dropped) == 0

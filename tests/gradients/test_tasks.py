@@ -33,6 +33,10 @@ def tasks(params, batch, scale=1.0):
   )
 
 
+gradients = jax.jit(jax.jacrev(tasks))
+losses_of = jax.jit(tasks)
+
+
 def problem():
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -45,12 +49,12 @@ def problem():
 def test_the_step_is_over_the_gradients_of_tasks(name, num_sweeps):
   params, batch = problem()
   step, weights = STEPS[name], np.array([1.0, 2.0, 1.0], np.float32)
-  rows = jax.jit(jax.jacrev(tasks))(params, batch)
+  rows = gradients(params, batch)
   state = step.init(params)
   expected, _ = jax.jit(step.update)(rows, state, member_weights=weights)
   grad_fn = ranger.value_and_grad(tasks, step, over="tasks", num_sweeps=num_sweeps)
   losses, found = jax.jit(grad_fn)(params, batch, member_weights=weights)
-  close(losses, jax.jit(tasks)(params, batch))
+  close(losses, losses_of(params, batch))
   close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -82,12 +86,12 @@ def test_losses_without_a_forward_mode(form):
 @pytest.mark.parametrize("scale", [1e-33, 1e34])
 def test_gradients_whose_squares_overflow_or_vanish(scale):
   params, batch = problem()
-  step, by = STEPS["mgda"], jnp.array([scale, 3.0, scale])
+  step, by = STEPS["mgda"], np.array([scale, 3.0, scale], np.float32)
   losses = lambda params, batch: by * tasks(params, batch)
   rows = jax.jit(jax.jacrev(losses))(params, batch)
   expected, _ = jax.jit(step.update)(rows, step.init(params))
   _, found = jax.jit(ranger.value_and_grad(losses, step, over="tasks"))(params, batch)
-  largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+  largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
   close(found, expected, rtol=1e-3, atol=1e-4 * largest)
 
 
@@ -110,9 +114,9 @@ def test_other_types(dtype, room):
 
 def test_no_gradient_is_held_beside_another():
   """The matrix of inner products comes without them."""
-  params, n = {"w": jnp.ones([512, 512])}, 16
+  params, n = {"w": np.ones([512, 512], np.float32)}, 16
   losses = lambda params, batch: jnp.tanh(batch @ params["w"]).sum(axis=1)
-  batch = jnp.eye(n, 512)
+  batch = np.eye(n, 512, dtype=np.float32)
   grad_fn = ranger.value_and_grad(losses, STEPS["upgrad"], over="tasks")
   compiled = jax.jit(grad_fn).lower(params, batch).compile()
   one = params["w"].nbytes
@@ -123,10 +127,13 @@ def test_auxiliary_output_and_extra_args():
   params, batch = problem()
   both = lambda params, batch, scale: (tasks(params, batch, scale), {"any": batch})
   grad_fn = ranger.value_and_grad(both, STEPS["mean"], over="tasks", has_aux=True)
-  (losses, aux), found = grad_fn(params, batch, scale=2.0)
+  (losses, aux), found = jax.jit(grad_fn)(params, batch, scale=2.0)
   close(aux, {"any": batch})
-  close(losses, 2 * tasks(params, batch))
-  close(found, jax.grad(lambda p: 2 * tasks(p, batch).mean())(params), rtol=1e-5)
+  close(losses, 2 * np.asarray(losses_of(params, batch)))
+  expected = jax.tree.map(
+    lambda rows: 2 * np.mean(rows, axis=0), gradients(params, batch)
+  )
+  close(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mean", "upgrad", "median"])
@@ -143,11 +150,11 @@ def test_a_task_without_a_number_is_left_out(name):
 
 @pytest.mark.parametrize("name", ["mean", "upgrad", "median"])
 def test_a_gradient_that_tasks_share_is_never_nan(name):
-  params = jnp.array([1.0, 2.0])
+  params = np.array([1, 2], np.float32)
 
   def losses(p, _):
     shared = jnp.sqrt(p - 1)  # of zero, whose slope is infinite
-    return jnp.stack([shared.sum(), (shared**2).sum()])
+    return jnp.stack([shared.sum(), (shared**2).sum(), 3 * shared[0]])
 
   step = STEPS[name]
   update = ranger.train_step(
@@ -156,7 +163,7 @@ def test_a_gradient_that_tasks_share_is_never_nan(name):
   moved, state, metrics = update(params, update.init(params), {})
   close(moved, params)
   assert int(metrics["weight"]) == 0
-  assert int(state.step.num_dropped) == 2
+  assert int(state.step.num_dropped) == 3
 
 
 @pytest.mark.few(1)
@@ -165,14 +172,13 @@ def test_a_gradient_that_tasks_share_is_never_nan(name):
 def test_train_step_over_tasks_on_a_mesh(name, kind):
   params, batch = problem()
   step = None if name == "mean" else STEPS[name]
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
   weights = np.array([1.0, 2.0, 1.0], np.float32)
-  rows = jax.jit(jax.jacrev(tasks))(params, batch)
   expected, _ = jax.jit(STEPS[name].update)(
-    rows, STEPS[name].init(params), member_weights=weights
+    gradients(params, batch), STEPS[name].init(params), member_weights=weights
   )
   expected = jax.tree.map(lambda p, g: p - 0.1 * np.asarray(g), params, expected)
-  losses = np.asarray(jax.jit(tasks)(params, batch))
+  losses = np.asarray(losses_of(params, batch))
   for options in ({}, {"mesh": mesh, "partition": "jit"}):
     update = ranger.train_step(
       tasks, optax.sgd(0.1), step=step, over="tasks", donate=False, **options
@@ -191,12 +197,15 @@ def test_without_a_step_it_is_the_mean():
   both = lambda params, batch: (tasks(params, batch), {"any": params["v"]})
   update = ranger.train_step(both, optax.sgd(0.1), over="tasks", has_aux=True)
   weights = np.array([1.0, 2.0, 1.0], np.float32)
-  loss = lambda params: weights @ tasks(params, batch) / 4
-  expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+  expected = jax.tree.map(
+    lambda p, rows: p - 0.1 * np.tensordot(weights, rows, axes=1) / 4,
+    params,
+    gradients(params, batch),
+  )
   moved, _, metrics = update(params, update.init(params), batch, member_weights=weights)
   close(moved, expected, atol=1e-5)
-  losses = tasks(params, batch)
-  found = {"loss": loss(params), "losses": losses, "any": params["v"]}
+  losses = np.asarray(losses_of(params, batch))
+  found = {"loss": weights @ losses / 4, "losses": losses, "any": params["v"]}
   close({name: metrics[name] for name in found}, found)
   assert (metrics["weight"], metrics["num_dropped"]) == (4, 0)
 
@@ -224,13 +233,13 @@ def test_a_leaf_of_the_batch_is_split_where_devices_divide_its_rows():
 
 def test_no_task_gets_worse_where_the_mean_makes_one_worse():
   """Two with opposite gradients, of which one is a thousand times the other."""
-  target = jnp.array([[1.0, 0.5], [-1.0, 0.5]])
-  scale = jnp.array([1.0, 1000.0])
+  target = np.array([[1, 0.5], [-1, 0.5], [0, 0.5]], np.float32)
+  scale = np.array([1, 1000, 1], np.float32)
   losses = lambda w, _: scale * ((w[None] - target) ** 2).sum(axis=1)
-  start = jnp.array([0.0, 0.8])
+  start = np.array([0, 0.8], np.float32)
+  rows = 2 * scale[:, None] * (start - target)
   for name, fair in (("mean", False), ("upgrad", True), ("mgda", True)):
     grad_fn = ranger.value_and_grad(losses, STEPS[name], over="tasks")
     _, gradient = jax.jit(grad_fn)(start, None)
-    rows = jax.jacrev(losses)(start, None)
-    slopes = rows @ gradient / jnp.linalg.norm(rows, axis=1)
-    assert bool((slopes > -1e-4 * jnp.linalg.norm(gradient)).all()) == fair
+    slopes = rows @ np.asarray(gradient) / np.linalg.norm(rows, axis=1)
+    assert (slopes > -1e-4 * np.linalg.norm(gradient)).all() == fair

@@ -1,5 +1,6 @@
 """A step of somebody else takes the place of each kind of ours, everywhere."""
 
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -168,30 +169,36 @@ def head():
   return optax.named_chain(("trust", trusting()), ("half", summing_half()))
 
 
-def train(way, optimizer, steps=4, loss=losses, **options):
+@functools.cache
+def updater(way, optimizer, loss, **options):
   options = {**WAYS[way], **options}
   devices, kind = options.pop("mesh", 0), options.pop("kind", AxisType.Auto)
   if devices:
     options["mesh"] = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
-  update = ranger.train_step(
-    loss, optimizer, step=head(), row_args=("trust",), **options
-  )
-  here, state = params(), None
+  return ranger.train_step(loss, optimizer, step=head(), row_args=("trust",), **options)
+
+
+def train(way, optimizer, steps=4, loss=losses, **options):
+  update, here = updater(way, optimizer, loss, **options), params()
   state = update.init(here)
   for _ in range(steps):
     here, state, _ = update(here, state, {"x": X, "y": Y}, trust=TRUST, example_ids=IDS)
   return here, state
 
 
+@jax.jit
+@jax.grad
+def gradient(here, factor):
+  """Of half of the losses' sum, each as often as it is trusted, times a factor."""
+  return 0.5 * (TRUST * factor * losses(here, {"x": X, "y": Y})).sum()
+
+
 def by_hand(optimizer, steps=4):
   """Per example, in NumPy where it matters."""
   here, state = params(), optimizer.init(params())
-  total = lambda here, visits: (
-    0.5 * (TRUST * (1 + visits) * losses(here, {"x": X, "y": Y})).sum()
-  )
   visits = np.zeros(N, np.float32)
   for _ in range(steps):
-    grads = jax.grad(total)(here, visits)
+    grads = gradient(here, 1 + visits)
     updates, state = optimizer.update(grads, state, here)
     here = optax.apply_updates(here, updates)
     visits = visits + 1
@@ -199,12 +206,13 @@ def by_hand(optimizer, steps=4):
 
 
 def test_fusion():
-  weights = ranger.example_weights(head(), N, trust=TRUST)
-  np.testing.assert_allclose(weights, TRUST / 2, rtol=1e-6)
+  weigh = lambda trust: ranger.example_weights(head(), N, trust=trust)
+  np.testing.assert_allclose(jax.jit(weigh)(TRUST), TRUST / 2, rtol=1e-6)
   grad_fn = ranger.value_and_grad(losses, head(), row_args=("trust",))
-  _, grads = grad_fn(params(), {"x": X, "y": Y}, trust=TRUST)
+  _, grads = jax.jit(grad_fn)(params(), {"x": X, "y": Y}, trust=TRUST)
   rows = jax.vmap(jax.grad(lambda p, x, y: losses(p, {"x": x, "y": y})), (None, 0, 0))
-  expected, _ = head().update(rows(params(), X, Y), head().init({}), trust=TRUST)
+  rows = jax.jit(rows)(params(), X, Y)
+  expected, _ = jax.jit(head().update)(rows, head().init({}), trust=TRUST)
   close(grads, expected)
 
 
@@ -216,9 +224,8 @@ def plain_losses(params, batch):
 def test_steps_over_examples(way):
   found, _ = train(way, optax.sgd(0.01), loss=plain_losses)
   here, state = params(), optax.sgd(0.01).init(params())
-  total = lambda p: 0.5 * (TRUST * losses(p, {"x": X, "y": Y})).sum()
   for _ in range(4):
-    updates, state = optax.sgd(0.01).update(jax.grad(total)(here), state, here)
+    updates, state = optax.sgd(0.01).update(gradient(here, np.float32(1)), state, here)
     here = optax.apply_updates(here, updates)
   close(found, here)
 
@@ -241,21 +248,23 @@ def test_open_window(way):
   options = {} if way != "on emission" else {"reduce": "on_emission"}
   way = "mesh" if way == "on emission" else way
   found, state = train(way, every_other(optax.sgd(0.01)), steps=5, **options)
-  here = params()
-  gradient = jax.grad(lambda p: 0.5 * (TRUST * losses(p, {"x": X, "y": Y})).sum())
+  here, one = params(), np.float32(1)
   for _ in range(2):
-    here = jax.tree.map(lambda p, g: p - 0.02 * g, here, gradient(here))
+    here = jax.tree.map(
+      lambda p, g: p - 0.02 * np.asarray(g), here, gradient(here, one)
+    )
   close(found, here)
-  left = state.optimizer.total["w"]
-  close(left.sum(axis=0) if options else left, gradient(here)["w"])
+  left = np.asarray(state.optimizer.total["w"])
+  close(left.sum(axis=0) if options else left, gradient(here, one)["w"])
   if options:
     assert left.shape == (8, D)
 
 
 @each_way
 def test_smoothed_copy(way):
-  found, state = train(way, optax.chain(optax.sgd(0.01), halved()))
-  before, _ = train(way, optax.chain(optax.sgd(0.01), halved()), steps=3)
+  tx = optax.chain(optax.sgd(0.01), halved())
+  found, state = train(way, tx)
+  before, _ = train(way, tx, steps=3)
   close(
     ranger.eval_params(state, found), jax.tree.map(lambda p: np.asarray(p) / 2, before)
   )
