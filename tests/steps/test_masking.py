@@ -15,7 +15,7 @@ from tests.helpers import temporaries
 
 def gradients(count, shape=(5, 40), seed=0):
   rng = np.random.default_rng(seed)
-  return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(count)]
+  return [rng.standard_normal(shape).astype(np.float32) for _ in range(count)]
 
 
 def run(step, given, params):
@@ -39,7 +39,7 @@ def published(update, gradient):
 )
 def test_it_is_the_published_mask(inner):
   given = [{"w": g, "b": g[0]} for g in gradients(6)]
-  params = jax.tree.map(jnp.zeros_like, given[0])
+  params = jax.tree.map(np.zeros_like, given[0])
   results, _ = run(ranger.mask_contradictions(inner), given, params)
   plain, _ = run(optax.with_extra_args_support(inner), given, params)
   for result, update, gradient in zip(results, plain, given, strict=True):
@@ -52,7 +52,7 @@ def test_it_is_the_published_mask(inner):
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
 def test_no_entry_goes_up(scale):
   """Also where the product of update and gradient is too small for float32."""
-  given = [scale * g for g in gradients(8)]
+  given = [np.float32(scale) * g for g in gradients(8)]
   inner = optax.sgd(0.1, momentum=0.95)
   results, _ = run(ranger.mask_contradictions(inner), given, given[0])
   plain, _ = run(optax.with_extra_args_support(inner), given, given[0])
@@ -67,8 +67,9 @@ def test_no_entry_goes_up(scale):
 )
 def test_without_contradictions_it_is_the_inner():
   """Also where the gradient is zero, as in the rows that a batch does not touch."""
-  given = [jnp.abs(g) for g in gradients(5)]
-  given = [g.at[i].set(0) for i, g in enumerate(given)]
+  given = [np.abs(g) for g in gradients(5)]
+  for i, g in enumerate(given):
+    g[i] = 0
   inner = optax.sgd(0.1, momentum=0.9)
   results, _ = run(ranger.mask_contradictions(inner), given, given[0])
   plain, _ = run(optax.with_extra_args_support(inner), given, given[0])
@@ -77,19 +78,18 @@ def test_without_contradictions_it_is_the_inner():
 
 def test_few_that_are_kept_are_scaled_at_most_a_thousandfold():
   inner = optax.sgd(1.0, momentum=0.5)
-  first = jnp.ones([4000])
-  results, _ = run(
-    ranger.mask_contradictions(inner), [first, (-0.1 * first).at[0].set(1)], first
-  )
+  first, step = np.ones([4000], np.float32), ranger.mask_contradictions(inner)
+  second = np.full([4000], -0.1, np.float32)
+  results, _ = run(step, [first, np.where(np.arange(4000), second, first)], first)
   close(results[-1], np.eye(1, 4000)[0] * -1.5 * 1000, atol=1e-3)
-  results, _ = run(ranger.mask_contradictions(inner), [first, -0.1 * first], first)
+  results, _ = run(step, [first, second], first)
   assert not np.asarray(results[-1]).any()
 
 
 def test_complex_parameters():
   """An entry goes up if its real inner product with the gradient is positive."""
   rng = np.random.default_rng(0)
-  draw = lambda: jnp.asarray(rng.standard_normal([50, 2]) @ [1, 1j], jnp.complex64)
+  draw = lambda: (rng.standard_normal([50, 2]) @ [1, 1j]).astype(np.complex64)
   given, inner = [draw() for _ in range(4)], optax.sgd(0.1, momentum=0.9)
   results, _ = run(ranger.mask_contradictions(inner), given, given[0])
   plain, _ = run(optax.with_extra_args_support(inner), given, given[0])
@@ -99,40 +99,47 @@ def test_complex_parameters():
   close(results[-1], expected, atol=1e-6)
 
 
+MASKED_ADAM = ranger.mask_contradictions(optax.adam(0.1))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_what_is_skipped_is_counted(bad):
   given = gradients(5)
-  step = ranger.mask_contradictions(optax.adam(0.1))
+  wrong = given[3].copy()
+  wrong[0, 0] = bad
+  step = MASKED_ADAM
   with jax.numpy_dtype_promotion("standard"):
     expected, end = run(step, given[:3] + given[4:], given[0])
-    results, state = run(
-      step, [*given[:3], given[3].at[0, 0].set(bad), given[4]], given[0]
-    )
+    results, state = run(step, [*given[:3], wrong, given[4]], given[0])
   assert not np.asarray(results[3]).any()
   close(results[4], expected[3])
   close(state.inner_state, end.inner_state)
   assert int(state.num_skipped) == 1
 
 
+SGD = optax.sgd(0.1, momentum=0.9)
+MASKED_SGD = ranger.mask_contradictions(SGD)
+
+
 @pytest.mark.parametrize("value", [np.nan, 1e30])
 def test_a_bad_entry_of_a_large_leaf_is_seen_wherever_it_is(value):
-  params = {"w": jnp.ones([512, 256])}
-  step = ranger.mask_contradictions(optax.sgd(0.1, momentum=0.9))
-  _, state = step.update(params, step.init(params), params)
+  params = {"w": np.ones([512, 256], np.float32)}
+  step, update = MASKED_SGD, jax.jit(MASKED_SGD.update)
+  _, state = update(params, step.init(params), params)
   for row in (0, 9, 131):
-    bad = {"w": params["w"].at[row, 7].set(value)}
-    updates, after = jax.jit(step.update)(bad, state, params)
-    assert not updates["w"].any()
+    bad = {"w": params["w"].copy()}
+    bad["w"][row, 7] = value
+    updates, after = update(bad, state, params)
+    assert not np.asarray(updates["w"]).any()
     assert int(after.num_skipped) == 1
     chex.assert_trees_all_equal(after._replace(num_skipped=state.num_skipped), state)
 
 
 def test_the_share_of_large_leaves_is_that_of_a_part():
-  inner, params = optax.sgd(0.1, momentum=0.9), jnp.zeros([512, 256])
-  step, seen = ranger.mask_contradictions(inner), parts.view(jnp.zeros([512, 256]))
-  given = gradients(4, [512, 256])
-  results, _ = run(step, given, params)
-  plain, _ = run(optax.with_extra_args_support(inner), given, params)
+  params = np.zeros([512, 256], np.float32)
+  seen, given = parts.view(params), gradients(4, [512, 256])
+  results, _ = run(MASKED_SGD, given, params)
+  plain, _ = run(optax.with_extra_args_support(SGD), given, params)
   for count, triple in enumerate(zip(results, plain, given, strict=True)):
     result, update, gradient = map(np.asarray, triple)
     kept = update * gradient <= 0
@@ -143,7 +150,7 @@ def test_the_share_of_large_leaves_is_that_of_a_part():
 
 
 def test_no_temporaries_of_the_parameters_size():
-  params = [jnp.ones([1024, 1024]) for _ in range(4)]
+  params = [np.ones([1024, 1024], np.float32) for _ in range(2)]
   size = sum(leaf.nbytes for leaf in params)
   with jax.numpy_dtype_promotion("standard"):
     step = ranger.mask_contradictions(optax.adamw(0.1))
@@ -162,11 +169,11 @@ def test_all_laws_hold_in_parts(monkeypatch):
 
 def test_it_works_inside_of_others():
   """The masked update, times a factor, and once a window."""
-  masked, given = ranger.mask_contradictions(optax.sgd(0.1, momentum=0.9)), gradients(4)
+  masked, given = MASKED_SGD, gradients(4)
   expected, _ = run(masked, given, given[0])
   halved = ranger.accelerate(masked, hyper_rate=0, acceleration=0.5)
   results, _ = run(halved, given, given[0])
-  close(results, [each / 2 for each in expected])
+  close(results, [np.asarray(each) / 2 for each in expected])
   twice = [each for each in given for _ in range(2)]
   results, _ = run(ranger.accumulate(masked, 2), twice, given[0])
   close(results[1::2], expected)
