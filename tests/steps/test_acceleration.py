@@ -536,7 +536,7 @@ def test_no_temporaries_of_the_parameters_size(name):
 @pytest.mark.parametrize("name", STEPS)
 def test_all_laws_hold_in_parts(name, monkeypatch):
   monkeypatch.setattr(parts, "SMALLEST", 32)
-  params = {"w": jnp.ones([64, 4]), "b": jnp.ones([64]), "c": jnp.ones([3])}
+  params = {"w": jnp.ones([64, 4]), "c": jnp.ones([3])}
   assert parts.view(params["w"]) is not None
   report = ranger.testing.check(STEPS[name](), params=params)
   assert not report.failed, str(report)

@@ -161,7 +161,7 @@ def test_no_temporaries_of_the_parameters_size():
 @pytest.mark.few(1)
 def test_all_laws_hold_in_parts(monkeypatch):
   monkeypatch.setattr(parts, "SMALLEST", 32)
-  params = {"w": jnp.ones([64, 4]), "b": jnp.ones([64]), "c": jnp.ones([3])}
+  params = {"b": jnp.ones([64]), "c": jnp.ones([3])}
   step = ranger.mask_contradictions(optax.sgd(0.1, momentum=0.9))
   report = ranger.testing.check(step, params=params)
   assert not report.failed, str(report)

@@ -11,12 +11,12 @@ import optax_ranger as ranger
 
 def test_ema_equals_numpy():
   step = ranger.smooth_by_ema(0.8)
-  params, ema = jnp.array([1.0, -2.0]), np.array([1.0, -2.0])
-  state = step.init(params)
+  params = ema = np.array([1.0, -2.0], np.float32)
+  state, update = step.init(params), jax.jit(step.update)
   for i in range(10):
-    updates, state = step.update(jnp.array([0.5, float(i)]), state, params)
-    params = optax.apply_updates(params, updates)
-    ema = 0.8 * ema + 0.2 * np.asarray(params)
+    updates, state = update(np.array([0.5, i], np.float32), state, params)
+    params = params + np.asarray(updates)
+    ema = 0.8 * ema.astype(float) + 0.2 * params
   np.testing.assert_allclose(ranger.eval_params(state, params), ema, rtol=1e-6)
 
 
@@ -274,11 +274,13 @@ def test_smoothing_ticks_on_emission_only():
     inner = optax.chain(optax.sgd(0.1), smoothing)
     tx, params = ranger.accumulate(inner, 3), jnp.ones([2])
     state, alone, expected = tx.init(params), inner.init(params), params
+    update, update_alone = jax.jit(tx.update), jax.jit(inner.update)
+    ones = np.ones([2], np.float32)
     for _ in range(4):
       for _ in range(3):
-        updates, state = tx.update(jnp.ones([2]), state, params)
+        updates, state = update(ones, state, params)
         params = optax.apply_updates(params, updates)
-      updates, alone = inner.update(jnp.ones([2]), alone, expected)
+      updates, alone = update_alone(ones, alone, expected)
       expected = optax.apply_updates(expected, updates)
       np.testing.assert_allclose(params, expected, rtol=1e-6)
       np.testing.assert_allclose(
@@ -453,8 +455,9 @@ def test_lookahead_with_momentum_in_half_precision(dtype):
   moves = 0.05 * np.random.default_rng(0).standard_normal([30, 4])
   step = ranger.smooth_by_lookahead(3, 0.68, momentum=0.37)
   slow, velocity, fast = np.ones(4), np.zeros(4), jnp.ones([4], dtype)
+  moves = moves.astype(jnp.dtype(dtype))
   for call, (params, _, state) in enumerate(follow(step, moves, dtype), 1):
-    fast = np.asarray(fast + jnp.asarray(moves[call - 1], dtype), np.float64)
+    fast = (np.asarray(fast) + moves[call - 1]).astype(np.float64)
     if call % 3 == 0:
       velocity = 0.37 * velocity + 0.68 * (fast - slow)
       slow = slow + 0.68 * (fast - slow) + 0.37 * velocity
