@@ -1,5 +1,7 @@
 """Audits by held-out predictions, by what training has seen, and by all of these."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -18,6 +20,12 @@ def blobs(n: int = 2000, classes: int = 5, apart: float = 2.5, seed: int = 0):
   true = rng.integers(0, classes, n)
   centers = apart * np.eye(classes, 6)
   return (centers[true] + rng.standard_normal([n, 6])).astype(np.float32), true
+
+
+@functools.cache
+def graph_of_blobs(n: int = 2000, apart: float = 2.5):
+  """One for all tests of the same points; they do not change it."""
+  return graph.build(blobs(n, apart=apart)[0], 20, progress=False)
 
 
 def flip(true, noise: str, share: float, classes: int = 5, seed: int = 1):
@@ -123,7 +131,7 @@ def test_audit_tells_how_many_are_wrong(noise, share):
   points, true = blobs(4000, apart=4.0)
   given = flip(true, noise, share)
   predictions = graph.held_out_predictions(points, given, width=100)
-  neighbors = graph.build(points, 20, progress=False)
+  neighbors = graph_of_blobs(4000, apart=4.0)
   wrong = (given != true).mean()
   for witnesses in (neighbors, None):
     found = graph.audit(witnesses, given, predictions=predictions, score="posterior")
@@ -135,9 +143,9 @@ def test_audit_tells_how_many_are_wrong(noise, share):
 
 
 def test_posterior_finds_wrong_labels_of_look_alikes():
-  points, true = blobs()
+  _, true = blobs()
   given = flip(true, "pairs", 0.4)
-  neighbors = graph.build(points, 20, progress=False)
+  neighbors = graph_of_blobs()
   votes = missed(graph.audit(neighbors, given), given, true)
   posterior = missed(graph.audit(neighbors, given, score="posterior"), given, true)
   assert posterior < votes - 0.05
@@ -146,7 +154,7 @@ def test_posterior_finds_wrong_labels_of_look_alikes():
 def test_the_better_witness_counts_more():
   points, true = blobs()
   given = flip(true, "symmetric", 0.3)
-  blind = graph.build(np.random.default_rng(0).standard_normal([2000, 3]), 20)
+  blind = graph.build(np.random.default_rng(0).standard_normal([2000, 6]), 20)
   good = graph.held_out_predictions(points, given, width=100)
   alone = graph.audit(None, given, predictions=good, score="posterior")
   both = graph.audit(blind, given, predictions=good, score="posterior")
@@ -477,7 +485,7 @@ def test_labels_flipped_with_our_seed_are_no_sample_of_ours():
   points = 4 * np.eye(3)[true] + np.random.default_rng(1).normal(size=[n, 3])
   given = true.copy()
   given[wrong] = (given[wrong] + rng.integers(1, 3, len(wrong))) % 3
-  predictions = graph.held_out_predictions(points, given)
+  predictions = graph.held_out_predictions(points, given, width=100)
   assert (predictions.argmax(axis=1) == true).mean() > 0.95
   found = graph.audit(None, given, predictions=predictions, score="posterior")
   assert abs(found.num_wrong / n - 0.4) < 0.05
