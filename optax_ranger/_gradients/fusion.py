@@ -72,10 +72,10 @@ def example_weights(
       in an aggregation, or that keep state of the parameters' shape.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
-    >>> ranger.example_weights(
-    ...     ranger.aggregate_by_mean(), 4, member_weights=jnp.array([1, 1, 2, 0])
-    ... ).tolist()
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
+    >>> weights = jax.jit(lambda given: ranger.example_weights(
+    ...     ranger.aggregate_by_mean(), 4, member_weights=given))
+    >>> weights(jnp.array([1, 1, 2, 0])).tolist()
     [0.25, 0.25, 0.5, 0.0]
   """
   validate.static_count("n", n, least=0)
@@ -189,9 +189,9 @@ def value_and_grad(
       when the parameters are the same on all devices and the batch is not.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> losses = lambda w, batch: (w * batch["x"] - batch["y"]) ** 2
-    >>> grad_fn = ranger.value_and_grad(losses, ranger.aggregate_by_mean())
+    >>> grad_fn = jax.jit(ranger.value_and_grad(losses, ranger.aggregate_by_mean()))
     >>> batch = {"x": jnp.array([1.0, 2.0]), "y": jnp.array([1.0, jnp.nan])}
     >>> value, grad = grad_fn(jnp.array(2.0), batch)
     >>> print(grad)  # the second example is left out: 2 (2 - 1)

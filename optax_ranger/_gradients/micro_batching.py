@@ -86,7 +86,7 @@ def micro_batched(
   Examples:
     >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> mean_loss = lambda w, batch: (w * batch).mean()
-    >>> grad_fn = ranger.micro_batched(jax.value_and_grad(mean_loss), 2)
+    >>> grad_fn = jax.jit(ranger.micro_batched(jax.value_and_grad(mean_loss), 2))
     >>> value, grad, report = grad_fn(jnp.array(2.0), jnp.array([1.0, 2.0, 6.0]))
     >>> print(value, grad, report.weight)  # pieces of 2 and 1
     6.0 3.0 3.0

@@ -42,12 +42,13 @@ def balance_classes(neighbors: Neighbors, labels: Any, num_classes: int) -> Neig
     TypeError: for labels that are neither integers nor names.
 
   Examples:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from optax_ranger import graph
     >>> neighbors = graph.build(jnp.array([[0.0], [1.0], [3.0]]), 1, backend="jax")
     >>> weighed = neighbors._replace(weights=jnp.array([[1.0], [1.0], [0.25]]))
-    >>> print(graph.balance_classes(weighed, jnp.array([0, 0, 1]), 2).weights[:, 0])
-    [0.75 0.75 0.75]
+    >>> balance = jax.jit(graph.balance_classes, static_argnums=2)
+    >>> print(balance(weighed, jnp.array([0, 0, 1]), 2).weights.tolist())
+    [[0.75], [0.75], [0.75]]
   """
   validate.static_count("num_classes", num_classes)
   weights = jnp.asarray(neighbors.weights)

@@ -62,10 +62,11 @@ def graph_weights(neighbors: Neighbors) -> GraphWeights:
       ``normalize="graph"``.
 
   Examples:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from optax_ranger import graph
     >>> points = jnp.array([[0.0], [1.0], [3.0]])
-    >>> print(graph.graph_weights(graph.build(points, 1, backend="jax")).table)
+    >>> neighbors = graph.build(points, 1, backend="jax")
+    >>> print(jax.jit(graph.graph_weights)(neighbors).table)
     [1.  1.5 0.5]
   """
   indices, weights = _usable(neighbors)
@@ -122,11 +123,12 @@ def batch_weights(
       batch of one example for ``"in_batch"``.
 
   Examples:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from optax_ranger import graph
     >>> points = jnp.array([[0.0], [1.0], [3.0]])
-    >>> whole = graph.graph_weights(graph.build(points, 1, backend="jax"))
-    >>> ids, weights = graph.batch_weights(whole, jnp.array([0, 2]), "fetched")
+    >>> whole = jax.jit(graph.graph_weights)(graph.build(points, 1, backend="jax"))
+    >>> fetched = jax.jit(lambda whole, ids: graph.batch_weights(whole, ids, "fetched"))
+    >>> ids, weights = fetched(whole, jnp.array([0, 2]))
     >>> print(ids, weights)
     [0 2 1 1] [0.25 0.25 0.25 0.25]
   """

@@ -227,8 +227,8 @@ def measure_recall(
   Examples:
     >>> import numpy as np
     >>> from optax_ranger import graph
-    >>> points = np.random.default_rng(0).standard_normal([50, 3])
-    >>> print(graph.measure_recall(graph.build(points, 5, backend="jax"), points))
+    >>> points = np.array([[0.0], [1.0], [2.0], [7.0], [8.0], [9.0]])
+    >>> print(graph.measure_recall(graph.build(points, 2, backend="jax"), points))
     1.0
   """
   if sample == 0:

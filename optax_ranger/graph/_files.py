@@ -63,11 +63,11 @@ def save(
   Examples:
     >>> import numpy as np, tempfile, pathlib
     >>> from optax_ranger import graph
-    >>> points = np.arange(4.0)[:, None]
+    >>> points = np.arange(6.0)[:, None]
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "graph.npz"
-    >>> graph.save(path, graph.build(points, 1, backend="jax"), features=points)
-    >>> print(graph.load(path, features=points).indices[:, 0])
-    [1 0 1 2]
+    >>> graph.save(path, graph.build(points, 2, backend="jax"), features=points)
+    >>> print(graph.load(path, features=points).indices[:2].tolist())
+    [[1, 2], [0, 2]]
   """
   path = pathlib.Path(path)
   arrays = {

@@ -62,8 +62,8 @@ def query(
     >>> from optax_ranger import graph
     >>> points, labels = np.array([[0.0], [1.0], [5.0]]), np.array(["a", "a", "b"])
     >>> found = graph.query(points, np.array([[4.5], [0.5]]), 1)
-    >>> print(found.indices[:, 0], labels[found.indices[:, 0]])
-    [2 0] ['b' 'a']
+    >>> print(found.indices.tolist(), labels[np.ravel(found.indices)])
+    [[2], [0]] ['b' 'a']
   """
   both = _stacked(features, queries)
   validate.static_count("k", k)

@@ -106,8 +106,8 @@ def refresh(
     >>> first = graph.build(data[:, :1], 1, backend="jax")
     >>> column = lambda params, batch: batch * params
     >>> second = graph.refresh(column, np.array([[0.0, 1.0]]), data, first)
-    >>> print(first.indices[:, 0], second.indices[:, 0])
-    [1 0 1] [2 0 0]
+    >>> print(first.indices.tolist(), second.indices.tolist())
+    [[1], [0], [1]] [[2], [0], [0]]
   """
   n, k = previous.indices.shape
   features = embed(features_of, params, data, batch_size=batch_size, progress=progress)

@@ -68,7 +68,8 @@ class RegionalAggregator(nnx.Module):
     >>> local = lambda rngs: nnx.RNN(nnx.SimpleCell(3, 5, rngs=rngs))
     >>> layer = layers.RegionalAggregator(
     ...     layers.TimeWindows(4), local, "mean", weights="learned", rngs=nnx.Rngs(0))
-    >>> print(layer(jnp.ones([2, 100, 3])).shape)
+    >>> run = nnx.jit(lambda layer, x: layer(x))
+    >>> print(run(layer, jnp.ones([2, 100, 3])).shape)
     (2, 25, 5)
     >>> linen = nnx.bridge.to_linen(  # the same layer, for Linen
     ...     layers.RegionalAggregator, layers.Grid((2,)),

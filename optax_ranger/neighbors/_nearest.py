@@ -70,9 +70,9 @@ def nearest(
   Examples:
     >>> import jax.numpy as jnp, optax_ranger as ranger
     >>> points = jnp.array([[0.0], [1.0], [3.0]])
-    >>> neighbors = ranger.neighbors.nearest(points, k=1)
-    >>> print(neighbors.indices[:, 0], neighbors.distances[:, 0])
-    [1 0 1] [1. 1. 2.]
+    >>> neighbors = ranger.neighbors.nearest(points, k=2)
+    >>> print(neighbors.indices.tolist(), neighbors.distances.tolist())
+    [[1, 2], [0, 2], [1, 0]] [[1.0, 3.0], [1.0, 2.0], [2.0, 3.0]]
   """
   if jnp.ndim(features) != 2 or not jnp.shape(features)[1]:
     raise ValueError(
@@ -136,7 +136,8 @@ def sample(key: Array, neighbors: Neighbors, k: int) -> Neighbors:
   Examples:
     >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> neighbors = ranger.neighbors.nearest(jnp.eye(5), k=4)
-    >>> drawn = ranger.neighbors.sample(jax.random.key(0), neighbors, k=2)
+    >>> draw = jax.jit(ranger.neighbors.sample, static_argnames="k")
+    >>> drawn = draw(jax.random.key(0), neighbors, k=2)
     >>> print(drawn.indices.shape, drawn.weights[0])
     (5, 2) [0.5 0.5]
   """

@@ -114,9 +114,9 @@ def by_grid(
     TypeError: for parts that are not Python integers.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> corners = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    >>> print(ranger.regions.by_grid(corners, (2, 2)))
+    >>> print(jax.jit(ranger.regions.by_grid, static_argnums=1)(corners, (2, 2)))
     [0 1 2 3]
   """
   if jnp.ndim(positions) != 2 or jnp.shape(positions)[1] != len(parts):
@@ -190,8 +190,9 @@ def by_time(
     TypeError: for a number of regions that is not a Python integer.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
-    >>> print(ranger.regions.by_time(jnp.arange(6.0), 3))
+    >>> import numpy as np, optax_ranger as ranger
+    >>> minutes = 1_700_000_000 + 60 * np.arange(6)  # in Unix seconds
+    >>> print(ranger.regions.by_time(minutes, 3))
     [0 0 1 1 2 2]
   """
   if jnp.ndim(times) != 1:

@@ -179,10 +179,10 @@ def aggregate_by_regions(
       that do not fit.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.aggregate_by_regions(2)
     >>> gradients = jnp.array([1.0, 1.0, 1.0, 5.0])
-    >>> balanced, _ = step.update(
+    >>> balanced, _ = jax.jit(step.update)(
     ...     gradients, step.init(gradients), regions=jnp.array([0, 0, 0, 1]))
     >>> print(balanced)  # each region counts the same
     3.0
@@ -305,10 +305,10 @@ def aggregate_by_worst_regions(
       device to device under ``jax.shard_map``, and as ``aggregate_by_regions``.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.aggregate_by_worst_regions(2, rate=jnp.log(3.0))
     >>> gradients = jnp.array([0.0, 0.0, 4.0])
-    >>> gradient, state = step.update(
+    >>> gradient, state = jax.jit(step.update)(
     ...     gradients, step.init(gradients), regions=jnp.array([0, 0, 1]),
     ...     losses=jnp.array([1.0, 1.0, 2.0]))
     >>> print(f"{gradient:.4f}", jnp.exp(state.log_weights).round(4))  # 3 to 1

@@ -75,7 +75,7 @@ def average_neighbors(
       neighbors of another number of examples.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.average_neighbors(normalize=None)
     >>> gradients = jnp.array([1.0, 2.0, 6.0])
     >>> neighbors = ranger.Neighbors(
@@ -83,7 +83,7 @@ def average_neighbors(
     ...     distances=jnp.ones([3, 1]),
     ...     weights=jnp.array([[1.0], [1.0], [0.5]]),
     ... )
-    >>> averaged, _ = step.update(
+    >>> averaged, _ = jax.jit(step.update)(
     ...     gradients, step.init(gradients), neighbors=neighbors)
     >>> print(averaged)  # 1 + 2, 2 + 1, (6 + 2) / 2
     [3. 3. 4.]

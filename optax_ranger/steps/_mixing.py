@@ -63,10 +63,10 @@ def mix_nearest(
       `aggregator`.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.mix_nearest(ranger.aggregate_by_median(), num_corrupt=1)
     >>> gradients = jnp.array([0.0, 1.0, 5.0, -900.0])
-    >>> mixed, _ = step.update(gradients, step.init(gradients))
+    >>> mixed, _ = jax.jit(step.update)(gradients, step.init(gradients))
     >>> print(mixed)  # the median of 2, 2, 2 and -299.7
     2.0
 

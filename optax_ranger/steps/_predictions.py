@@ -124,7 +124,7 @@ def smooth_predictions(
     >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.smooth_predictions(3, 2, decay=0.75)
     >>> state = step.init({})
-    >>> _, state = step.update(
+    >>> _, state = jax.jit(step.update)(
     ...     {}, state, predictions=jnp.array([[0.0, 1.0]]),
     ...     example_ids=jnp.array([1]))
     >>> print(ranger.smoothed_predictions(state))

@@ -175,10 +175,10 @@ def aggregate_by_geometric_median(
     ValueError: for arguments out of range, and as ``aggregate_by_mean``.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.aggregate_by_geometric_median()
     >>> gradients = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [900.0, 900.0]])
-    >>> median, _ = step.update(gradients, step.init(gradients))
+    >>> median, _ = jax.jit(step.update)(gradients, step.init(gradients))
     >>> print(jnp.abs(median - 0.5).max() < 0.01)  # between the second and third
     True
 
@@ -257,10 +257,10 @@ def aggregate_by_krum(
       ``aggregate_by_mean``.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.aggregate_by_krum(num_corrupt=1)
     >>> gradients = jnp.array([1.0, 2.0, 3.5, 5.5, -900.0])
-    >>> selected, _ = step.update(gradients, step.init(gradients))
+    >>> selected, _ = jax.jit(step.update)(gradients, step.init(gradients))
     >>> print(selected)  # 1 + 1.5 squared is the least sum of n - f - 2 = 2
     2.0
 

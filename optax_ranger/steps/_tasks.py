@@ -63,10 +63,10 @@ def aggregate_by_upgrad() -> optax.GradientTransformationExtraArgs:
     ValueError: as ``aggregate_by_mean``.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.aggregate_by_upgrad()
     >>> gradients = jnp.array([[1.0, 0.0], [-2.0, 1.0]])
-    >>> result, _ = step.update(gradients, step.init(gradients))
+    >>> result, _ = jax.jit(step.update)(gradients, step.init(gradients))
     >>> print(jnp.abs(result - jnp.array([0.1, 0.7])).max() < 1e-5)
     True
 
@@ -118,10 +118,10 @@ def aggregate_by_mgda() -> optax.GradientTransformationExtraArgs:
     ValueError: as ``aggregate_by_mean``.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.aggregate_by_mgda()
     >>> gradients = jnp.array([[2.0, 0.0], [0.0, 1.0]])
-    >>> result, _ = step.update(gradients, step.init(gradients))
+    >>> result, _ = jax.jit(step.update)(gradients, step.init(gradients))
     >>> print(jnp.abs(result - jnp.array([0.4, 0.8])).max() < 1e-5)
     True
 
@@ -174,10 +174,10 @@ def aggregate_by_cagrad(
     ValueError: for a radius out of range, and as ``aggregate_by_mean``.
 
   Examples:
-    >>> import jax.numpy as jnp, optax_ranger as ranger
+    >>> import jax, jax.numpy as jnp, optax_ranger as ranger
     >>> step = ranger.aggregate_by_cagrad(0.5)
     >>> gradients = jnp.array([[4.0, 0.0], [-1.0, 1.0]])
-    >>> result, _ = step.update(gradients, step.init(gradients))
+    >>> result, _ = jax.jit(step.update)(gradients, step.init(gradients))
     >>> print((gradients @ gradients.mean(0)).min() < 0, (gradients @ result).min() > 0)
     True True
 
