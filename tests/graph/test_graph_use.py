@@ -1,5 +1,6 @@
 """What graphs are used for: audits, files, three ways to pay, refreshing, pipelines."""
 
+import functools
 import pathlib
 import sys
 
@@ -14,8 +15,9 @@ import optax_ranger as ranger
 from optax_ranger import graph
 
 
-def small(n: int = 60, k: int = 4, seed: int = 0) -> ranger.Neighbors:
-  points = np.random.default_rng(seed).standard_normal([n, 2]).astype(np.float32)
+@functools.cache
+def small(k: int = 4) -> ranger.Neighbors:
+  points = np.random.default_rng(0).standard_normal([60, 2]).astype(np.float32)
   return graph.build(points, k, backend="jax")
 
 
@@ -23,7 +25,7 @@ def small(n: int = 60, k: int = 4, seed: int = 0) -> ranger.Neighbors:
   "graph.audit", "It equals counting by hand, with groups too; so do margin"
 )
 def test_audit_equals_counting():
-  neighbors = ranger.neighbors.weigh(small(), kernel="gaussian")
+  neighbors = jax.device_get(ranger.neighbors.weigh(small(), kernel="gaussian"))
   rng = np.random.default_rng(1)
   labels, beliefs = rng.integers(0, 3, 60), rng.dirichlet(np.ones(3), 60)
   beliefs[5], beliefs[6, 1], beliefs[7, 0] = np.nan, np.inf, np.nan
@@ -246,9 +248,10 @@ def test_bad_files_are_refused(tmp_path):
 weights_of = jax.jit(graph.graph_weights)
 
 
-def weighed(n: int = 80, k: int = 6) -> ranger.Neighbors:
-  labels = np.random.default_rng(2).integers(0, 2, n)
-  return ranger.neighbors.weigh(small(n, k), kernel="gaussian", labels=labels)
+@functools.cache
+def weighed() -> ranger.Neighbors:
+  labels = np.random.default_rng(2).integers(0, 2, 60)
+  return ranger.neighbors.weigh(small(), kernel="gaussian", labels=labels)
 
 
 @pytest.mark.guarantees(
@@ -262,12 +265,21 @@ def test_plan_equals_example_weights():
   mean = np.asarray(neighbors.weights).sum(axis=1).mean()
   weights = jax.jit(
     lambda neighbors, mean: ranger.example_weights(
-      step, 80, neighbors=neighbors, graph_weight=mean
+      step, 60, neighbors=neighbors, graph_weight=mean
     )
   )(neighbors, mean)
   table = np.asarray(weights_of(neighbors).table)
-  np.testing.assert_allclose(table / 80, weights, rtol=1e-5)
+  np.testing.assert_allclose(table / 60, weights, rtol=1e-5)
   assert float(table.mean()) == pytest.approx(1, rel=1e-5)
+
+
+@jax.jit
+def averaged(values):
+  """Whole rows of the graph."""
+  step, neighbors = ranger.average_neighbors(normalize="graph"), weighed()
+  mean = float(np.asarray(neighbors.weights).sum(axis=1).mean())
+  given = {"neighbors": neighbors, "graph_weight": mean}
+  return step.update(values, step.init(values), **given)[0]
 
 
 @pytest.mark.guarantees(
@@ -279,19 +291,10 @@ def test_plan_equals_example_weights():
 )
 def test_expectations_agree(way, k):
   """Over 4,000 batches the mean is that of the graph; other scalings are not."""
-  n, size, count = 80, 16, 4000
-  neighbors = weighed(n)
+  n, size, count = 60, 16, 4000
   values = 1 + np.random.default_rng(0).standard_normal(n).astype(np.float32)
-  step = ranger.average_neighbors(normalize="graph")
-  mean = float(np.asarray(neighbors.weights).sum(axis=1).mean())
-
-  @jax.jit
-  def whole_rows(values):
-    given = {"neighbors": neighbors, "graph_weight": mean}
-    return step.update(values, step.init(values), **given)[0]
-
-  expected = np.asarray(whole_rows(values)).mean()
-  whole = weights_of(neighbors)
+  expected = np.asarray(averaged(values)).mean()
+  whole = weights_of(weighed())
 
   @jax.jit
   @jax.vmap
@@ -306,7 +309,7 @@ def test_expectations_agree(way, k):
   error = sums.std() / np.sqrt(count)
   assert abs(sums.mean() - expected) < 4 * error
   assert abs(totals.mean() - 1) < 4 * totals.std() / np.sqrt(count) + 1e-5
-  wrong = {"in_batch": (size - 1) / (n - 1), "fetched": (1 + 2 / 6) / 2}
+  wrong = {"in_batch": (size - 1) / (n - 1), "fetched": (1 + 2 / 4) / 2}
   assert abs(wrong.get(way, 0.9) * sums.mean() - expected) > 8 * error
   # The batch drawn with replacement, or n / B: five per cent off at these sizes.
   if way == "in_batch":
@@ -362,8 +365,8 @@ def test_refresh_keeps_types_and_shardings():
 )
 def test_refresh_compiles_nothing_again():
   rng = np.random.default_rng(0)
-  data = {"x": rng.standard_normal([70, 5]).astype(np.float32)}
-  labels = jnp.asarray(rng.integers(0, 2, 70))
+  data = {"x": rng.standard_normal([60, 2]).astype(np.float32)}
+  labels = jnp.asarray(rng.integers(0, 2, 60))
   traces = {"features": 0, "step": 0}
 
   def features_of(params, batch):
@@ -381,7 +384,7 @@ def test_refresh_compiles_nothing_again():
     loss = lambda params: (weights * losses(params, batch)).mean()
     return params - 0.5 * jax.grad(loss)(params)
 
-  params = jnp.asarray(rng.standard_normal([5, 3]), jnp.float32)
+  params = jnp.asarray(rng.standard_normal([2, 3]).astype(np.float32))
   weigh = lambda found: ranger.neighbors.weigh(found, labels=labels)
   neighbors = weigh(graph.build(data["x"], 4, backend="jax"))
   first, batch = neighbors, {**data, "label": labels}
@@ -390,14 +393,15 @@ def test_refresh_compiles_nothing_again():
     neighbors = graph.refresh(
       features_of, params, data, neighbors, weigh=weigh, batch_size=32, backend="faiss"
     )
-    expected = weigh(graph.build(np.tanh(data["x"] @ params), 4, backend="jax"))
+    features = np.tanh(data["x"] @ np.asarray(params))
+    expected = weigh(graph.build(features, 4, backend="jax"))
     agree = (np.asarray(neighbors.indices) == np.asarray(expected.indices)).mean()
     assert agree > 0.99
   step(params, batch, neighbors)
   assert traces == {"features": 1, "step": 1}
   assert (np.asarray(first.indices) != np.asarray(neighbors.indices)).any()
-  with pytest.raises(ValueError, match="data has 69 examples"):
-    graph.refresh(features_of, params, {"x": data["x"][:69]}, neighbors)
+  with pytest.raises(ValueError, match="data has 59 examples"):
+    graph.refresh(features_of, params, {"x": data["x"][:59]}, neighbors)
 
 
 @pytest.mark.guarantees("graph.NeighborBatches", "Every id comes once in an epoch")
@@ -491,20 +495,19 @@ def test_pipelines_refuse(monkeypatch):
 
 
 def test_balance_refuses_classes_beyond_their_number():
-  found = graph.build(np.arange(6.0)[:, None], 2)
   with pytest.raises(ValueError, match="num_classes"):
-    graph.balance_classes(found, np.array([0, 0, 1, 1, 7, 7]), 3)
+    graph.balance_classes(small(), np.repeat([0, 1, 7], 20), 3)
+
+
+BITS = np.random.default_rng(0).integers(0, 2, 60)
 
 
 @pytest.mark.parametrize(
-  "labels",
-  [[0, 0, 1, 1, 0, 1], np.array(["a", "a", "b", "b", "a", "b"])],
-  ids=["list", "strings"],
+  "labels", [BITS.tolist(), np.array(["a", "b"])[BITS]], ids=["list", "strings"]
 )
 def test_labels_as_people_have_them(labels):
-  found = graph.build(np.arange(6.0)[:, None], 2)
-  as_people = graph.audit(found, labels)
-  as_integers = graph.audit(found, np.array([0, 0, 1, 1, 0, 1]))
+  as_people = graph.audit(small(), labels)
+  as_integers = graph.audit(small(), BITS)
   np.testing.assert_array_equal(as_people.order, as_integers.order)
 
 
@@ -622,9 +625,8 @@ def test_wide_ids_pay_for_nobody(way):
 
 def test_who_stands_for_no_example_is_nobodys_neighbor():
   points = np.array([[0.0], [1.0], [3.0]])
-  whole = graph.graph_weights(graph.build(points, 1, backend="jax"))
-  found = graph.batch_weights(whole, np.array([1, 7]), "in_batch").weights
-  np.testing.assert_array_equal(found, [0, 0])
-  found = graph.batch_weights(whole, np.array([1, -1, 0]), "in_batch").weights
-  expected = graph.batch_weights(whole, np.array([1, 0]), "in_batch").weights
+  whole = weights_of(graph.build(points, 1, backend="jax"))
+  of = jax.jit(lambda ids: graph.batch_weights(whole, ids, "in_batch").weights)
+  np.testing.assert_array_equal(of(np.array([1, 7])), [0, 0])
+  found, expected = of(np.array([1, -1, 0])), np.asarray(of(np.array([1, 0])))
   np.testing.assert_allclose(found, [expected[0] / 3, 0, expected[1] / 3], rtol=1e-6)

@@ -1,5 +1,6 @@
 """Neighbors from graphs and distances of other libraries."""
 
+import jax
 import numpy as np
 import pytest
 from scipy import sparse
@@ -21,7 +22,7 @@ def test_from_graph_equals_a_loop(form, k):
   rng = np.random.default_rng(0)
   dense = rng.integers(1, 4, [20, 20]) * (rng.random([20, 20]) < 0.2) * 1.0
   dense[3], dense[5, 6], dense[7, 8] = 0, np.nan, np.inf
-  found = ranger.neighbors.from_graph(form(dense), k)
+  found = jax.device_get(ranger.neighbors.from_graph(form(dense), k))
   rows = []
   for i in range(20):
     entries = [(dense[i, j], j) for j in range(20) if j != i and dense[i, j]]
@@ -52,7 +53,7 @@ def test_from_graph_of_scikit_learn(metric, include_self):
   np.testing.assert_allclose(found.distances, nearest.distances, rtol=1e-3, atol=1e-6)
   np.testing.assert_array_equal(found.weights, nearest.weights)
   fewer = ranger.neighbors.from_graph(edges, 2)
-  np.testing.assert_array_equal(fewer.indices, nearest.indices[:, :2])
+  np.testing.assert_array_equal(fewer.indices, np.asarray(nearest.indices)[:, :2])
 
 
 def test_from_graph_by_connectivity():
@@ -91,7 +92,7 @@ def test_from_distances_equals_a_full_sort(dtype, cells, monkeypatch):
   rng = np.random.default_rng(0)
   matrix = rng.random([30, 30]) * 100
   matrix = rng.integers(0, 3, [30, 30]) if dtype == "ties" else matrix.astype(dtype)
-  found = ranger.neighbors.from_distances(matrix, 7)
+  found = jax.device_get(ranger.neighbors.from_distances(matrix, 7))
   for i in range(30):
     order = sorted((float(matrix[i, j]), j) for j in range(30) if j != i)[:7]
     assert found.indices[i].tolist() == [j for _, j in order]
@@ -100,7 +101,7 @@ def test_from_distances_equals_a_full_sort(dtype, cells, monkeypatch):
 
 def test_from_distances_leaves_out_what_is_not_finite():
   matrix = np.array([[0, np.inf, 1], [np.nan, 0, np.inf], [1e300, 2, 0]])
-  found = ranger.neighbors.from_distances(matrix, 2)
+  found = jax.device_get(ranger.neighbors.from_distances(matrix, 2))
   assert found.indices.tolist() == [[2, -1], [-1, -1], [1, 0]]
   assert found.weights.tolist() == [[0.5, 0], [0, 0], [0.5, 0.5]]
   assert np.isfinite(found.distances[2]).all()
@@ -108,8 +109,8 @@ def test_from_distances_leaves_out_what_is_not_finite():
   far = sklearn_neighbors.NearestNeighbors(n_neighbors=59).fit(features)
   far = far.kneighbors_graph(mode="distance").toarray()
   np.testing.assert_array_equal(
-    ranger.neighbors.from_distances(far, 5).indices,
-    ranger.neighbors.nearest(features, 5).indices,
+    ranger.neighbors.from_distances(far, 4).indices,
+    ranger.neighbors.nearest(features, 4).indices,
   )
 
 
