@@ -1,5 +1,7 @@
 """Parts of large leaves: every entry has its turn, whatever the devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -17,11 +19,16 @@ def normal(shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+@functools.cache
+def part_of(shape):
+  """Compiled once for all tests of a shape."""
+  return jax.jit(parts.view(jax.ShapeDtypeStruct(shape, np.float32)).part)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_entry_has_its_turn_once(shape):
-  leaf = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-  seen = parts.view(leaf)
-  part = jax.jit(seen.part)
+  leaf = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+  seen, part = parts.view(leaf), part_of(shape)
   found = [np.asarray(part(leaf, np.int32(i))).ravel() for i in range(seen.count)]
   assert len({len(part) for part in found}) == 1
   np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(leaf.size))
@@ -60,7 +67,7 @@ def test_products_are_those_of_the_part(shape, dtype):
 def test_the_mean_is_that_of_the_part(shape):
   leaf = normal(shape)
   seen, count = parts.view(leaf), jnp.int32(3)
-  part = leaf if seen is None else seen.part(leaf, 3 % seen.count)
+  part = leaf if seen is None else part_of(shape)(leaf, np.int32(3 % seen.count))
   found = jax.jit(lambda x: parts.mean(lambda take: take(x) > 0, x, count))(leaf)
   expected = (np.asarray(part) > 0).mean() if leaf.size else 0
   np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -75,7 +82,7 @@ def test_what_is_kept_is_the_part_of_the_next_step(shape):
   def keep(leaf, old, count, good):
     return parts.keep(lambda take: 2 * take(leaf), leaf, old, count, good)
 
-  keep, part = jax.jit(keep), jax.jit(seen.part)
+  keep, part = jax.jit(keep), part_of(shape)
   for count in (0, 1, 9):
     expected = 2 * np.asarray(part(leaf, np.int32(count % seen.count)))
     new, norm = keep(leaf, old, np.int32(count), np.bool(True))

@@ -13,8 +13,8 @@ from optax_ranger._core import replay
 
 
 def trees(seed):
-  key = jax.random.key(seed)
-  return {"w": jax.random.normal(key, [16, 8]), "b": jax.random.normal(key, [8])}
+  draw = np.random.default_rng(seed).standard_normal
+  return {"w": draw([16, 8], np.float32), "b": draw([8], np.float32)}
 
 
 INNER = {

@@ -1,5 +1,6 @@
 """Rounding by chance of special values; of sums, see `steps/test_accumulation.py`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ from optax_ranger._core import rounding
 LARGEST_NAN = np.array(2**32 - 1, np.uint32).view(np.float32)[()]
 
 
+@jax.jit
+def to_bfloat16(rows):
+  return rounding.to(np.dtype(jnp.bfloat16), rows, rounding.seed(1, 2))
+
+
 @pytest.mark.parametrize(
   "value", [np.inf, -np.inf, np.nan, LARGEST_NAN, 3.4e38, -0.0, 1e-45, 1.0]
 )
 def test_what_bfloat16_can_not_round(value):
   """Special values are those of a cast; what is exact stays."""
-  found = rounding.to(
-    np.dtype(jnp.bfloat16), jnp.full([64], value, jnp.float32), rounding.seed(1, 2)
-  )
+  found = to_bfloat16(np.full([64], value, np.float32))
   assert found.dtype == jnp.bfloat16
   wide = np.asarray(found, np.float32)
   if value == 3.4e38:  # Up to infinity, or down to the largest.

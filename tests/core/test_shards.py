@@ -20,7 +20,7 @@ def test_rows_of_all_types_are_gathered(typed):
   rng = np.random.default_rng(0)
   shapes = [(), (3,), (2, 1), (1, 2), (2,), (3,), ()]
   rows = {
-    dtype: np.array(jnp.asarray(rng.integers(0, 2, [8, *shape])).astype(dtype))
+    dtype: rng.integers(0, 2, [8, *shape]).astype(jnp.dtype(dtype))
     for dtype, shape in zip(DTYPES, shapes, strict=True)
   }
   rows["float32"][:] = rng.standard_normal(8)

@@ -20,7 +20,7 @@ def test_sorts_all_rows_of_bits(n):
   np.testing.assert_array_equal(rows, np.sort(patterns, axis=1).T)
 
 
-@pytest.mark.parametrize("n", [5, 17])
+@pytest.mark.parametrize("n", [5, 9])
 def test_others_go_along(n):
   rng = np.random.default_rng(n)
   keys, others = rng.standard_normal([2, n, 50]).astype(np.float32)
