@@ -170,6 +170,9 @@ def mean_over_tokens(params, batch):
   return losses.sum() / tokens.sum()
 
 
+value_and_gradient = jax.jit(jax.value_and_grad(mean_over_tokens))
+
+
 def mean_of_each(params, batch):
   losses, tokens = token_losses(params, batch)
   return losses.sum(axis=1) / jnp.maximum(tokens, 1)
@@ -190,10 +193,6 @@ def test_the_mean_over_tokens_is_not_that_over_sequences():
   assert np.abs(by_token["w"] - by_sequence["w"]).max() > 0.01
 
 
-value_and_gradient = jax.jit(jax.value_and_grad(mean_over_tokens))
-
-
-# In parts of few lengths.
 @pytest.mark.parametrize("ends", [(4, 5, 13), (3, 4, 16)])
 def test_accumulate_is_exact_over_tokens(ends):
   """The second micro-batch is of one sequence, which may have no tokens."""
