@@ -138,6 +138,7 @@ def _resident():
   return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before xdist, which reads the groups in its own.
 def pytest_collection_modifyitems(items):
   """Tests of one case, or of one module, share a worker, and what JAX has compiled.
 

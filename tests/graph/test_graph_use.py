@@ -274,10 +274,10 @@ def test_plan_equals_example_weights():
 
 
 @jax.jit
-def averaged(values):
+def averaged(values, neighbors):
   """Whole rows of the graph."""
-  step, neighbors = ranger.average_neighbors(normalize="graph"), weighed()
-  mean = float(np.asarray(neighbors.weights).sum(axis=1).mean())
+  step = ranger.average_neighbors(normalize="graph")
+  mean = neighbors.weights.sum(axis=1).mean()
   given = {"neighbors": neighbors, "graph_weight": mean}
   return step.update(values, step.init(values), **given)[0]
 
@@ -293,7 +293,7 @@ def test_expectations_agree(way, k):
   """Over 4,000 batches the mean is that of the graph; other scalings are not."""
   n, size, count = 60, 16, 4000
   values = 1 + np.random.default_rng(0).standard_normal(n).astype(np.float32)
-  expected = np.asarray(averaged(values)).mean()
+  expected = np.asarray(averaged(values, weighed())).mean()
   whole = weights_of(weighed())
 
   @jax.jit
