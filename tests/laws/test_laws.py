@@ -91,6 +91,15 @@ def test_law(case, law):
     pytest.skip(str(reason))
 
 
+def test_a_state_holds_no_buffer_twice():
+  """Of any form of any step; it could not be donated otherwise."""
+  params = registry.params()
+  for case in registry.CASES:
+    leaves = jax.tree.leaves((params, case.make().init(params)))
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    assert len(set(buffers)) == len(buffers), case.name
+
+
 def test_registry_is_complete():
   assert registry.factories() == {case.factory for case in registry.CASES}
   assert len({case.name for case in registry.CASES}) == len(registry.CASES)

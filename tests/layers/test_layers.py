@@ -340,6 +340,19 @@ def test_a_graph_in_the_type_of_the_nodes():
   np.testing.assert_array_equal(nodes[2, :, 2:], np.zeros([3, 2, 3]))
 
 
+@pytest.mark.parametrize(("aggregator", "expected"), [("sum", 5.0), ("mean", 2.5)])
+def test_a_region_without_nodes_does_not_count(aggregator, expected):
+  """The ids have a gap: no node is of region 1."""
+
+  class OneMore(nnx.Module):
+    def __call__(self, nodes, mask, adjacency):
+      return 1 + mask.sum(axis=1, keepdims=True, dtype=nodes.dtype)
+
+  partition = layers.Graph(np.array([0, 0, 2]), np.array([[0, 1]]))
+  layer = layers.RegionalAggregator(partition, OneMore(), aggregator)
+  assert layer(jnp.ones([1, 3, 1])).item() == expected
+
+
 def test_capacity_keeps_the_first_points():
   partition = layers.Centers(CENTERS, capacity=2)
   split = jax.jit(partition.split)

@@ -310,6 +310,19 @@ def test_cells_of_large_coordinates(corner):
   np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize(
+  ("dtype", "low", "high"),
+  [(np.uint8, 0, 256), (np.uint8, -56, 200), (np.int8, -128, 128), (np.int8, -129, 0)],
+)
+def test_edges_may_lie_beyond_the_type_of_the_positions(dtype, low, high):
+  info = np.iinfo(dtype)
+  values = np.array([max(low, info.min), 3, 100, min(high - 1, info.max)], dtype)
+  values = values[(values.astype(int) >= low) & (values.astype(int) < high)]
+  found = ranger.regions.by_grid(values[:, None], (4,), low=low, high=high)
+  wanted = (values.astype(int) - low) * 4 // (high - low)
+  np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("offset", [0.0, 4_649_776.0, -1e9])
 @pytest.mark.parametrize("dtype", [np.float64, np.int64])
 def test_kmeans_of_large_coordinates(offset, dtype):
