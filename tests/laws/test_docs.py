@@ -46,14 +46,22 @@ predictions = all_predictions = jnp.zeros_like(targets)
 """,
   "smoothing.md": "evaluate = jax.tree.leaves",
 }
+# Other pages use the same functions.
+SLOW = ("moving.md", "ranger21.md", "testing.md")
 
 
 def test_pages_with_code_are_found():
   assert len(PAGES) > 10
-  assert set(READERS) < set(PAGES)
+  assert set(READERS) | set(SLOW) < set(PAGES)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+  "page",
+  [
+    pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page
+    for page in PAGES
+  ],
+)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # A page may set it.

@@ -73,16 +73,38 @@ _SLOW_LAWS = (
   "float16 agrees with float32",
   "pmap equals loop",
 )
+# States that carry the law of checkpoints: counters, copies, windows, tables, options.
+_SAVED = (
+  "accumulate-bfloat16",
+  "aggregate_by_worst_regions",
+  "ranger-whole",
+  "scale_by_ngs",
+  "skip_anomalies",
+  "smooth_by_lookahead",
+  "smooth_predictions",
+)
+
+
+def _is_slow(law: str, case: registry.Case) -> bool:
+  return law in _SLOW_LAWS or (law == "checkpoint" and case.name not in _SAVED)
+
+
+each_law_and_case = pytest.mark.parametrize(
+  ("law", "case"),
+  [
+    _slow(law, case) if _is_slow(law, case) else (law, case)
+    for law in testing.LAWS
+    for case in registry.CASES
+  ],
+  ids=[f"{law}-{case.name}" for law in testing.LAWS for case in registry.CASES],
+)
 
 
 @pytest.mark.guarantees(
   "smooth_by_ema", "The average shares no buffer with the parameters"
 )
-@each_case
-@pytest.mark.parametrize(
-  "law", [_slow(law) if law in _SLOW_LAWS else law for law in testing.LAWS]
-)
-def test_law(case, law):
+@each_law_and_case
+def test_law(law, case):
   if case.axis is not None and law in _ON_MESHES:
     pytest.skip("JAX has no collectives of a vmapped axis over explicit meshes")
   try:
