@@ -327,18 +327,22 @@ def test_statistics_stay_without_a_usable_example():
 @pytest.mark.few(2)
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
 def test_micro_batches_draw_their_own_noise(num_micro_batches):
-  def loss(params, batch, key):
-    return losses(params, batch) + jax.random.uniform(key, []), {}
+  """An array of keys is the user's own affair."""
+
+  def loss(params, batch, key, keys):
+    draw = lambda key: jax.random.uniform(key, [])
+    return losses(params, batch) + draw(key) + draw(keys[1]), {}
 
   options = {"has_aux": True, "num_micro_batches": num_micro_batches}
   update = ranger.train_step(loss, optax.sgd(0.1), **options)
-  key = jax.random.key(3)
-  _, _, metrics = update(W, update.init(W), X, key=key)
+  key, both = jax.random.key(3), jax.random.split(jax.random.key(4))
+  _, _, metrics = update(W, update.init(W), X, key=key, keys=both)
   keys = [jax.random.fold_in(key, i) for i in range(num_micro_batches)]
   keys = [key] if num_micro_batches == 1 else keys
   expected = losses(W, X).mean() + np.mean(
     [jax.random.uniform(one, []) for one in keys]
   )
+  expected = expected + jax.random.uniform(both[1], [])
   np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
