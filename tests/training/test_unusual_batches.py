@@ -884,3 +884,35 @@ def test_a_replaced_example_is_nobodys_neighbor(num_micro_batches):
   batch[[3, 12], 1] = np.nan
   params, state, _ = update(W, update.init(W), batch, example_ids=np.arange(16))
   close((params, ranger.smoothed_predictions(state)), without_examples(3, 12))
+
+
+def test_a_derivative_that_is_not_finite_takes_all_leaves_of_its_device():
+  """The other device's examples count, and nothing of the ruined gradient does."""
+  mesh = jax.make_mesh((2,), ("data",))
+  losses = lambda params, x: jnp.log(params["w"] * x) + params["b"] * x
+  update = ranger.train_step(losses, optax.sgd(0.1), mesh=mesh, donate=False)
+  params = {"w": jnp.float32(2), "b": jnp.float32(0)}
+  x = np.array([1, 2, 0, 3], np.float32)
+  params, _, metrics = update(params, update.init(params), x)
+  np.testing.assert_allclose(params["w"], 2 - 0.1 / 2, rtol=1e-6)
+  np.testing.assert_allclose(params["b"], -0.1 * 1.5, rtol=1e-6)
+  assert metrics["weight"] == 2
+
+
+def test_a_split_state_has_the_gradient_of_leaves_that_devices_do_not_divide():
+  mesh = jax.make_mesh((2,), ("data",))
+  losses = lambda params, x: x @ params["w"] + params["b"].sum()
+  update = ranger.train_step(losses, optax.sgd(1.0), mesh=mesh, shard_state=True)
+  params = {"w": jnp.zeros([4]), "b": jnp.zeros([3])}
+  params, _, _ = update(params, update.init(params), np.ones([4, 4], np.float32))
+  close(params, {"w": np.full([4], -1.0), "b": np.full([3], -1.0)})
+
+
+def test_a_scalar_beside_rows_of_another_number_is_refused():
+  def losses(w, x):
+    return (w - x) ** 2, {"info": {"scale": w, "rows": jnp.ones([5])}}
+
+  update = ranger.train_step(losses, optax.sgd(0.1), has_aux=True)
+  w = jnp.float32(2)
+  with pytest.raises(ValueError, match="info"):
+    update(w, update.init(w), np.arange(4, dtype=np.float32))
